@@ -1,0 +1,48 @@
+// Arguments of the attention kernels, shared by all implementations.
+#pragma once
+
+#include "kernels/pattern/plan.h"
+#include "kernels/types.h"
+
+namespace fiak {
+
+/// What prior_attention and csr_attention have in common. Shapes: query [batch, query_heads, queries, head_size],
+/// key [batch, key_heads, keys, head_size], value [batch, key_heads, keys, value_size]; query head h reads key head
+/// h / (query_heads / key_heads).
+struct AttentionArgs {
+  int64_t batch = 0, query_heads = 0, key_heads = 0, queries = 0, keys = 0, head_size = 0, value_size = 0;
+  DType dtype = DType::kFloat32;
+  Score score = Score::kDot;
+  double scale = 1.0;
+  double dropout_p = 0.0;
+  uint64_t seed = 0;
+  const int64_t* kv_lens = nullptr;  ///< [batch], each in 0..keys, or null: what lies behind is never read
+  Input query, key, value;
+};
+
+struct PriorArgs : AttentionArgs {
+  bool is_causal = false;       ///< top-left aligned: query i sees keys j <= i
+  const void* prior = nullptr;  ///< weights [groups, 1|query_heads, 1|queries, keys], float (double with double), or null
+  int64_t prior_groups = 1, prior_heads = 1, prior_rows = 1;
+  int64_t prior_group_stride = 0, prior_head_stride = 0, prior_row_stride = 0;  ///< 0 where broadcast
+};
+
+struct CsrArgs : AttentionArgs {
+  PlanView plan;
+  const void* values = nullptr;            ///< weights [nnz], float (double with double), or null for all ones
+  const int64_t* query_offsets = nullptr;  ///< [batch]: query n is row n + offset of its head, or null for 0
+};
+
+struct ForwardResult {
+  Output output;              ///< [batch, query_heads, queries, value_size]
+  void* logsumexp = nullptr;  ///< contiguous [batch, query_heads, queries], float (double with double)
+};
+
+struct BackwardArgs {
+  Input grad_output, output;
+  const void* logsumexp = nullptr;
+  Output grad_query, grad_key, grad_value;
+  void* grad_weight = nullptr;  ///< contiguous, in the prior's own shape or [nnz]; null: not wanted
+};
+
+}  // namespace fiak

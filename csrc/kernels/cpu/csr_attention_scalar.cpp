@@ -1,0 +1,15 @@
+#include "kernels/cpu/csr_attention_scalar.h"
+
+#include "kernels/cpu/tables.h"
+
+namespace fiak::cpu::scalar {
+
+void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  with_element_type(args.dtype, [&](auto x) { cpu::csr_forward<decltype(x)>(args, result, parallel); });
+}
+
+void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
+  with_element_type(args.dtype, [&](auto x) { cpu::csr_backward<decltype(x)>(args, grads, parallel); });
+}
+
+}  // namespace fiak::cpu::scalar

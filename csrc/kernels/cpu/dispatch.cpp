@@ -1,0 +1,74 @@
+#include "kernels/cpu/dispatch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cpu/tables.h"
+
+namespace fiak::cpu {
+namespace {
+
+#define FIAK_TABLE(isa)                                                                                          \
+  {                                                                                                              \
+    isa::prior_forward, isa::prior_backward, isa::csr_forward, isa::csr_backward, isa::compact_linear_forward,   \
+        isa::compact_linear_backward                                                                             \
+  }
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
+    return Isa::kScalar;
+  }
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#else
+  return Isa::kScalar;
+#endif
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa machine_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa selected_isa() {
+  const char* wanted = std::getenv("FIAK_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return machine_isa();
+  const auto* name = std::find(std::begin(kNames), std::end(kNames), std::string(wanted));
+  if (name == std::end(kNames)) {
+    throw std::invalid_argument(std::string("FIAK_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16 (got ") + wanted +
+                                ")");
+  }
+  return std::min(machine_isa(), static_cast<Isa>(name - std::begin(kNames)));
+}
+
+Isa kernel_isa(DType dtype) {
+  const Isa selected = selected_isa();
+  if (dtype == DType::kFloat64) return Isa::kScalar;
+  return std::min(selected, Isa::kAvx512);  // no kernels of its own at the BF16 level
+}
+
+const Kernels& kernels(Isa isa) {
+#if defined(__x86_64__)
+  static constexpr Kernels kTables[] = {FIAK_TABLE(scalar), FIAK_TABLE(avx2), FIAK_TABLE(avx512)};
+#else
+  static constexpr Kernels kTables[] = {FIAK_TABLE(scalar)};
+#endif
+  return kTables[static_cast<int>(isa)];
+}
+
+}  // namespace fiak::cpu

@@ -1,0 +1,37 @@
+// Which CPU kernels a call gets: the best instruction set of this machine, or less if FIAK_CPU_ISA says so.
+#pragma once
+
+#include "kernels/attention.h"
+#include "kernels/compact.h"
+
+namespace fiak::cpu {
+
+enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+
+/// One implementation of every op. The scalar table takes every dtype; the others take all but float64.
+struct Kernels {
+  void (*prior_forward)(const PriorArgs&, const ForwardResult&, const Parallel&);
+  void (*prior_backward)(const PriorArgs&, const BackwardArgs&, const Parallel&);
+  void (*csr_forward)(const CsrArgs&, const ForwardResult&, const Parallel&);
+  void (*csr_backward)(const CsrArgs&, const BackwardArgs&, const Parallel&);
+  void (*compact_linear_forward)(const CompactLinearArgs&, const Output& output, const Parallel&);
+  void (*compact_linear_backward)(const CompactLinearArgs&, const CompactLinearGrads&, const Parallel&);
+};
+
+const char* isa_name(Isa isa);
+
+/// The best instruction set that this machine has.
+Isa machine_isa();
+
+/// machine_isa(), lowered by the environment variable FIAK_CPU_ISA (scalar, avx2, avx512, avx512_bf16), which is read
+/// at every call; throws std::invalid_argument for another name.
+Isa selected_isa();
+
+/// The instruction set of the kernels that a call with this dtype runs on: float64 runs scalar, and a level without
+/// kernels of its own uses the next lower one.
+Isa kernel_isa(DType dtype);
+
+/// The kernels of kernel_isa(dtype); `isa` must be a value that kernel_isa returned.
+const Kernels& kernels(Isa isa);
+
+}  // namespace fiak::cpu

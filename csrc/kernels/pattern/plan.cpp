@@ -1,0 +1,212 @@
+#include "kernels/pattern/plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace fiak {
+namespace {
+
+constexpr uint64_t kMagic = 0x31306e616c506946;  // "FiPlan01"
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t blocks(int64_t size) { return std::max<int64_t>(1, (size + kPlanBlock - 1) / kPlanBlock); }
+
+int64_t at(const void* data, bool wide, int64_t index) {
+  return wide ? static_cast<const int64_t*>(data)[index] : static_cast<const int32_t*>(data)[index];
+}
+
+int64_t sample_index(int sample, int64_t count) { return count * sample / kPlanSamples; }
+
+/// The sampled offset or column, or 0 where there is none.
+int64_t sampled(const void* data, bool wide, int sample, int64_t count) {
+  return count > 0 ? at(data, wide, sample_index(sample, count)) : 0;
+}
+
+std::string got(const char* rule, int64_t value) { return std::string(rule) + " (got " + std::to_string(value) + ")"; }
+
+template <class Index>
+std::string check(const Index* crow, const Index* col, int64_t num_rows, int64_t nnz, int64_t num_queries,
+                  int64_t num_keys) {
+  if (crow[0] != 0) return got("crow_indices must start with 0", crow[0]);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (crow[row + 1] < crow[row]) {
+      return "crow_indices must not decrease (got " + std::to_string(crow[row + 1]) + " after " +
+             std::to_string(crow[row]) + " at row " + std::to_string(row) + ")";
+    }
+  }
+  if (crow[num_rows] != nnz) {
+    return "crow_indices must end with the number of col_indices, " + std::to_string(nnz) + " (got " +
+           std::to_string(crow[num_rows]) + ")";
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    int64_t previous = -1;
+    for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) {
+      const int64_t column = col[entry];
+      if (column < 0 || column >= num_keys) {
+        return "col_indices must lie in 0.." + std::to_string(num_keys - 1) + " (got " + std::to_string(column) +
+               " in row " + std::to_string(row) + ")";
+      }
+      if (column <= previous) {
+        return "col_indices must ascend within a row, without duplicates (got " + std::to_string(column) + " after " +
+               std::to_string(previous) + " in row " + std::to_string(row) + ")";
+      }
+      previous = column;
+    }
+  }
+  for (int64_t row = 0; row < num_rows; row += num_queries) {
+    const int64_t entries = crow[row + num_queries] - crow[row];
+    if (entries > std::numeric_limits<uint32_t>::max()) return got("a head must have fewer than 2^32 entries", entries);
+  }
+  return {};
+}
+
+template <class Index>
+void build(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, char* plan) {
+  auto* row_segments = reinterpret_cast<int64_t*>(plan + layout.row_segments);
+  auto* columns = reinterpret_cast<uint16_t*>(plan + layout.columns);
+  auto* column_segments = reinterpret_cast<int64_t*>(plan + layout.column_segments);
+  auto* rows = reinterpret_cast<uint16_t*>(plan + layout.rows);
+  auto* positions = reinterpret_cast<uint32_t*>(plan + layout.positions);
+
+  row_segments[0] = 0;
+  for (int64_t row = 0; row < header.num_rows; ++row) {
+    int64_t entry = crow[row];
+    for (int64_t block = 0; block < layout.key_blocks; ++block) {
+      for (; entry < crow[row + 1] && col[entry] < (block + 1) * kPlanBlock; ++entry) {
+        columns[entry] = static_cast<uint16_t>(col[entry] - block * kPlanBlock);
+      }
+      row_segments[row * layout.key_blocks + block + 1] = entry;
+    }
+  }
+
+  // The transpose by counting: entries of a column come out with ascending rows.
+  const int64_t segments = layout.heads * header.num_keys * layout.query_blocks;
+  std::fill(column_segments, column_segments + segments + 1, 0);
+  for (int64_t head = 0; head < layout.heads; ++head) {
+    int64_t* counts = column_segments + head * header.num_keys * layout.query_blocks + 1;
+    for (int64_t query = 0; query < header.num_queries; ++query) {
+      const int64_t row = head * header.num_queries + query, block = query / kPlanBlock;
+      for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) ++counts[col[entry] * layout.query_blocks + block];
+    }
+  }
+  for (int64_t i = 0; i < segments; ++i) column_segments[i + 1] += column_segments[i];
+  std::vector<int64_t> next(column_segments, column_segments + segments);
+  for (int64_t head = 0; head < layout.heads; ++head) {
+    const int64_t first = crow[head * header.num_queries];
+    int64_t* head_next = next.data() + head * header.num_keys * layout.query_blocks;
+    for (int64_t query = 0; query < header.num_queries; ++query) {
+      const int64_t row = head * header.num_queries + query, block = query / kPlanBlock;
+      for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) {
+        const int64_t place = head_next[col[entry] * layout.query_blocks + block]++;
+        rows[place] = static_cast<uint16_t>(query - block * kPlanBlock);
+        positions[place] = static_cast<uint32_t>(entry - first);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, int64_t nnz) {
+  PlanLayout layout{};
+  layout.heads = num_queries > 0 ? num_rows / num_queries : 0;
+  layout.key_blocks = blocks(num_keys);
+  layout.query_blocks = blocks(num_queries);
+  int64_t offset = aligned(sizeof(PlanHeader));
+  const auto section = [&offset](int64_t& start, int64_t bytes) {
+    start = offset;
+    offset += aligned(bytes);
+  };
+  section(layout.row_segments, (num_rows * layout.key_blocks + 1) * 8);
+  section(layout.columns, (nnz + kPlanPadding) * 2);
+  section(layout.column_segments, (layout.heads * num_keys * layout.query_blocks + 1) * 8);
+  section(layout.rows, (nnz + kPlanPadding) * 2);
+  section(layout.positions, nnz * 4);
+  layout.bytes = offset;
+  return layout;
+}
+
+std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
+  if (num_queries > 0 ? csr.num_rows % num_queries != 0 : csr.num_rows != 0) {
+    return "crow_indices must hold a multiple of num_queries rows, " + std::to_string(num_queries) + " (got " +
+           std::to_string(csr.num_rows) + " rows)";
+  }
+  return csr.wide ? check(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col), csr.num_rows,
+                          csr.nnz, num_queries, num_keys)
+                  : check(static_cast<const int32_t*>(csr.crow), static_cast<const int32_t*>(csr.col), csr.num_rows,
+                          csr.nnz, num_queries, num_keys);
+}
+
+void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan) {
+  const PlanLayout layout = plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz);
+  std::memset(plan, 0, layout.bytes);
+  PlanHeader header{kMagic, layout.bytes, csr.num_rows, num_queries, num_keys, csr.nnz, {}, {}};
+  for (int i = 0; i < kPlanSamples; ++i) {
+    header.crow_sample[i] = sampled(csr.crow, csr.wide, i, csr.num_rows + 1);
+    header.col_sample[i] = sampled(csr.col, csr.wide, i, csr.nnz);
+  }
+  std::memcpy(plan, &header, sizeof header);
+  auto* bytes = static_cast<char*>(plan);
+  if (csr.wide) {
+    build(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col), header, layout, bytes);
+  } else {
+    build(static_cast<const int32_t*>(csr.crow), static_cast<const int32_t*>(csr.col), header, layout, bytes);
+  }
+}
+
+std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, int64_t num_keys, bool deep) {
+  PlanHeader header;
+  if (bytes < static_cast<int64_t>(sizeof header)) return got("plan must come from csr_plan; it is too short", bytes);
+  std::memcpy(&header, plan, sizeof header);
+  if (header.magic != kMagic) return "plan must come from csr_plan of this version; its first bytes are not a plan's";
+  if (header.bytes != bytes) return got("plan must have the size that its header names", bytes);
+  if (header.num_rows != csr.num_rows || header.nnz != csr.nnz || header.num_keys != num_keys) {
+    return "plan must be made for this pattern of " + std::to_string(csr.num_rows) + " rows, " +
+           std::to_string(num_keys) + " keys and " + std::to_string(csr.nnz) + " entries (got one for " +
+           std::to_string(header.num_rows) + ", " + std::to_string(header.num_keys) + " and " +
+           std::to_string(header.nnz) + ")";
+  }
+  if (plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz).bytes != bytes) {
+    return got("plan must have the size of its pattern's plan", bytes);
+  }
+  for (int i = 0; i < kPlanSamples; ++i) {
+    if (header.crow_sample[i] != sampled(csr.crow, csr.wide, i, csr.num_rows + 1)) {
+      return "plan must be made for these crow_indices; they differ at index " +
+             std::to_string(sample_index(i, csr.num_rows + 1));
+    }
+    if (header.col_sample[i] != sampled(csr.col, csr.wide, i, csr.nnz)) {
+      return "plan must be made for these col_indices; they differ at index " + std::to_string(sample_index(i, csr.nnz));
+    }
+  }
+  if (!deep) return {};
+  if (std::string error = check_csr(csr, header.num_queries, num_keys); !error.empty()) return error;
+  std::vector<char> expected(bytes);
+  build_plan(csr, header.num_queries, num_keys, expected.data());
+  if (std::memcmp(expected.data(), plan, bytes) != 0) return "plan must be what csr_plan makes of this pattern; its body differs";
+  return {};
+}
+
+PlanView view_plan(const void* plan) {
+  PlanHeader header;
+  std::memcpy(&header, plan, sizeof header);
+  const PlanLayout layout = plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz);
+  const auto* bytes = static_cast<const char*>(plan);
+  PlanView view;
+  view.heads = layout.heads;
+  view.num_queries = header.num_queries;
+  view.num_keys = header.num_keys;
+  view.nnz = header.nnz;
+  view.key_blocks = layout.key_blocks;
+  view.query_blocks = layout.query_blocks;
+  view.row_segments = reinterpret_cast<const int64_t*>(bytes + layout.row_segments);
+  view.columns = reinterpret_cast<const uint16_t*>(bytes + layout.columns);
+  view.column_segments = reinterpret_cast<const int64_t*>(bytes + layout.column_segments);
+  view.rows = reinterpret_cast<const uint16_t*>(bytes + layout.rows);
+  view.positions = reinterpret_cast<const uint32_t*>(bytes + layout.positions);
+  return view;
+}
+
+}  // namespace fiak

@@ -1,0 +1,64 @@
+// The execution plan of a CSR pattern: validation, compressed offsets and the transpose.
+//
+// A pattern is one CSR matrix of heads * num_queries rows (heads = groups * query heads) and num_keys columns.
+// Column indices are stored in 16 bits, relative to blocks of 65536 keys; a row is therefore a run of one segment for
+// each key block. The transpose holds, for each key of each head, its rows (16 bits, relative to blocks of 65536
+// queries) and where in the head's row-major entries each one stands.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace fiak {
+
+constexpr int64_t kPlanBlock = 65536;
+constexpr int64_t kPlanPadding = 32;  ///< readable 16-bit indices behind the last entry
+constexpr int kPlanSamples = 8;
+
+struct PlanHeader {
+  uint64_t magic;
+  int64_t bytes;
+  int64_t num_rows, num_queries, num_keys, nnz;
+  int64_t crow_sample[kPlanSamples], col_sample[kPlanSamples];
+};
+
+/// Byte offsets of the sections; a function of the sizes alone, so that a plan's size is known without its content.
+struct PlanLayout {
+  int64_t heads, key_blocks, query_blocks;
+  int64_t row_segments, columns, column_segments, rows, positions, bytes;
+};
+PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, int64_t nnz);
+
+/// What the kernels read.
+struct PlanView {
+  int64_t heads = 0, num_queries = 0, num_keys = 0, nnz = 0, key_blocks = 1, query_blocks = 1;
+  const int64_t* row_segments = nullptr;     ///< [heads * num_queries * key_blocks + 1], offsets into columns
+  const uint16_t* columns = nullptr;         ///< [nnz], column - 65536 * block
+  const int64_t* column_segments = nullptr;  ///< [heads * num_keys * query_blocks + 1], offsets into rows
+  const uint16_t* rows = nullptr;            ///< [nnz], row in its head - 65536 * block
+  const uint32_t* positions = nullptr;       ///< [nnz], the entry's place among its head's row-major entries
+};
+
+/// A CSR matrix with 32 or 64 bit indices (both arrays alike), num_rows + 1 offsets and nnz columns.
+struct CsrIndices {
+  const void* crow;
+  const void* col;
+  bool wide;  ///< int64 instead of int32
+  int64_t num_rows, nnz;
+};
+
+/// Empty if the indices are a well-formed pattern with num_keys columns, else the broken rule with the value found,
+/// starting with the argument's name. Reads nothing out of bounds whatever the content.
+std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys);
+
+/// Writes plan_layout(...).bytes bytes at `plan`, every one of them. The indices must have passed check_csr.
+void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan);
+
+/// Empty if `plan` (`bytes` long) is a plan made by build_plan for these indices, as far as its header and samples of
+/// the indices tell, in O(1); else what is wrong. `deep` compares the body with a newly built plan.
+std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, int64_t num_keys, bool deep);
+
+PlanView view_plan(const void* plan);
+
+}  // namespace fiak
