@@ -1,0 +1,643 @@
+"""Attention with learned priors over its (query, key) pairs, and the same attention once it is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from fiak_ext.pattern import SparsePattern
+
+__all__ = ["CompactLinear", "MultiHeadSelfAttention", "PriorAttention"]
+
+Kind = Literal["fiak", "gmm", "softmax"]
+Parameterization = Literal["softmax", "clamp"]
+Score = Literal["dot", "gaussian"]
+
+
+class PriorAttention(nn.Module):
+    """Multi-head attention whose pairs carry a learned prior, without projections (Eq. 12 of the paper).
+
+    ``a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij')``, with weights ``w`` shared by the whole batch. Once pruned
+    (:meth:`set_pattern`), the prior is gone, the pairs of the pattern have weight 1 and all others do not exist. A
+    checkpoint says by itself whether it is pruned: loading it turns the module into what it needs.
+
+    Args:
+        num_heads: query heads.
+        num_queries: the longest input, in queries; shorter ones use the first rows.
+        num_keys: the longest input, in keys; by default ``num_queries``.
+        kind: ``"fiak"``, a prior for every pair (Eq. 12); ``"gmm"``, one for every key (Eq. 7); ``"softmax"``, none,
+            the dense baseline.
+        parameterization: ``"softmax"``, priors are the softmax of logits over the keys that a query may see, and start
+            uniform; ``"clamp"``, the paper's ``min(|pi|, 1)``, starting at ``num_keys ** -0.5`` for FiAK, at
+            ``1 / num_keys`` for GMM and at 1 for causal attention.
+        is_causal: query i sees keys ``j <= i``.
+        score: ``"dot"``, ``s = scale q.k``, or ``"gaussian"``, ``s = -scale/2 |q-k|^2`` (Eq. 8).
+        scale: by default ``1 / sqrt(D)``.
+        dropout_p: probability of dropping a normalised weight in training.
+        groups: priors that the batch elements use in turn: element b uses group ``b % groups``.
+
+    Attributes:
+        prior: the parameter, logits (``"softmax"``) or pi (``"clamp"``): ``[groups, num_heads, num_queries, num_keys]``
+            for FiAK, ``[groups, num_heads, 1, num_keys]`` for GMM; None for softmax attention and once pruned.
+        posterior: mean posterior attention ``[groups, num_heads, num_queries, num_keys]``, or None before calibration;
+            not saved. ``reached``, of the same shape, counts the inputs behind each mean.
+        recorder: called with query, key and the other arguments of :meth:`forward` as a dict before each forward, if
+            not None.
+
+    Raises:
+        ValueError: a size below 1, a probability outside 0..1, or an unknown name.
+    """
+
+    prior: nn.Parameter | None
+    pattern_crow_indices: Tensor | None
+    pattern_col_indices: Tensor | None
+    keep: Tensor | None
+    _plan: Tensor | None
+    _place: Tensor
+    posterior: Tensor | None
+    reached: Tensor | None
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_queries: int,
+        num_keys: int | None = None,
+        *,
+        kind: Kind = "fiak",
+        parameterization: Parameterization = "softmax",
+        is_causal: bool = False,
+        score: Score = "dot",
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        num_keys = num_queries if num_keys is None else num_keys
+        sizes = {"num_heads": num_heads, "num_queries": num_queries, "num_keys": num_keys, "groups": groups}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"PriorAttention: {name} must be at least 1 (got {size})")
+        for name, choice, choices in (
+            ("kind", kind, ("fiak", "gmm", "softmax")),
+            ("parameterization", parameterization, ("softmax", "clamp")),
+            ("score", score, ("dot", "gaussian")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"PriorAttention: {name} must be one of {', '.join(choices)} (got {choice!r})")
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"PriorAttention: dropout_p must be in 0..1 (got {dropout_p})")
+        self.num_heads = num_heads
+        self.num_queries = num_queries
+        self.num_keys = num_keys
+        self.groups = groups
+        self.kind = kind
+        self.parameterization = parameterization
+        self.is_causal = is_causal
+        self.score = score
+        self.scale = scale
+        self.dropout_p = dropout_p
+        self.recorder: Callable[[Tensor, Tensor, Mapping[str, Any]], None] | None = None
+        self.register_parameter("prior", None)
+        self.register_buffer("pattern_crow_indices", None)
+        self.register_buffer("pattern_col_indices", None)
+        self.register_buffer("keep", None)
+        self.register_buffer("_plan", None, persistent=False)
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # tells where a module without prior lies
+        self.register_buffer("posterior", None, persistent=False)
+        self.register_buffer("reached", None, persistent=False)
+        self._restore_prior()
+
+    def reset_parameters(self) -> None:
+        """Sets the prior to its initial value, a uniform one."""
+        if self.prior is None:
+            return
+        if self.parameterization == "softmax":
+            initial = 0.0
+        elif self.is_causal:
+            initial = 1.0
+        else:
+            initial = self.num_keys**-0.5 if self.kind == "fiak" else 1.0 / self.num_keys
+        nn.init.constant_(self.prior, initial)
+
+    # ---------------------------------------------------------------- the prior
+
+    def eligible(self) -> Tensor:
+        """bool ``[num_queries, num_keys]``: the pairs that may attend at all, ``j <= i`` if causal."""
+        pairs = torch.ones(self.num_queries, self.num_keys, dtype=torch.bool, device=self._device)
+        return pairs.tril() if self.is_causal else pairs
+
+    def weight(self) -> Tensor:
+        """The weights w that attention uses, in the shape of the prior, float32 (float64 for a float64 prior).
+
+        ``"clamp"``: ``min(|pi|, 1)``. ``"softmax"``: pi times the number of keys that the row may see (GMM: of all
+        keys), so that a uniform prior gives ones. 0 for pairs of FiAK that are not eligible.
+
+        Raises:
+            RuntimeError: a module without prior: softmax attention, or pruned.
+        """
+        if self.prior is None:
+            raise RuntimeError(f"PriorAttention.weight: there is no prior ({self._state()})")
+        prior = self.prior if self.prior.dtype == torch.float64 else self.prior.float()
+        causal = self.is_causal and self.kind == "fiak"
+        if self.parameterization == "clamp":
+            weight = prior.abs().clamp(max=1.0)
+            return weight.tril() if causal else weight
+        if not causal:
+            return prior.softmax(-1) * self.num_keys
+        visible = torch.arange(1, self.num_queries + 1, device=prior.device).clamp(max=self.num_keys)
+        return prior.masked_fill(~self.eligible(), -torch.inf).softmax(-1) * visible.unsqueeze(-1)
+
+    @torch.no_grad()
+    def importance(self) -> Tensor:
+        """What pruning ranks by, ``[groups, num_heads, num_queries, num_keys]``: 0 for pairs that are not eligible.
+
+        ``"softmax"``: pi times the number of keys that the row may see, comparable between rows because each row's mean
+        is 1; ``"clamp"``: ``|pi|`` as it is. Softmax attention holds all eligible pairs for equally important.
+
+        Raises:
+            RuntimeError: a pruned module.
+        """
+        if self.is_pruned:
+            raise RuntimeError("PriorAttention.importance: there is no prior any more (the module is pruned)")
+        shape = (self.groups, self.num_heads, self.num_queries, self.num_keys)
+        eligible = self.eligible()
+        if self.prior is None:
+            return eligible.float().expand(shape).clone()
+        importance = self.prior.abs() if self.parameterization == "clamp" else self.weight()
+        return importance.expand(shape).masked_fill(~eligible, 0)
+
+    # ---------------------------------------------------------------- the pattern
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a static pattern has taken the place of the prior."""
+        return self.pattern_crow_indices is not None
+
+    @property
+    def is_compacted(self) -> bool:
+        """Whether :meth:`compact` has dropped the keys that no query keeps."""
+        return self.keep is not None
+
+    @property
+    def pattern(self) -> SparsePattern | None:
+        """The pairs that are left, or None before pruning; once compacted, its columns are those of ``keep``."""
+        if self.pattern_crow_indices is None or self.pattern_col_indices is None:
+            return None
+        pattern = SparsePattern(
+            self.pattern_crow_indices,
+            self.pattern_col_indices,
+            self.num_heads,
+            self.num_queries,
+            self.num_keys if self.keep is None else self.keep.size(1),
+            self.groups,
+        )
+        pattern._plan = self._plan
+        return pattern
+
+    def set_pattern(self, pattern: SparsePattern) -> None:
+        """Prunes: deletes the prior and keeps the pairs of ``pattern``, with weight 1.
+
+        Calibration results go with the prior. An optimizer made before still holds the deleted parameter: make a new
+        one.
+
+        Args:
+            pattern: of this module's sizes; it is moved to the module's device.
+
+        Raises:
+            ValueError: another number of heads, queries, keys or groups, or pairs above the diagonal where causal.
+            RuntimeError: indices that are not a well-formed pattern, or a compacted module.
+        """
+        if self.is_compacted:
+            raise RuntimeError("PriorAttention.set_pattern: the module must not be compacted")
+        for name in ("num_heads", "num_queries", "num_keys", "groups"):
+            expected, got = getattr(self, name), getattr(pattern, name)
+            if got != expected:
+                raise ValueError(f"PriorAttention.set_pattern: pattern.{name} must be {expected} (got {got})")
+        pattern = pattern.to(self._device)
+        _ = pattern.plan  # validates
+        if self.is_causal and bool((pattern.to_mask() & ~self.eligible()).any()):
+            raise ValueError("PriorAttention.set_pattern: pattern must keep no pair above the diagonal (is_causal)")
+        self._adopt(pattern, None)
+
+    def compact(self, num_key_heads: int | None = None) -> Tensor:
+        """Renumbers the keys so that those which no query keeps are gone.
+
+        Afterwards :meth:`forward` takes only the rows ``keep`` of key and value, as ``fiak::compact_kv`` and
+        ``fiak::compact_linear`` give them. A module cannot be pruned again after this.
+
+        Args:
+            num_key_heads: heads of key and value, by default as many as query heads.
+
+        Returns:
+            ``keep``, int64 ``[num_key_heads, K]``: the kept keys of each key head, ascending, padded with -1.
+
+        Raises:
+            RuntimeError: a module that is not pruned, or compacted already.
+            ValueError: ``num_heads`` that is not a multiple of ``num_key_heads``.
+        """
+        pattern = self.pattern
+        if pattern is None:
+            raise RuntimeError("PriorAttention.compact: the module must be pruned first")
+        if self.is_compacted:
+            raise RuntimeError("PriorAttention.compact: the module is compacted already")
+        pattern, keep = pattern.compact(num_key_heads)
+        self._adopt(pattern, keep)
+        return keep
+
+    def _adopt(self, pattern: SparsePattern, keep: Tensor | None) -> None:
+        self.prior = None
+        self.posterior = None
+        self.reached = None
+        self.pattern_crow_indices = pattern.crow_indices
+        self.pattern_col_indices = pattern.col_indices
+        self.keep = keep
+        self._plan = pattern._plan
+
+    def _restore_prior(self) -> None:
+        """The state before pruning, with an initial prior."""
+        self.pattern_crow_indices = None
+        self.pattern_col_indices = None
+        self.keep = None
+        self._plan = None
+        if self.kind != "softmax":
+            rows = self.num_queries if self.kind == "fiak" else 1
+            shape = (self.groups, self.num_heads, rows, self.num_keys)
+            self.prior = nn.Parameter(torch.empty(shape, device=self._device, dtype=self._place.dtype))
+            self.reset_parameters()
+
+    # ---------------------------------------------------------------- attention
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        kv_lens: Tensor | None = None,
+        query_offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: ``[B, num_heads, n, D]`` with n up to ``num_queries``.
+            key: ``[B, H, m, D]`` with m up to ``num_keys``; ``num_heads`` is a multiple of H. Once compacted, the rows
+                ``keep``.
+            value: ``[B, H, m, Dv]``, likewise.
+            kv_lens: ``[B]``, the number of keys of each batch element, counted before compaction; keys behind take no
+                part.
+            query_offsets: ``[B]``, the position of each element's first query (decoding with cached keys and values);
+                0 by default.
+
+        Returns:
+            ``[B, num_heads, n, Dv]``, in the memory order ``[B, n, num_heads, Dv]``.
+
+        Raises:
+            ValueError: another number of heads, or an input longer than the module's sizes.
+            RuntimeError: what the ops refuse.
+        """
+        if self.recorder is not None:
+            self.recorder(query, key, {"kv_lens": kv_lens, "query_offsets": query_offsets})
+        self._check(query, key)
+        dropout_p = self.dropout_p if self.training else 0.0
+        if self.is_pruned:
+            return self._attend_pattern(query, key, value, kv_lens, query_offsets, dropout_p)
+        plain = self.kind == "softmax" and self.score == "dot"
+        if plain and kv_lens is None and query_offsets is None:
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dropout_p=dropout_p,
+                is_causal=self.is_causal,
+                scale=self.scale,
+                enable_gqa=key.size(1) != self.num_heads,
+            )
+        output: Tensor = torch.ops.fiak.prior_attention(
+            query,
+            key,
+            value,
+            self._dense_weight(query, key, query_offsets),
+            is_causal=self.is_causal and query_offsets is None,
+            kv_lens=kv_lens,
+            dropout_p=dropout_p,
+            seed=_draw_seed(dropout_p, query.device),
+            scale=self.scale,
+            score=self.score,
+        )
+        return output
+
+    def _check(self, query: Tensor, key: Tensor) -> None:
+        for name, tensor in (("query", query), ("key", key)):
+            if tensor.dim() != 4:
+                raise ValueError(f"PriorAttention: {name} must have 4 dimensions (got shape {tuple(tensor.shape)})")
+        if query.size(1) != self.num_heads:
+            raise ValueError(f"PriorAttention: query must have {self.num_heads} heads (got {query.size(1)})")
+        if query.size(2) > self.num_queries:
+            raise ValueError(f"PriorAttention: query must have at most {self.num_queries} rows (got {query.size(2)})")
+        if self.keep is not None:
+            if key.size(1) != self.keep.size(0) or key.size(2) != self.keep.size(1):
+                raise ValueError(
+                    f"PriorAttention: key must be compacted to {self.keep.size(0)} heads of {self.keep.size(1)} rows "
+                    f"(got {key.size(1)} heads of {key.size(2)} rows)"
+                )
+        elif key.size(2) > self.num_keys:
+            raise ValueError(f"PriorAttention: key must have at most {self.num_keys} rows (got {key.size(2)})")
+
+    def _dense_weight(self, query: Tensor, key: Tensor, query_offsets: Tensor | None) -> Tensor | None:
+        """The weights as fiak::prior_attention takes them, for the rows and columns of this input."""
+        batch, _, queries, _ = query.shape
+        weight = None if self.prior is None else self.weight()
+        if query_offsets is not None and self.is_causal:
+            # The op aligns causality with the first row; rows from elsewhere carry it in their weights.
+            weight = self.eligible()[None, None].float() if weight is None else weight * self.eligible()
+        if weight is None:
+            return None
+        if query_offsets is not None and weight.size(2) > 1:
+            group = torch.arange(batch, device=query.device) % weight.size(0)
+            rows = query_offsets.unsqueeze(-1) + torch.arange(queries, device=query.device)
+            weight = weight[group.unsqueeze(-1), :, rows].transpose(1, 2)
+        weight = weight[:, :, :queries, : key.size(2)]
+        return weight.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+    def _attend_pattern(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_lens: Tensor | None,
+        query_offsets: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        """Pruned attention. A shorter input uses the pattern's first rows and columns without a pattern of its own."""
+        pattern = self.pattern
+        assert pattern is not None
+        if self._plan is None:
+            self._plan = pattern.plan
+        batch, _, queries, _ = query.shape
+        keys = key.size(2)
+        if self.keep is not None:
+            if kv_lens is not None:
+                kv_lens = ((self.keep >= 0) & (self.keep < kv_lens[:, None, None])).sum(-1)
+        elif keys < self.num_keys:
+            kv_lens = torch.full((batch,), keys, device=key.device) if kv_lens is None else kv_lens.clamp(max=keys)
+            key, value = (F.pad(tensor, (0, 0, 0, self.num_keys - keys)) for tensor in (key, value))
+        if queries < self.num_queries and query_offsets is None:
+            query_offsets = torch.zeros(batch, dtype=torch.int64, device=query.device)
+        return pattern.attend(
+            query,
+            key,
+            value,
+            query_offsets=query_offsets,
+            kv_lens=kv_lens,
+            dropout_p=dropout_p,
+            seed=_draw_seed(dropout_p, query.device),
+            scale=self.scale,
+            score=self.score,
+        )
+
+    # ---------------------------------------------------------------- copies, moves and checkpoints
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans are made, never copied or saved.
+        return {**self.__dict__, "_buffers": {**self._buffers, "_plan": None}}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriorAttention:
+        device = self._device
+        super()._apply(fn, recurse)
+        if self._device != device:
+            self._plan = None
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes the checkpoint's state, dense, pruned or compacted, before the tensors are copied."""
+        crow = state_dict.get(f"{prefix}pattern_crow_indices")
+        col = state_dict.get(f"{prefix}pattern_col_indices")
+        if crow is not None and col is not None:
+            try:
+                self._load_pattern(crow.clone(), col.clone(), state_dict.get(f"{prefix}keep"), local_metadata)
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(f"{prefix}pattern: {error}")
+                return
+        elif f"{prefix}prior" in state_dict and self.is_pruned:
+            self._restore_prior()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_pattern(self, crow: Tensor, col: Tensor, keep: Tensor | None, metadata: Mapping[str, Any]) -> None:
+        if keep is not None:
+            _check_keep(keep, self.num_heads, self.num_keys)
+            keep = keep.clone()
+        num_keys = self.num_keys if keep is None else keep.size(1)
+        pattern = SparsePattern.from_csr(crow, col, self.num_heads, self.num_queries, num_keys, self.groups)
+        if not metadata.get("assign_to_params_buffers", False):
+            pattern = pattern.to(self._device)
+            keep = None if keep is None else keep.to(self._device)
+        self._adopt(pattern, keep)
+
+    @property
+    def _device(self) -> torch.device:
+        tensor = self.pattern_crow_indices if self.prior is None else self.prior
+        return (self._place if tensor is None else tensor).device
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_heads}, {self.num_queries}, {self.num_keys}, kind={self.kind!r}", self._state()]
+        if self.kind != "softmax":
+            parts.append(f"parameterization={self.parameterization!r}")
+        for name, default in (
+            ("is_causal", False),
+            ("score", "dot"),
+            ("scale", None),
+            ("dropout_p", 0.0),
+            ("groups", 1),
+        ):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
+        return ", ".join(parts)
+
+    def _state(self) -> str:
+        pattern = self.pattern
+        if pattern is None:
+            return "dense"
+        return f"{'compacted' if self.is_compacted else 'pruned'} to {pattern.nnz} pairs"
+
+
+class CompactLinear(nn.Module):
+    """Keys and values of the kept positions of each head, by one ``fiak::compact_linear``.
+
+    Args:
+        weight: ``[2 * num_heads * head_dim, dim]``, the key projections of all heads, then the value projections.
+        bias: ``[2 * num_heads * head_dim]`` or None.
+        num_heads: key heads.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects the rows ``keep [num_heads, K]`` of ``x [B, M, dim]`` to key and value ``[B, num_heads, K, D]``.
+
+        Rows of zeros where keep is -1.
+        """
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        both: Tensor = torch.ops.fiak.compact_linear(x, weight, bias, keep.repeat(2, 1))
+        key, value = both.chunk(2, 1)
+        return key, value
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.size(1)}, {self.weight.size(0)}, num_heads={self.num_heads}, bias={self.bias is not None}"
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Self-attention with projections around :class:`PriorAttention`.
+
+    Args:
+        dim: features of the input and the output.
+        num_heads: heads.
+        num_tokens: the longest input.
+        head_dim: features of each head, by default ``dim / num_heads``.
+        qkv_bias: whether the input projections have a bias.
+        proj_bias: whether the output projection has one.
+        **attention: further arguments of :class:`PriorAttention`.
+
+    Attributes:
+        qkv: the input projections in one, queries, keys, values; None once compacted.
+        q, kv: the same once compacted, None before.
+        attention: the :class:`PriorAttention`.
+        proj: the output projection.
+
+    Raises:
+        ValueError: ``dim`` that is not a multiple of ``num_heads`` where ``head_dim`` is left out.
+    """
+
+    qkv: nn.Linear | None
+    q: nn.Linear | None
+    kv: CompactLinear | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_tokens: int,
+        *,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(
+                    "MultiHeadSelfAttention: dim must be a multiple of num_heads where head_dim is left out "
+                    f"(got {dim} and {num_heads})"
+                )
+            head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_tokens = num_tokens
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
+        self.q = None
+        self.kv = None
+        self.attention = PriorAttention(num_heads, num_tokens, **attention)
+        self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, kv_lens: Tensor | None = None) -> Tensor:
+        """Maps ``x [B, n, dim]``, n up to ``num_tokens``, to ``[B, n, dim]``.
+
+        Args:
+            x: the tokens.
+            kv_lens: ``[B]``, the number of tokens of each batch element; those behind are not attended.
+
+        Raises:
+            ValueError: an input longer than ``num_tokens``.
+        """
+        batch, tokens, _ = x.shape
+        if tokens > self.num_tokens:
+            raise ValueError(f"MultiHeadSelfAttention: x must have at most {self.num_tokens} tokens (got {tokens})")
+        heads = (batch, tokens, -1, self.num_heads, self.head_dim)
+        if self.qkv is not None:
+            query, key, value = self.qkv(x).view(heads).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            assert self.q is not None and self.kv is not None and self.attention.keep is not None
+            keep = self.attention.keep
+            if tokens < self.num_tokens:
+                keep = keep.masked_fill(keep >= tokens, -1)
+                if kv_lens is None and not self.attention.is_causal:
+                    kv_lens = torch.full((batch,), tokens, device=x.device)
+            query = self.q(x).view(heads).squeeze(2).transpose(1, 2)
+            key, value = self.kv(x, keep)
+        return self.proj(self.attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Drops the key and value projections of the positions that no query of a head keeps.
+
+        Outputs change by rounding only. ``qkv`` becomes ``q`` and ``kv``: an optimizer made before still holds the old
+        parameter, so make a new one to go on training.
+
+        Raises:
+            RuntimeError: attention that is not pruned, or compacted already.
+        """
+        self.attention.compact()
+        self._split_projection()
+
+    def _split_projection(self) -> None:
+        assert self.qkv is not None
+        weight, bias = self.qkv.weight.detach(), self.qkv.bias
+        width = self.num_heads * self.head_dim
+        self.q = skip_init(
+            nn.Linear, weight.size(1), width, bias=bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        self.q.weight = nn.Parameter(weight[:width].clone())
+        if bias is not None:
+            self.q.bias = nn.Parameter(bias.detach()[:width].clone())
+        kv_bias = None if bias is None else bias.detach()[width:].clone()
+        self.kv = CompactLinear(weight[width:].clone(), kv_bias, self.num_heads)
+        self.qkv = None
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Splits the projection where the checkpoint is that of a compacted module."""
+        if f"{prefix}kv.weight" in state_dict and self.qkv is not None:
+            self._split_projection()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed from torch's generator, as the ops take it."""
+    return torch.randint(2**63 - 1, (1,), device=device) if dropout_p > 0 else None
+
+
+def _check_keep(keep: Tensor, num_heads: int, num_keys: int) -> None:
+    if keep.dtype != torch.int64 or keep.dim() != 2 or keep.size(0) < 1 or num_heads % keep.size(0):
+        raise ValueError(
+            f"keep must be int64 [key heads, kept keys] for {num_heads} query heads (got {keep.dtype}, "
+            f"shape {tuple(keep.shape)})"
+        )
+    rises = (keep[:, 1:] > keep[:, :-1]) & (keep[:, :-1] >= 0) | (keep[:, 1:] == -1)
+    if not bool(rises.all() and (keep >= -1).all() and (keep < num_keys).all()):
+        raise ValueError(f"keep must ascend within 0..{num_keys - 1} in each row and end in -1 where it is shorter")

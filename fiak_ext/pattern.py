@@ -1,0 +1,446 @@
+"""Static sparse attention patterns: which (query, key) pairs each head keeps, shared by the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SparsePattern"]
+
+
+class SparsePattern:
+    """The pairs that every head keeps, as one CSR matrix of ``groups * num_heads * num_queries`` rows.
+
+    Row ``(g * num_heads + h) * num_queries + i`` holds the keys of query ``i`` of head ``h`` in group ``g``, ascending
+    and without duplicates; batch element ``b`` uses group ``b % groups``. With one group this is a
+    ``torch.sparse_csr_tensor`` of size ``(num_heads * num_queries, num_keys)``. Patterns are values: no method changes
+    one in place, and equality compares sizes and content, wherever the tensors lie.
+
+    Args:
+        crow_indices: ``[groups * num_heads * num_queries + 1]`` row offsets, int32 or int64.
+        col_indices: ``[nnz]`` keys, int32 or int64, on the same device.
+        num_heads: query heads.
+        num_queries: rows of each head.
+        num_keys: columns.
+        groups: patterns that the batch elements use in turn (Swin's shifted windows); 1 in most models.
+
+    Raises:
+        TypeError: indices that are not int32 or int64 tensors.
+        ValueError: a size or a length that does not fit; what the indices say is validated by :attr:`plan`, that is
+            by :meth:`from_csr` at once and otherwise before the first attention.
+    """
+
+    __slots__ = ("_plan", "col_indices", "crow_indices", "groups", "num_heads", "num_keys", "num_queries")
+
+    def __init__(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        num_heads: int,
+        num_queries: int,
+        num_keys: int,
+        groups: int = 1,
+    ) -> None:
+        for name, size, least in (
+            ("num_heads", num_heads, 1),
+            ("num_queries", num_queries, 0),
+            ("num_keys", num_keys, 0),
+            ("groups", groups, 1),
+        ):
+            if size < least:
+                raise ValueError(f"SparsePattern: {name} must be at least {least} (got {size})")
+        for name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+            if indices.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"SparsePattern: {name} must be int32 or int64 (got {indices.dtype})")
+            if indices.dim() != 1:
+                raise ValueError(f"SparsePattern: {name} must have one dimension (got shape {tuple(indices.shape)})")
+        if crow_indices.device != col_indices.device:
+            raise ValueError(
+                "SparsePattern: col_indices must be on the device of crow_indices, "
+                f"{crow_indices.device} (got {col_indices.device})"
+            )
+        length = groups * num_heads * num_queries + 1
+        if crow_indices.numel() != length:
+            raise ValueError(
+                "SparsePattern: crow_indices must have groups * num_heads * num_queries + 1 = "
+                f"{length} elements (got {crow_indices.numel()})"
+            )
+        dtype = torch.int32 if max(col_indices.numel(), num_keys) < 2**31 else torch.int64
+        self.crow_indices = crow_indices.to(dtype).contiguous()
+        self.col_indices = col_indices.to(dtype).contiguous()
+        self.num_heads = num_heads
+        self.num_queries = num_queries
+        self.num_keys = num_keys
+        self.groups = groups
+        self._plan: Tensor | None = None
+
+    # ---------------------------------------------------------------- from and to other forms
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> SparsePattern:
+        """The pattern of a boolean mask ``[num_heads, N, M]`` or ``[groups, num_heads, N, M]``, True where kept.
+
+        Raises:
+            TypeError: a mask that is not boolean.
+            ValueError: another number of dimensions.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"SparsePattern.from_mask: mask must be bool, True where kept (got {mask.dtype})")
+        if mask.dim() == 3:
+            mask = mask.unsqueeze(0)
+        if mask.dim() != 4:
+            raise ValueError(
+                "SparsePattern.from_mask: mask must be [heads, N, M] or [groups, heads, N, M] "
+                f"(got shape {tuple(mask.shape)})"
+            )
+        groups, num_heads, num_queries, num_keys = mask.shape
+        rows = mask.reshape(groups * num_heads * num_queries, num_keys)
+        return cls(_offsets(rows.sum(1)), rows.nonzero()[:, 1], num_heads, num_queries, num_keys, groups)
+
+    @classmethod
+    def from_csr(
+        cls,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        num_heads: int,
+        num_queries: int,
+        num_keys: int,
+        groups: int = 1,
+    ) -> SparsePattern:
+        """A pattern from indices of any origin, which are validated at once; the arguments are those of the class.
+
+        Raises:
+            TypeError, ValueError: as the class does.
+            RuntimeError: offsets that do not start at 0, decrease or do not end at nnz; columns out of range, unsorted
+                or duplicated.
+        """
+        pattern = cls(crow_indices, col_indices, num_heads, num_queries, num_keys, groups)
+        _ = pattern.plan
+        return pattern
+
+    @classmethod
+    def from_torch_csr(cls, matrix: Tensor, num_heads: int, groups: int = 1) -> SparsePattern:
+        """The pattern of a sparse CSR tensor ``[groups * num_heads * N, M]``; its values are not looked at.
+
+        Raises:
+            ValueError: a tensor that is not such a matrix.
+            RuntimeError: unsorted or duplicated columns.
+        """
+        if matrix.layout != torch.sparse_csr or matrix.dim() != 2:
+            raise ValueError(
+                "SparsePattern.from_torch_csr: matrix must be a sparse CSR matrix "
+                f"(got {matrix.layout}, shape {tuple(matrix.shape)})"
+            )
+        rows, num_keys = matrix.shape
+        if num_heads < 1 or groups < 1 or rows % (num_heads * groups):
+            raise ValueError(
+                "SparsePattern.from_torch_csr: the number of rows must be a multiple of groups * num_heads "
+                f"(got {rows} rows, {groups} groups, {num_heads} heads)"
+            )
+        num_queries = rows // (num_heads * groups)
+        return cls.from_csr(matrix.crow_indices(), matrix.col_indices(), num_heads, num_queries, num_keys, groups)
+
+    def to_mask(self) -> Tensor:
+        """Boolean ``[groups, num_heads, num_queries, num_keys]``, True where kept."""
+        mask = torch.zeros(self._num_rows, self.num_keys, dtype=torch.bool, device=self.device)
+        mask[self._entry_rows(), self.col_indices.long()] = True
+        return mask.view(self.groups, self.num_heads, self.num_queries, self.num_keys)
+
+    def to_torch_csr(self, values: Tensor | None = None) -> Tensor:
+        """A sparse CSR tensor ``[groups * num_heads * num_queries, num_keys]`` with ``values [nnz]``, or float32 ones.
+
+        Raises:
+            ValueError: values of another shape.
+        """
+        if values is None:
+            values = torch.ones(self.nnz, device=self.device)
+        if values.shape != (self.nnz,):
+            raise ValueError(
+                f"SparsePattern.to_torch_csr: values must have shape ({self.nnz},) (got {tuple(values.shape)})"
+            )
+        size = (self._num_rows, self.num_keys)
+        return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, values, size=size, check_invariants=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as tensors: ``crow_indices``, ``col_indices`` and ``sizes`` (groups, heads, queries, keys)."""
+        sizes = torch.tensor([self.groups, self.num_heads, self.num_queries, self.num_keys])
+        return {"crow_indices": self.crow_indices, "col_indices": self.col_indices, "sizes": sizes}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> SparsePattern:
+        """The inverse of :meth:`state_dict`, validated like :meth:`from_csr`.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: a state that is not that of a pattern.
+        """
+        groups, num_heads, num_queries, num_keys = state["sizes"].tolist()
+        return cls.from_csr(state["crow_indices"], state["col_indices"], num_heads, num_queries, num_keys, groups)
+
+    # ---------------------------------------------------------------- what it holds
+
+    @property
+    def nnz(self) -> int:
+        """The number of pairs kept, over all heads and groups."""
+        return self.col_indices.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices lie."""
+        return self.crow_indices.device
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the two index tensors, which is what a checkpoint holds."""
+        return self.crow_indices.nbytes + self.col_indices.nbytes
+
+    @property
+    def density(self) -> float:
+        """The share of all pairs that is kept; 0 for a pattern without pairs."""
+        return self.nnz / max(self._num_rows * self.num_keys, 1)
+
+    def density_per_head(self) -> Tensor:
+        """float64 ``[groups, num_heads]``: the share of each head's pairs that is kept."""
+        entries = torch.bincount(self._entry_heads(), minlength=self.groups * self.num_heads)
+        density = entries.double() / max(self.num_queries * self.num_keys, 1)
+        return density.view(self.groups, self.num_heads)
+
+    def empty_rows(self) -> Tensor:
+        """bool ``[groups, num_heads, num_queries]``: queries that keep no key, whose output is 0."""
+        return (self.crow_indices.diff() == 0).view(self.groups, self.num_heads, self.num_queries)
+
+    def empty_columns(self) -> Tensor:
+        """bool ``[groups, num_heads, num_keys]``: keys that no query keeps."""
+        return ~self._used_columns().view(self.groups, self.num_heads, self.num_keys)
+
+    @property
+    def plan(self) -> Tensor:
+        """The uint8 execution plan that the kernels read, made on first use and never saved (see ``fiak::csr_plan``).
+
+        Raises:
+            RuntimeError: indices that are not a well-formed pattern.
+        """
+        if self._plan is None:
+            # Autograd cannot save inference tensors, and a plan outlives the mode that happens to be on now.
+            with torch.inference_mode(False):
+                self._plan = torch.ops.fiak.csr_plan(
+                    self.crow_indices, self.col_indices, self.num_queries, self.num_keys
+                )
+        return self._plan
+
+    # ---------------------------------------------------------------- other patterns from it
+
+    def crop(self, num_queries: int, num_keys: int | None = None) -> SparsePattern:
+        """The pattern of the first queries and keys, for a shorter input.
+
+        ``num_keys`` defaults to ``num_queries`` for a square pattern. The result's density is its own: under per-layer
+        ranking short prefixes are denser than the whole.
+
+        Raises:
+            ValueError: a size beyond the pattern's, or ``num_keys`` left out where the pattern is not square.
+        """
+        if num_keys is None:
+            if self.num_queries != self.num_keys:
+                raise ValueError(
+                    "SparsePattern.crop: num_keys must be given for a pattern that is not square "
+                    f"(got {self.num_queries} queries, {self.num_keys} keys)"
+                )
+            num_keys = num_queries
+        if not 0 <= num_keys <= self.num_keys:
+            raise ValueError(f"SparsePattern.crop: num_keys must be in 0..{self.num_keys} (got {num_keys})")
+        if not 0 <= num_queries <= self.num_queries:
+            raise ValueError(f"SparsePattern.crop: num_queries must be in 0..{self.num_queries} (got {num_queries})")
+        return self._select(0, num_queries, num_keys)
+
+    def rows(self, start: int, stop: int) -> SparsePattern:
+        """The pattern of queries ``start`` to ``stop - 1`` over all keys, for decoding with cached keys and values.
+
+        Raises:
+            ValueError: rows that are not the pattern's.
+        """
+        if not 0 <= start <= stop <= self.num_queries:
+            raise ValueError(
+                f"SparsePattern.rows: start and stop must be 0 <= start <= stop <= {self.num_queries} "
+                f"(got {start}, {stop})"
+            )
+        return self._select(start, stop, self.num_keys)
+
+    def compact(self, num_key_heads: int | None = None) -> tuple[SparsePattern, Tensor]:
+        """Drops the keys that no query keeps and renumbers the others.
+
+        A key stays for a key head if any group and any query head that reads this key head keeps it (query head ``h``
+        reads key head ``h // (num_heads / num_key_heads)``).
+
+        Args:
+            num_key_heads: key heads, by default as many as query heads.
+
+        Returns:
+            The pattern over ``K`` keys, ``K`` being the most that a key head needs, and ``keep`` int64
+            ``[num_key_heads, K]``: the old number of each new key, ascending, padded at the end with -1.
+
+        Raises:
+            ValueError: ``num_heads`` that is not a multiple of ``num_key_heads``.
+        """
+        key_heads = self.num_heads if num_key_heads is None else num_key_heads
+        if key_heads < 1 or self.num_heads % key_heads:
+            raise ValueError(
+                "SparsePattern.compact: num_key_heads must divide the number of heads "
+                f"(got {key_heads} key heads, {self.num_heads} heads)"
+            )
+        readers = self.num_heads // key_heads
+        used = self._used_columns().view(self.groups, key_heads, readers, self.num_keys).any(2).any(0)
+        new_key = used.cumsum(1) - 1
+        num_kept = int(used.sum(1).max()) if self.num_keys else 0
+        keep = torch.full((key_heads, num_kept), -1, dtype=torch.int64, device=self.device)
+        head, key = used.nonzero(as_tuple=True)
+        keep[head, new_key[head, key]] = key
+        entry_head = self._entry_heads() % self.num_heads // readers
+        columns = new_key[entry_head, self.col_indices.long()]
+        return self._like(self.crow_indices, columns, self.num_queries, num_kept), keep
+
+    def to(self, device: torch.device | str | int) -> SparsePattern:
+        """This pattern on a device: itself if it is there already; the plan is made anew there."""
+        crow, col = self.crow_indices.to(device), self.col_indices.to(device)
+        if crow is self.crow_indices:
+            return self
+        return self._like(crow, col, self.num_queries, self.num_keys)
+
+    def clone(self) -> SparsePattern:
+        """A copy with tensors of its own."""
+        return self._like(self.crow_indices.clone(), self.col_indices.clone(), self.num_queries, self.num_keys)
+
+    # ---------------------------------------------------------------- attention
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        values: Tensor | None = None,
+        *,
+        query_offsets: Tensor | None = None,
+        kv_lens: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        scale: float | None = None,
+        score: str = "dot",
+    ) -> Tensor:
+        """Attention over the pairs of this pattern only: ``fiak::csr_attention`` with its plan.
+
+        Args:
+            query: ``[B, num_heads, N, D]``, N = ``num_queries`` unless ``query_offsets`` says which rows these are.
+            key: ``[B, H, num_keys, D]``; num_heads is a multiple of H.
+            value: ``[B, H, num_keys, Dv]``.
+            values: weights ``[nnz]`` with gradient, float32 (float64 with float64 inputs), or None for all ones.
+            query_offsets: ``[B]``: query n of element b uses row ``n + query_offsets[b]``.
+            kv_lens: the number of keys ``[B]`` of each batch element, or ``[B, H]`` of each of its key heads, as
+                compaction needs; keys behind are never read.
+            dropout_p: probability of dropping a normalised weight; needs ``seed``, an int64 tensor of one element.
+            scale: factor of the scores, by default ``1 / sqrt(D)``.
+            score: ``"dot"`` or ``"gaussian"``.
+
+        Returns:
+            ``[B, num_heads, N, Dv]``; 0 for a query without keys.
+
+        Raises:
+            ValueError: a query with another number of heads.
+            RuntimeError: what the op refuses.
+        """
+        if query.dim() != 4 or query.size(1) != self.num_heads:
+            raise ValueError(
+                f"SparsePattern.attend: query must be [batch, {self.num_heads}, queries, head size] "
+                f"(got shape {tuple(query.shape)})"
+            )
+        batch, _, queries, _ = query.shape
+        if kv_lens is not None and kv_lens.dim() == 2:
+            # Heads become batch elements and their patterns groups: the rows of the CSR matrix stay where they are.
+            key_heads = kv_lens.size(1)
+            query = query.reshape(batch * key_heads, self.num_heads // key_heads, *query.shape[2:])
+            key = key.reshape(batch * key_heads, 1, *key.shape[2:])
+            value = value.reshape(batch * key_heads, 1, *value.shape[2:])
+            kv_lens = kv_lens.reshape(-1)
+            if query_offsets is not None:
+                query_offsets = query_offsets.repeat_interleave(key_heads)
+        output: Tensor = torch.ops.fiak.csr_attention(
+            query,
+            key,
+            value,
+            self.crow_indices,
+            self.col_indices,
+            values,
+            plan=self.plan,
+            query_offsets=query_offsets,
+            kv_lens=kv_lens,
+            dropout_p=dropout_p,
+            seed=seed,
+            scale=scale,
+            score=score,
+        )
+        return output.reshape(batch, self.num_heads, queries, value.size(3))
+
+    # ---------------------------------------------------------------- Python protocols
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparsePattern):
+            return NotImplemented
+        return (
+            self._sizes == other._sizes
+            and torch.equal(self.crow_indices, other.crow_indices.to(self.device))
+            and torch.equal(self.col_indices, other.col_indices.to(self.device))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        groups, num_heads, num_queries, num_keys = self._sizes
+        arguments = (self.crow_indices, self.col_indices, num_heads, num_queries, num_keys, groups)
+        return SparsePattern, arguments
+
+    def __repr__(self) -> str:
+        return (
+            f"SparsePattern(num_heads={self.num_heads}, num_queries={self.num_queries}, num_keys={self.num_keys}, "
+            f"groups={self.groups}, nnz={self.nnz}, density={self.density:.4f}, device={str(self.device)!r})"
+        )
+
+    # ---------------------------------------------------------------- helpers
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.groups, self.num_heads, self.num_queries, self.num_keys
+
+    @property
+    def _num_rows(self) -> int:
+        return self.groups * self.num_heads * self.num_queries
+
+    def _like(self, crow: Tensor, col: Tensor, num_queries: int, num_keys: int) -> SparsePattern:
+        return SparsePattern(crow, col, self.num_heads, num_queries, num_keys, self.groups)
+
+    def _entry_rows(self) -> Tensor:
+        """int64 ``[nnz]``: the row of each entry."""
+        rows = torch.arange(self._num_rows, device=self.device)
+        return rows.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
+
+    def _entry_heads(self) -> Tensor:
+        """int64 ``[nnz]``: ``g * num_heads + h`` of each entry."""
+        return self._entry_rows() // max(self.num_queries, 1)
+
+    def _used_columns(self) -> Tensor:
+        """bool ``[groups * num_heads * num_keys]``: keys that some query of the head keeps."""
+        used = torch.zeros(self.groups * self.num_heads * self.num_keys, dtype=torch.bool, device=self.device)
+        used[self._entry_heads() * self.num_keys + self.col_indices] = True
+        return used
+
+    def _select(self, start: int, stop: int, num_keys: int) -> SparsePattern:
+        """Queries start to stop - 1 of each head, keys 0 to num_keys - 1."""
+        rows = self._entry_rows()
+        query = rows % max(self.num_queries, 1)
+        kept = (query >= start) & (query < stop) & (self.col_indices < num_keys)
+        new_rows = rows[kept] // max(self.num_queries, 1) * (stop - start) + query[kept] - start
+        counts = torch.bincount(new_rows, minlength=self.groups * self.num_heads * (stop - start))
+        return self._like(_offsets(counts), self.col_indices[kept], stop - start, num_keys)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """CSR row offsets from the number of entries in each row."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
