@@ -21,8 +21,9 @@ struct AttentionArgs {
 };
 
 struct PriorArgs : AttentionArgs {
-  bool is_causal = false;       ///< top-left aligned: query i sees keys j <= i
-  const void* prior = nullptr;  ///< weights [groups, 1|query_heads, 1|queries, keys], float (double with double), or null
+  bool is_causal = false;  ///< top-left aligned: query i sees keys j <= i
+  const void* prior =
+      nullptr;  ///< weights [groups, 1|query_heads, 1|queries, keys], float (double with double), or null
   int64_t prior_groups = 1, prior_heads = 1, prior_rows = 1;
   int64_t prior_group_stride = 0, prior_head_stride = 0, prior_row_stride = 0;  ///< 0 where broadcast
 };

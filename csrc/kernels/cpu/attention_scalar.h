@@ -235,8 +235,8 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
           sum.clear();
           if (lse != -std::numeric_limits<Real>::infinity()) {
             pairs.for_row(b, h, n, [&](int64_t j, Real w, int64_t slot) {
-              const Real da = factor(b, h, n, j) *
-                              Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
+              const Real da =
+                  factor(b, h, n, j) * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
               const Real dw = std::exp(score(n, j) - lse) * (da - delta[index(b, h, n)]);
               grad_weight[slot] += dw;
               if (in_support(w)) sum.add(w * dw, score.key(j));
@@ -280,7 +280,8 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
         if (grads.grad_value.data != nullptr) value_sum.store(1, row_of<T>(grads.grad_value, b, key_head, j));
         if (grads.grad_key.data != nullptr) {
           // The Gaussian score has d s_ij / d k_j = scale (q_i - k_j).
-          if (args.score == Score::kGaussian && !key_sum.empty()) key_sum.add(-score_sum, row_of<T>(args.key, b, key_head, j));
+          if (args.score == Score::kGaussian && !key_sum.empty())
+            key_sum.add(-score_sum, row_of<T>(args.key, b, key_head, j));
           key_sum.store(scale, row_of<T>(grads.grad_key, b, key_head, j));
         }
       }

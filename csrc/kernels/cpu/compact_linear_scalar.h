@@ -28,7 +28,8 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
       for_kept(args, h, [&](int64_t k, int64_t row) {
         T* target = row_of<T>(output, b, h, k);
         for (int64_t d = 0; d < args.head_size; ++d) {
-          typename N::Acc sum = dot(row_of<T>(args.input, b, 0, row), weight + d * args.weight_stride, args.in_features);
+          typename N::Acc sum =
+              dot(row_of<T>(args.input, b, 0, row), weight + d * args.weight_stride, args.in_features);
           if (bias != nullptr) sum = sum + N::load(bias[d]);
           target[d] = N::store(N::real(sum));
         }

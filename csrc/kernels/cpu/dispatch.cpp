@@ -11,10 +11,10 @@
 namespace fiak::cpu {
 namespace {
 
-#define FIAK_TABLE(isa)                                                                                          \
-  {                                                                                                              \
-    isa::prior_forward, isa::prior_backward, isa::csr_forward, isa::csr_backward, isa::compact_linear_forward,   \
-        isa::compact_linear_backward                                                                             \
+#define FIAK_TABLE(isa)                                                                                        \
+  {                                                                                                            \
+    isa::prior_forward, isa::prior_backward, isa::csr_forward, isa::csr_backward, isa::compact_linear_forward, \
+        isa::compact_linear_backward                                                                           \
   }
 
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
@@ -22,8 +22,7 @@ constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-      !__builtin_cpu_supports("f16c")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
     return Isa::kScalar;
   }
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||

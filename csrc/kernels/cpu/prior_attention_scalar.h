@@ -45,8 +45,8 @@ class PriorPairs {
   int64_t keys(int64_t b) const { return args_.kv_lens != nullptr ? args_.kv_lens[b] : args_.keys; }
   const Real* row(int64_t b, int64_t h, int64_t n) const {
     if (args_.prior == nullptr) return nullptr;
-    return static_cast<const Real*>(args_.prior) + b % groups * args_.prior_group_stride +
-           h * args_.prior_head_stride + n * args_.prior_row_stride;
+    return static_cast<const Real*>(args_.prior) + b % groups * args_.prior_group_stride + h * args_.prior_head_stride +
+           n * args_.prior_row_stride;
   }
 
   const PriorArgs& args_;

@@ -1,7 +1,424 @@
-#include "kernels/cpu/simd.h"
+// prior_attention, vectorised: blocks of queries against all keys, as matrix products with the weighted softmax
+// between.
+//
+// Forward: S = scale Q K^T (K transposed once for each head), P = w exp(S - max), O = P V.
+// Backward by rows: dA = dO V^T, dw = exp(S - lse) (dA - delta), dQ = (w dw) K.
+// Backward by columns: the same scores transposed, dV = A^T dO, dK = dS^T Q.
+#include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/tables.h"
+#include "kernels/philox.h"
 
 namespace fiak::cpu::FIAK_ISA {
-void prior_forward(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel) { scalar::prior_forward(args, result, parallel); }
-void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& parallel) { scalar::prior_backward(args, grads, parallel); }
+namespace {
+
+constexpr int64_t kBlockRows = 24;           // a multiple of kTileRows; also the unit of the weights' partial sums
+constexpr int64_t kBlockScores = 64 * 1024;  // floats of scores of a block that should stay in the L2 cache
+static_assert(kBlockRows % kTileRows == 0);
+
+int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+
+const float* weights_of(const PriorArgs& args, int64_t b, int64_t h, int64_t n) {
+  if (args.prior == nullptr) return nullptr;
+  return static_cast<const float*>(args.prior) + b % args.prior_groups * args.prior_group_stride +
+         h * args.prior_head_stride + n * args.prior_row_stride;
+}
+
+/// Zero weights times infinite rows: where a sum is not finite, computes it again over the nonzero weights only.
+void repair(const float* weights, int64_t count, const Panel& rows, int64_t size, float* sum) {
+  Vec difference = zero();
+  for (int64_t d = 0; d < size; d += kLanes) difference = add(difference, sub(load(sum + d), load(sum + d)));
+  if (reduce_add(difference) == 0.0f) return;  // x - x is NaN for NaN and infinity
+  for (int64_t d = 0; d < size; ++d) sum[d] = 0.0f;
+  for (int64_t j = 0; j < count; ++j) {
+    if (weights[j] == 0.0f) continue;
+    for (int64_t d = 0; d < size; ++d) sum[d] += weights[j] * rows.row(j)[d];
+  }
+}
+
+/// Loads rows [begin, begin + count) of x times `factor`, zero rows up to whole tiles.
+void load_block(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t count, int64_t size,
+                float factor, float* target) {
+  const int64_t stride = padded(size);
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(row_address(x, dtype, b, h, begin + i), dtype, size, factor, target + i * stride);
+  }
+  std::memset(target + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
+}
+
+/// scores[0, count) = exp(scores - max) w over the support; returns {max, sum}. Zero beyond, up to `width`.
+struct Softmax {
+  float maximum, total;
+  bool empty;
+};
+Softmax weighted_softmax(float* scores, const float* weights, int64_t count, int64_t width) {
+  bool empty = count == 0;
+  if (weights != nullptr) {
+    int64_t support = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const bool inside = !(weights[j] <= 0);
+      support += inside;
+      scores[j] = inside ? scores[j] : -kInfinity;
+    }
+    empty = support == 0;
+  }
+  const int64_t whole = smaller(padded(count), width);
+  for (int64_t j = count; j < whole; ++j) scores[j] = -kInfinity;
+  Vec maxima = broadcast(-kInfinity);
+  for (int64_t j = 0; j < whole; j += kLanes) maxima = max(load(scores + j), maxima);
+  const float maximum = reduce_max(maxima);
+  const Vec shift = broadcast(maximum);
+  Vec sums = zero();
+  int64_t j = 0;
+  if (weights == nullptr) {
+    for (; j < whole; j += kLanes) {
+      const Vec e = exp(sub(load(scores + j), shift));
+      store(scores + j, e);
+      sums = add(sums, e);
+    }
+  } else {
+    // Outside the support exp is 0, and so is the product with a finite weight; max(w, 0) makes it so for -inf.
+    for (; j + kLanes <= count; j += kLanes) {
+      const Vec w = max(zero(), load(weights + j));
+      const Vec e = mul(exp(sub(load(scores + j), shift)), w);
+      store(scores + j, e);
+      sums = add(sums, e);
+    }
+  }
+  float total = reduce_add(sums);
+  if (weights != nullptr && j < count) {
+    store(scores + j, exp(sub(load(scores + j), shift)));
+    for (; j < count; ++j) {
+      scores[j] = weights[j] <= 0 ? 0.0f : scores[j] * weights[j];
+      total += scores[j];
+    }
+  }
+  for (j = count; j < width; ++j) scores[j] = 0.0f;
+  return {maximum, total < kInfinity ? total : kNaN, empty};
+}
+
+/// Queries [begin, end) of query head h for batch element b.
+void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b, int64_t h, int64_t begin,
+                  int64_t end) {
+  const int64_t key_head = h / shared_heads(args);
+  const int64_t keys = args.is_causal ? smaller(keys_of(args, b), end) : keys_of(args, b);
+  const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
+  const int64_t width = tile_columns(keys);
+  const int64_t block_rows =
+      larger(kTileRows, smaller(kBlockRows, kBlockScores / larger(width, 1) / kTileRows * kTileRows));
+  const bool gaussian = args.score == Score::kGaussian;
+  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+
+  Carver scratch{static_cast<char*>(
+      thread_scratch(carved(block_rows * head_size) + carved(block_rows * value_size) + carved(block_rows * width) +
+                     carved(keys) + carved(keys * head_size) + carved(head_size * width) + carved(keys * value_size)))};
+  float* query = scratch.floats(block_rows * head_size);
+  float* sums = scratch.floats(block_rows * value_size);
+  float* scores = scratch.floats(block_rows * width);
+  float* bias = scratch.floats(keys);
+  const Panel key =
+      make_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
+  const Columns key_columns = transpose(key, keys, head_size, scratch.floats(head_size * width));
+  const Panel value =
+      make_panel(args.value, args.dtype, b, key_head, keys, args.value_size, scratch.floats(keys * value_size));
+  if (gaussian) gaussian_bias(args, key, keys, bias);
+
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t rows = smaller(block_rows, end - first);
+    const int64_t seen = args.is_causal ? smaller(keys, first + rows) : keys, columns = padded(seen);
+    load_block(args.query, args.dtype, b, h, first, rows, args.head_size, static_cast<float>(args.scale), query);
+    matrix_product<false>(query, head_size, 1, key_columns, tile_rows(rows), columns, head_size, scores, width);
+    float factors[kBlockRows];
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = first + i, count = args.is_causal ? smaller(keys, n + 1) : keys;
+      float* s = scores + i * width;
+      if (gaussian) {
+        for (int64_t j = 0; j < count; ++j) s[j] += bias[j];
+      }
+      const Softmax softmax = weighted_softmax(s, weights_of(args, b, h, n), count, columns);
+      if (dropout.active()) {
+        for (int64_t j = 0; j < count; ++j) s[j] *= static_cast<float>(dropout.factor(b, h, n, j));
+      }
+      factors[i] = softmax.empty ? 0.0f : 1.0f / softmax.total;
+      static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] =
+          softmax.empty ? -kInfinity : softmax.maximum + __builtin_logf(softmax.total);
+      if (softmax.empty) std::memset(s, 0, columns * sizeof(float));
+    }
+    for (int64_t i = rows; i < tile_rows(rows); ++i) std::memset(scores + i * width, 0, columns * sizeof(float));
+    matrix_product<false>(scores, width, 1, columns_of(value), tile_rows(rows), value_size, seen, sums, value_size);
+    for (int64_t i = 0; i < rows; ++i) {
+      repair(scores + i * width, seen, value, value_size, sums + i * value_size);
+      store_row(sums + i * value_size, args.dtype, args.value_size, factors[i],
+                row_address(result.output, args.dtype, b, h, first + i));
+    }
+  }
+}
+
+/// Where the weights' gradient of a query is added up: row n of `rows`, or, where all queries share their weights, row
+/// n / kBlockRows of partial sums, so that the order of the sum depends on no split among threads. Null: not wanted.
+struct WeightRows {
+  float* rows;
+  int64_t stride, queries_per_row;
+  __attribute__((always_inline)) float* row(int64_t n) const { return rows + n / queries_per_row * stride; }
+};
+
+/// Backward for queries [begin, end), begin a multiple of kBlockRows: dQ, and added onto the weights' gradient.
+void backward_rows(const PriorArgs& args, const BackwardArgs& grads, const float* delta, int64_t b, int64_t h,
+                   int64_t begin, int64_t end, const WeightRows& grad_weights) {
+  const int64_t key_head = h / shared_heads(args);
+  const int64_t keys = args.is_causal ? smaller(keys_of(args, b), end) : keys_of(args, b);
+  const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
+  const int64_t width = tile_columns(keys);
+  const bool gaussian = args.score == Score::kGaussian;
+  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+  const int64_t block_rows = tile_rows(smaller(kBlockRows, end - begin));
+
+  Carver scratch{static_cast<char*>(thread_scratch(2 * carved(block_rows * head_size) +
+                                                   carved(block_rows * value_size) + 2 * carved(block_rows * width) +
+                                                   carved(keys) + carved(keys * head_size) + carved(head_size * width) +
+                                                   carved(keys * value_size) + carved(value_size * width)))};
+  float* query = scratch.floats(block_rows * head_size);
+  float* sums = scratch.floats(block_rows * head_size);
+  float* grad_output = scratch.floats(block_rows * value_size);
+  float* scores = scratch.floats(block_rows * width);
+  float* products = scratch.floats(block_rows * width);
+  float* bias = scratch.floats(keys);
+  const Panel key =
+      make_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
+  const Columns key_columns = transpose(key, keys, head_size, scratch.floats(head_size * width));
+  const Panel value =
+      make_panel(args.value, args.dtype, b, key_head, keys, args.value_size, scratch.floats(keys * value_size));
+  const Columns value_columns = transpose(value, keys, value_size, scratch.floats(value_size * width));
+  if (gaussian) gaussian_bias(args, key, keys, bias);
+
+  for (int64_t first = begin; first < end; first += kBlockRows) {
+    const int64_t rows = smaller(kBlockRows, end - first);
+    const int64_t seen = args.is_causal ? smaller(keys, first + rows) : keys, columns = padded(seen);
+    load_block(args.query, args.dtype, b, h, first, rows, args.head_size, static_cast<float>(args.scale), query);
+    load_block(grads.grad_output, args.dtype, b, h, first, rows, args.value_size, 1.0f, grad_output);
+    matrix_product<false>(query, head_size, 1, key_columns, tile_rows(rows), columns, head_size, scores, width);
+    matrix_product<false>(grad_output, value_size, 1, value_columns, tile_rows(rows), columns, value_size, products,
+                          width);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = first + i, at = (b * args.query_heads + h) * args.queries + n;
+      const float lse = static_cast<const float*>(grads.logsumexp)[at], row_delta = delta[at];
+      const int64_t count = lse == -kInfinity ? 0 : (args.is_causal ? smaller(keys, n + 1) : keys);
+      float* s = scores + i * width;
+      float* da = products + i * width;
+      if (gaussian) {
+        for (int64_t j = 0; j < count; ++j) s[j] += bias[j];
+      }
+      if (dropout.active()) {
+        for (int64_t j = 0; j < count; ++j) da[j] *= static_cast<float>(dropout.factor(b, h, n, j));
+      }
+      const Vec shift = broadcast(lse), d = broadcast(row_delta);
+      for (int64_t j = 0; j < count; j += kLanes) {
+        store(s + j, mul(exp(sub(load(s + j), shift)), sub(load(da + j), d)));
+      }
+      if (grad_weights.rows != nullptr) {
+        float* target = grad_weights.row(n);
+        for (int64_t j = 0; j < count; ++j) target[j] += s[j];
+      }
+      if (const float* weights = weights_of(args, b, h, n); weights != nullptr) {
+        for (int64_t j = 0; j < count; ++j) s[j] = weights[j] <= 0 ? 0.0f : s[j] * weights[j];
+      }
+      for (int64_t j = count; j < columns; ++j) s[j] = 0.0f;
+    }
+    if (grads.grad_query.data == nullptr) continue;
+    for (int64_t i = rows; i < tile_rows(rows); ++i) std::memset(scores + i * width, 0, columns * sizeof(float));
+    matrix_product<false>(scores, width, 1, columns_of(key), tile_rows(rows), head_size, seen, sums, head_size);
+    for (int64_t i = 0; i < rows; ++i) {
+      repair(scores + i * width, seen, key, head_size, sums + i * head_size);
+      store_row(sums + i * head_size, args.dtype, args.head_size, static_cast<float>(args.scale),
+                row_address(grads.grad_query, args.dtype, b, h, first + i));
+    }
+  }
+}
+
+/// Backward for keys [begin, end) of one key head: dK and dV, summed over the query heads that read it.
+void backward_columns(const PriorArgs& args, const BackwardArgs& grads, const float* delta, int64_t b, int64_t key_head,
+                      int64_t begin, int64_t end) {
+  const int64_t heads = shared_heads(args), keys = keys_of(args, b), queries = args.queries;
+  const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
+  const int64_t width = tile_columns(queries), block_rows = tile_rows(smaller(kBlockRows, end - begin));
+  const float scale = static_cast<float>(args.scale);
+  const bool gaussian = args.score == Score::kGaussian;
+  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+
+  Carver scratch{static_cast<char*>(
+      thread_scratch(3 * carved(block_rows * head_size) + 3 * carved(block_rows * value_size) +
+                     3 * carved(block_rows * width) + carved(queries * head_size) + carved(head_size * width) +
+                     carved(queries * value_size) + carved(value_size * width) + carved((end - begin) * head_size) +
+                     carved((end - begin) * value_size) + carved(end - begin)))};
+  float* key = scratch.floats(block_rows * head_size);
+  float* value = scratch.floats(block_rows * value_size);
+  float* attention = scratch.floats(block_rows * width);
+  float* products = scratch.floats(block_rows * width);
+  float* weights = scratch.floats(block_rows * width);
+  float* key_sums = scratch.floats(block_rows * head_size);
+  float* value_sums = scratch.floats(block_rows * value_size);
+  float* query_scratch = scratch.floats(queries * head_size);
+  float* query_columns_scratch = scratch.floats(head_size * width);
+  float* output_scratch = scratch.floats(queries * value_size);
+  float* output_columns_scratch = scratch.floats(value_size * width);
+  float* grad_key = scratch.floats((end - begin) * head_size);  // sums over the query heads
+  float* grad_value = scratch.floats((end - begin) * value_size);
+  float* score_sums = scratch.floats(end - begin);
+  std::memset(grad_key, 0, (end - begin) * head_size * sizeof(float));
+  std::memset(grad_value, 0, (end - begin) * value_size * sizeof(float));
+  std::memset(score_sums, 0, (end - begin) * sizeof(float));
+
+  for (int64_t h = key_head * heads; h < (key_head + 1) * heads; ++h) {
+    const Panel query = make_panel(args.query, args.dtype, b, h, queries, args.head_size, query_scratch);
+    const Columns query_columns = transpose(query, queries, head_size, query_columns_scratch);
+    const Panel output = make_panel(grads.grad_output, args.dtype, b, h, queries, args.value_size, output_scratch);
+    const Columns output_columns = transpose(output, queries, value_size, output_columns_scratch);
+    const int64_t at = (b * args.query_heads + h) * queries;
+    const float* lse = static_cast<const float*>(grads.logsumexp) + at;
+    const float* row_delta = delta + at;
+    for (int64_t first = begin; first < smaller(end, keys); first += kBlockRows) {
+      const int64_t rows = smaller(kBlockRows, smaller(end, keys) - first), columns = padded(queries);
+      load_block(args.key, args.dtype, b, key_head, first, rows, args.head_size, scale, key);
+      load_block(args.value, args.dtype, b, key_head, first, rows, args.value_size, 1.0f, value);
+      matrix_product<false>(key, head_size, 1, query_columns, tile_rows(rows), columns, head_size, attention, width);
+      matrix_product<false>(value, value_size, 1, output_columns, tile_rows(rows), columns, value_size, products,
+                            width);
+      if (args.prior != nullptr) {
+        for (int64_t n = 0; n < queries; ++n) {
+          const float* row = weights_of(args, b, h, n) + first;
+          for (int64_t i = 0; i < rows; ++i) weights[i * width + n] = row[i];
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t j = first + i, hidden = args.is_causal ? smaller(j, queries) : 0;
+        float* a = attention + i * width;
+        float* ds = products + i * width;
+        const float* w = weights + i * width;
+        const float bias =
+            gaussian && scale != 0 ? -0.5f / scale * dot(key + i * head_size, key + i * head_size, head_size) : 0.0f;
+        // Whole vectors may reach into hidden queries, whose exponential may overflow; they are cleared after it.
+        for (int64_t n = 0; n < queries; ++n) a[n] += bias - lse[n];
+        for (int64_t n = hidden / kLanes * kLanes; n < queries; n += kLanes) store(a + n, exp(load(a + n)));
+        float sum = 0;
+        for (int64_t n = hidden; n < queries; ++n) {
+          const bool outside = lse[n] == -kInfinity || (args.prior != nullptr && w[n] <= 0);
+          a[n] = outside ? 0.0f : (args.prior != nullptr ? a[n] * w[n] : a[n]);
+        }
+        if (dropout.active()) {
+          for (int64_t n = hidden; n < queries; ++n) {
+            const auto kept = static_cast<float>(dropout.factor(b, h, n, j));
+            ds[n] = a[n] == 0.0f ? 0.0f : a[n] * (kept * ds[n] - row_delta[n]);
+            a[n] *= kept;
+          }
+        } else {
+          for (int64_t n = hidden; n < queries; ++n) ds[n] = a[n] == 0.0f ? 0.0f : a[n] * (ds[n] - row_delta[n]);
+        }
+        for (int64_t n = hidden; n < queries; ++n) sum += ds[n];
+        score_sums[j - begin] += sum;
+        std::memset(a, 0, hidden * sizeof(float));
+        std::memset(ds, 0, hidden * sizeof(float));
+      }
+      for (int64_t i = rows; i < tile_rows(rows); ++i) {
+        std::memset(attention + i * width, 0, queries * sizeof(float));
+        std::memset(products + i * width, 0, queries * sizeof(float));
+      }
+      matrix_product<false>(attention, width, 1, columns_of(output), tile_rows(rows), value_size, queries, value_sums,
+                            value_size);
+      matrix_product<false>(products, width, 1, columns_of(query), tile_rows(rows), head_size, queries, key_sums,
+                            head_size);
+      for (int64_t i = 0; i < rows; ++i) {
+        repair(attention + i * width, queries, output, value_size, value_sums + i * value_size);
+        repair(products + i * width, queries, query, head_size, key_sums + i * head_size);
+        float* to_key = grad_key + (first - begin + i) * head_size;
+        float* to_value = grad_value + (first - begin + i) * value_size;
+        for (int64_t d = 0; d < head_size; ++d) to_key[d] += key_sums[i * head_size + d];
+        for (int64_t d = 0; d < value_size; ++d) to_value[d] += value_sums[i * value_size + d];
+      }
+    }
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    float* sum = grad_key + (j - begin) * head_size;
+    if (grads.grad_key.data != nullptr) {
+      if (gaussian && score_sums[j - begin] != 0.0f) {  // d s_ij / d k_j = scale (q_i - k_j)
+        load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_size, 1.0f, key);
+        for (int64_t d = 0; d < head_size; ++d) sum[d] -= score_sums[j - begin] * key[d];
+      }
+      store_row(sum, args.dtype, args.head_size, scale, row_address(grads.grad_key, args.dtype, b, key_head, j));
+    }
+    if (grads.grad_value.data != nullptr) {
+      store_row(grad_value + (j - begin) * value_size, args.dtype, args.value_size, 1.0f,
+                row_address(grads.grad_value, args.dtype, b, key_head, j));
+    }
+  }
+}
+
+/// part(head, begin, end) for runs of whole blocks of rows [begin, end) of each of `heads` heads.
+template <class Part>
+FIAK_INLINE void parallel_blocks(const Parallel& parallel, int64_t heads, int64_t rows, Part&& part) {
+  const int64_t each = blocks(rows);
+  parallel_range(parallel, heads * each, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t head = begin / each, stop = smaller(end, (head + 1) * each);
+      part(head, (begin - head * each) * kBlockRows, smaller(rows, (stop - head * each) * kBlockRows));
+      begin = stop;
+    }
+  });
+}
+
+}  // namespace
+
+void prior_forward(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  parallel_blocks(parallel, args.batch * args.query_heads, args.queries, [&](int64_t i, int64_t begin, int64_t end) {
+    forward_rows(args, result, i / args.query_heads, i % args.query_heads, begin, end);
+  });
+}
+
+void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
+  const SharedScratch delta_memory(args.batch * args.query_heads * args.queries * sizeof(float));
+  auto* delta = static_cast<float*>(delta_memory.data());
+  compute_delta(args, grads, parallel, delta);
+
+  const int64_t weight_heads = args.prior_heads, heads_per_weight = args.query_heads / larger(1, weight_heads);
+  const int64_t groups = args.prior_groups, row_blocks = blocks(args.queries);
+  auto* grad_weight = static_cast<float*>(grads.grad_weight);
+  if (grad_weight == nullptr && grads.grad_query.data != nullptr) {
+    parallel_blocks(parallel, args.batch * args.query_heads, args.queries, [&](int64_t i, int64_t begin, int64_t end) {
+      backward_rows(args, grads, delta, i / args.query_heads, i % args.query_heads, begin, end, {nullptr, 0, 1});
+    });
+  } else if (grad_weight != nullptr) {
+    // The batch runs inside, so that a thread alone adds to a weight's gradient.
+    const bool shared_rows = args.prior_rows != args.queries;
+    const SharedScratch partial_memory(shared_rows ? groups * weight_heads * row_blocks * args.keys * sizeof(float)
+                                                   : 0);
+    float* sums = shared_rows ? static_cast<float*>(partial_memory.data()) : grad_weight;
+    const int64_t sums_per_head = shared_rows ? row_blocks : args.queries;
+    std::memset(sums, 0, groups * weight_heads * sums_per_head * args.keys * sizeof(float));
+    parallel_blocks(parallel, groups * weight_heads, args.queries, [&](int64_t i, int64_t begin, int64_t end) {
+      const int64_t group = i / weight_heads, weight_head = i % weight_heads;
+      const WeightRows rows{sums + i * sums_per_head * args.keys, args.keys, shared_rows ? kBlockRows : 1};
+      for (int64_t h = weight_head * heads_per_weight; h < (weight_head + 1) * heads_per_weight; ++h) {
+        for (int64_t b = group; b < args.batch; b += groups) {
+          backward_rows(args, grads, delta, b, h, begin, end, rows);
+        }
+      }
+    });
+    if (shared_rows) {
+      for (int64_t i = 0; i < groups * weight_heads; ++i) {
+        float* target = grad_weight + i * args.keys;
+        std::memset(target, 0, args.keys * sizeof(float));
+        for (int64_t block = 0; block < row_blocks; ++block) {
+          const float* from = sums + (i * row_blocks + block) * args.keys;
+          for (int64_t j = 0; j < args.keys; ++j) target[j] += from[j];
+        }
+      }
+    }
+  }
+
+  if (grads.grad_key.data != nullptr || grads.grad_value.data != nullptr) {
+    parallel_blocks(parallel, args.batch * args.key_heads, args.keys, [&](int64_t i, int64_t begin, int64_t end) {
+      backward_columns(args, grads, delta, i / args.key_heads, i % args.key_heads, begin, end);
+    });
+  }
+}
+
 }  // namespace fiak::cpu::FIAK_ISA

@@ -29,4 +29,10 @@ void* thread_scratch(std::size_t bytes) {
   return memory.get();
 }
 
+SharedScratch::SharedScratch(std::size_t bytes) : data_(std::malloc(bytes > 0 ? bytes : 1)) {
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+SharedScratch::~SharedScratch() { std::free(data_); }
+
 }  // namespace fiak::cpu

@@ -4,6 +4,16 @@
 // inline function or template of a library, which the linker could hand to code for lesser machines.
 #pragma once
 
+// GCC's own AVX-512 intrinsics trip this warning when inlined (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cstdint>
+
 #if defined(FIAK_ISA_AVX512)
 #define FIAK_ISA avx512
 #elif defined(FIAK_ISA_AVX2)
@@ -11,3 +21,133 @@
 #else
 #error "compile this file with FIAK_ISA_AVX2 or FIAK_ISA_AVX512"
 #endif
+
+#define FIAK_INLINE static inline __attribute__((always_inline))
+
+namespace fiak::cpu::FIAK_ISA {
+
+#if defined(FIAK_ISA_AVX512)
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+
+FIAK_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+FIAK_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+FIAK_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
+FIAK_INLINE Vec zero() { return _mm512_setzero_ps(); }
+FIAK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+FIAK_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+FIAK_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+FIAK_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+/// The larger; b where either is NaN.
+FIAK_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+FIAK_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+FIAK_INLINE float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
+FIAK_INLINE float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
+/// x * 2^n for whole n; overflows to infinity and underflows to 0.
+FIAK_INLINE Vec scale_by_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+FIAK_INLINE Vec round_to_whole(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FIAK_INLINE Vec load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+FIAK_INLINE void store_half(void* p, Vec x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+/// One level of the reduction of 16 vectors to the vector of their sums, as a tree over pairs: a holds the partial sums
+/// of the first half of the keys, b those of the second.
+template <int kLevel>
+FIAK_INLINE Vec combine(Vec a, Vec b) {
+  if constexpr (kLevel == 1) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  } else if constexpr (kLevel == 2) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  } else {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+}
+constexpr int kLevels = 4;
+
+#else
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+
+FIAK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+FIAK_INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+FIAK_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
+FIAK_INLINE Vec zero() { return _mm256_setzero_ps(); }
+FIAK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+FIAK_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+FIAK_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+FIAK_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+/// The larger; b where either is NaN.
+FIAK_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+FIAK_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+FIAK_INLINE float reduce_add(Vec x) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+FIAK_INLINE float reduce_max(Vec x) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+/// x * 2^n for whole n in -252..252; overflows to infinity and underflows to 0. Two steps reach the subnormals.
+FIAK_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const Vec first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const Vec second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return mul(mul(x, first), second);
+}
+FIAK_INLINE Vec round_to_whole(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FIAK_INLINE Vec load_half(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+FIAK_INLINE void store_half(void* p, Vec x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+/// One level of the reduction of 8 vectors to the vector of their sums, as a tree over pairs: a holds the partial sums
+/// of the first half of the keys, b those of the second.
+template <int kLevel>
+FIAK_INLINE Vec combine(Vec a, Vec b) {
+  if constexpr (kLevel == 1) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  } else if constexpr (kLevel == 2) {
+    const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  } else {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+}
+constexpr int kLevels = 3;
+
+#endif
+
+/// exp(x) to about one unit in the last place: Cody and Waite's reduction to |r| <= ln(2)/2 and the minimax polynomial
+/// of Cephes' expf. exp(-inf) is 0; NaN stays NaN.
+FIAK_INLINE Vec exp(Vec x) {
+  // The order of the operands lets NaN through. Beyond the bounds the result is 0 or infinity anyway.
+  x = min(broadcast(104.0f), max(broadcast(-104.0f), x));
+  const Vec n = round_to_whole(mul(x, broadcast(1.44269504088896341f)));
+  Vec r = fmadd(n, broadcast(-0.693359375f), x);
+  r = fmadd(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fmadd(p, r, broadcast(1.3981999507e-3f));
+  p = fmadd(p, r, broadcast(8.3334519073e-3f));
+  p = fmadd(p, r, broadcast(4.1665795894e-2f));
+  p = fmadd(p, r, broadcast(1.6666665459e-1f));
+  p = fmadd(p, r, broadcast(5.0000001201e-1f));
+  p = fmadd(p, mul(r, r), add(r, broadcast(1.0f)));
+  return scale_by_power_of_two(p, n);
+}
+
+FIAK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FIAK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+/// The next multiple of the vector length.
+FIAK_INLINE int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+
+}  // namespace fiak::cpu::FIAK_ISA

@@ -4,14 +4,14 @@
 #include "kernels/attention.h"
 #include "kernels/compact.h"
 
-#define FIAK_DECLARE_KERNELS(isa)                                                                                  \
-  namespace fiak::cpu::isa {                                                                                       \
-  void prior_forward(const PriorArgs&, const ForwardResult&, const Parallel&);                                     \
-  void prior_backward(const PriorArgs&, const BackwardArgs&, const Parallel&);                                     \
-  void csr_forward(const CsrArgs&, const ForwardResult&, const Parallel&);                                         \
-  void csr_backward(const CsrArgs&, const BackwardArgs&, const Parallel&);                                         \
-  void compact_linear_forward(const CompactLinearArgs&, const Output&, const Parallel&);                           \
-  void compact_linear_backward(const CompactLinearArgs&, const CompactLinearGrads&, const Parallel&);              \
+#define FIAK_DECLARE_KERNELS(isa)                                                                     \
+  namespace fiak::cpu::isa {                                                                          \
+  void prior_forward(const PriorArgs&, const ForwardResult&, const Parallel&);                        \
+  void prior_backward(const PriorArgs&, const BackwardArgs&, const Parallel&);                        \
+  void csr_forward(const CsrArgs&, const ForwardResult&, const Parallel&);                            \
+  void csr_backward(const CsrArgs&, const BackwardArgs&, const Parallel&);                            \
+  void compact_linear_forward(const CompactLinearArgs&, const Output&, const Parallel&);              \
+  void compact_linear_backward(const CompactLinearArgs&, const CompactLinearGrads&, const Parallel&); \
   }
 
 FIAK_DECLARE_KERNELS(scalar)

@@ -89,7 +89,8 @@ void build(const Index* crow, const Index* col, const PlanHeader& header, const 
     int64_t* counts = column_segments + head * header.num_keys * layout.query_blocks + 1;
     for (int64_t query = 0; query < header.num_queries; ++query) {
       const int64_t row = head * header.num_queries + query, block = query / kPlanBlock;
-      for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) ++counts[col[entry] * layout.query_blocks + block];
+      for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry)
+        ++counts[col[entry] * layout.query_blocks + block];
     }
   }
   for (int64_t i = 0; i < segments; ++i) column_segments[i + 1] += column_segments[i];
@@ -178,14 +179,16 @@ std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, i
              std::to_string(sample_index(i, csr.num_rows + 1));
     }
     if (header.col_sample[i] != sampled(csr.col, csr.wide, i, csr.nnz)) {
-      return "plan must be made for these col_indices; they differ at index " + std::to_string(sample_index(i, csr.nnz));
+      return "plan must be made for these col_indices; they differ at index " +
+             std::to_string(sample_index(i, csr.nnz));
     }
   }
   if (!deep) return {};
   if (std::string error = check_csr(csr, header.num_queries, num_keys); !error.empty()) return error;
   std::vector<char> expected(bytes);
   build_plan(csr, header.num_queries, num_keys, expected.data());
-  if (std::memcmp(expected.data(), plan, bytes) != 0) return "plan must be what csr_plan makes of this pattern; its body differs";
+  if (std::memcmp(expected.data(), plan, bytes) != 0)
+    return "plan must be what csr_plan makes of this pattern; its body differs";
   return {};
 }
 

@@ -1,0 +1,75 @@
+// What the vector kernels of both attention ops share.
+#pragma once
+
+#include "kernels/attention.h"
+#include "kernels/cpu/panel.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/cpu/simd.h"
+
+namespace fiak::cpu::FIAK_ISA {
+
+FIAK_INLINE int64_t keys_of(const AttentionArgs& args, int64_t b) {
+  return args.kv_lens != nullptr ? args.kv_lens[b] : args.keys;
+}
+FIAK_INLINE int64_t shared_heads(const AttentionArgs& args) { return args.query_heads / args.key_heads; }
+
+/// sum_d x[d] y[d] over whole vectors.
+FIAK_INLINE float dot(const float* x, const float* y, int64_t size) {
+  Vec sum = zero();
+  for (int64_t d = 0; d < size; d += kLanes) sum = fmadd(load(x + d), load(y + d), sum);
+  return reduce_add(sum);
+}
+
+/// The Gaussian score's share of key j, -scale/2 |k_j|^2, for keys [0, count).
+FIAK_INLINE void gaussian_bias(const AttentionArgs& args, const Panel& key, int64_t count, float* bias) {
+  const float factor = -0.5f * static_cast<float>(args.scale);
+  const int64_t size = padded(args.head_size);
+  for (int64_t j = 0; j < count; ++j) bias[j] = factor * dot(key.row(j), key.row(j), size);
+}
+
+/// delta_i = sum_j a_ij dA_ij = dO_i . O_i for every query, [batch, query_heads, queries].
+static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads, const Parallel& parallel,
+                          float* delta) {
+  parallel_range(parallel, args.batch * args.query_heads, [&](int64_t begin, int64_t end) {
+    const int64_t size = padded(args.value_size);
+    Carver scratch{static_cast<char*>(thread_scratch(2 * carved(size)))};
+    float* grad_output = scratch.floats(size);
+    float* output = scratch.floats(size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / args.query_heads, h = i % args.query_heads;
+      for (int64_t n = 0; n < args.queries; ++n) {
+        load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, grad_output);
+        load_row(row_address(grads.output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, output);
+        delta[i * args.queries + n] = dot(grad_output, output, size);
+      }
+    }
+  });
+}
+
+/// body(begin, end) over parts of [0, count) of about equal work, where work(i) is what the units before i take.
+template <class Work, class Body>
+FIAK_INLINE void parallel_balanced(const Parallel& parallel, int64_t count, Work&& work, Body&& body) {
+  const int64_t parts = larger(1, smaller(parallel.threads, count));
+  const auto boundary = [&](int64_t part) {
+    if (part == 0) return int64_t{0};
+    if (part == parts) return count;
+    const int64_t total = work(count);
+    const int64_t wanted = total / parts * part + total % parts * part / parts;
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (work(middle) < wanted) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  parallel_range(parallel, parts, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) body(boundary(part), boundary(part + 1));
+  });
+}
+
+}  // namespace fiak::cpu::FIAK_ISA

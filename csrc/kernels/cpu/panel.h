@@ -1,0 +1,109 @@
+// Rows of any dtype as float32 rows of whole vectors, which is what the vector kernels read and write.
+#pragma once
+
+#include <cstring>
+
+#include "kernels/attention.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/dtypes.h"
+
+namespace fiak::cpu::FIAK_ISA {
+
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }  // float64 runs scalar
+
+/// The address of a row, of the operand's own dtype.
+FIAK_INLINE const char* row_address(const Input& x, DType dtype, int64_t b, int64_t h, int64_t n) {
+  return static_cast<const char*>(x.data) +
+         (b * x.batch_stride + h * x.head_stride + n * x.row_stride) * element_size(dtype);
+}
+FIAK_INLINE char* row_address(const Output& x, DType dtype, int64_t b, int64_t h, int64_t n) {
+  return static_cast<char*>(x.data) + (b * x.batch_stride + h * x.head_stride + n * x.row_stride) * element_size(dtype);
+}
+
+/// target[0, size) = source * factor, zero up to the next whole vector.
+FIAK_INLINE void load_row(const char* source, DType dtype, int64_t size, float factor, float* target) {
+  const Vec f = broadcast(factor);
+  int64_t d = 0;
+  switch (dtype) {
+    case DType::kFloat32: {
+      const auto* row = reinterpret_cast<const float*>(source);
+      for (; d + kLanes <= size; d += kLanes) store(target + d, mul(load(row + d), f));
+      for (; d < size; ++d) target[d] = row[d] * factor;
+      break;
+    }
+    case DType::kBFloat16: {
+      const auto* row = reinterpret_cast<const BFloat16*>(source);
+      for (; d < size; ++d) target[d] = to_float(row[d]) * factor;
+      break;
+    }
+    default: {
+      const auto* row = reinterpret_cast<const Half*>(source);
+      for (; d + kLanes <= size; d += kLanes) store(target + d, mul(load_half(row + d), f));
+      for (; d < size; ++d) target[d] = to_float(row[d]) * factor;
+    }
+  }
+  for (; d < padded(size); ++d) target[d] = 0.0f;
+}
+
+/// target[0, size) = source * factor, in the operand's own dtype.
+FIAK_INLINE void store_row(const float* source, DType dtype, int64_t size, float factor, char* target) {
+  const Vec f = broadcast(factor);
+  int64_t d = 0;
+  switch (dtype) {
+    case DType::kFloat32: {
+      auto* row = reinterpret_cast<float*>(target);
+      for (; d + kLanes <= size; d += kLanes) store(row + d, mul(load(source + d), f));
+      for (; d < size; ++d) row[d] = source[d] * factor;
+      break;
+    }
+    case DType::kBFloat16: {
+      auto* row = reinterpret_cast<BFloat16*>(target);
+      for (; d < size; ++d) row[d] = to_bfloat16(source[d] * factor);
+      break;
+    }
+    default: {
+      auto* row = reinterpret_cast<Half*>(target);
+      for (; d + kLanes <= size; d += kLanes) store_half(row + d, mul(load(source + d), f));
+      for (; d < size; ++d) row[d] = to_half(source[d] * factor);
+    }
+  }
+}
+
+/// float32 rows of whole vectors, `stride` elements apart.
+struct Panel {
+  const float* rows;
+  int64_t stride;
+  __attribute__((always_inline)) const float* row(int64_t n) const { return rows + n * stride; }
+};
+
+/// Whether rows so far apart (in bytes) crowd into few sets of the caches: their distance is a multiple of a power of
+/// two that is much larger than a row.
+FIAK_INLINE bool crowded(int64_t stride, int64_t row) { return (stride & -stride) > 2 * row; }
+
+/// Rows [0, count) of a batch element and head: in place where they are float32, whole vectors and well spread over the
+/// caches, else converted into `scratch` (count * padded(size) elements).
+FIAK_INLINE Panel make_panel(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size,
+                             float* scratch) {
+  const char* first = row_address(x, dtype, b, h, 0);
+  if (dtype == DType::kFloat32 && size % kLanes == 0 && !crowded(x.row_stride * 4, size * 4)) {
+    return {reinterpret_cast<const float*>(first), x.row_stride};
+  }
+  const int64_t stride = padded(size);
+  for (int64_t n = 0; n < count; ++n) {
+    load_row(first + n * x.row_stride * element_size(dtype), dtype, size, 1.0f, scratch + n * stride);
+  }
+  return {scratch, stride};
+}
+
+/// Hands out parts of a thread's scratch memory, each on a cache line of its own.
+struct Carver {
+  char* next;
+  __attribute__((always_inline)) float* floats(int64_t count) {
+    float* part = reinterpret_cast<float*>(next);
+    next += (count * 4 + 63) / 64 * 64;
+    return part;
+  }
+};
+constexpr int64_t carved(int64_t floats) { return (floats * 4 + 63) / 64 * 64; }
+
+}  // namespace fiak::cpu::FIAK_ISA
