@@ -67,7 +67,7 @@ class SparsePattern:
                 "SparsePattern: crow_indices must have groups * num_heads * num_queries + 1 = "
                 f"{length} elements (got {crow_indices.numel()})"
             )
-        dtype = torch.int32 if max(col_indices.numel(), num_keys) < 2**31 else torch.int64
+        dtype = torch.promote_types(crow_indices.dtype, col_indices.dtype)
         self.crow_indices = crow_indices.to(dtype).contiguous()
         self.col_indices = col_indices.to(dtype).contiguous()
         self.num_heads = num_heads
@@ -97,7 +97,8 @@ class SparsePattern:
             )
         groups, num_heads, num_queries, num_keys = mask.shape
         rows = mask.reshape(groups * num_heads * num_queries, num_keys)
-        return cls(_offsets(rows.sum(1)), rows.nonzero()[:, 1], num_heads, num_queries, num_keys, groups)
+        pattern = cls(_offsets(rows.sum(1)), rows.nonzero()[:, 1], num_heads, num_queries, num_keys, groups)
+        return pattern._narrow()
 
     @classmethod
     def from_csr(
@@ -111,6 +112,8 @@ class SparsePattern:
     ) -> SparsePattern:
         """A pattern from indices of any origin, which are validated at once; the arguments are those of the class.
 
+        The indices are kept as int32 where their values fit.
+
         Raises:
             TypeError, ValueError: as the class does.
             RuntimeError: offsets that do not start at 0, decrease or do not end at nnz; columns out of range, unsorted
@@ -118,7 +121,7 @@ class SparsePattern:
         """
         pattern = cls(crow_indices, col_indices, num_heads, num_queries, num_keys, groups)
         _ = pattern.plan
-        return pattern
+        return pattern._narrow()
 
     @classmethod
     def from_torch_csr(cls, matrix: Tensor, num_heads: int, groups: int = 1) -> SparsePattern:
@@ -386,8 +389,9 @@ class SparsePattern:
             return NotImplemented
         return (
             self._sizes == other._sizes
-            and torch.equal(self.crow_indices, other.crow_indices.to(self.device))
-            and torch.equal(self.col_indices, other.col_indices.to(self.device))
+            and self.nnz == other.nnz
+            and bool((self.crow_indices == other.crow_indices.to(self.device)).all())
+            and bool((self.col_indices == other.col_indices.to(self.device)).all())
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -414,7 +418,15 @@ class SparsePattern:
         return self.groups * self.num_heads * self.num_queries
 
     def _like(self, crow: Tensor, col: Tensor, num_queries: int, num_keys: int) -> SparsePattern:
-        return SparsePattern(crow, col, self.num_heads, num_queries, num_keys, self.groups)
+        dtype = self.crow_indices.dtype
+        return SparsePattern(crow.to(dtype), col.to(dtype), self.num_heads, num_queries, num_keys, self.groups)
+
+    def _narrow(self) -> SparsePattern:
+        """Makes the indices int32 where their values fit. Values that nobody has checked could wrap into the range."""
+        if max(self.nnz, self.num_keys) < 2**31:
+            self.crow_indices = self.crow_indices.int()
+            self.col_indices = self.col_indices.int()
+        return self
 
     def _entry_rows(self) -> Tensor:
         """int64 ``[nnz]``: the row of each entry."""
