@@ -1,8 +1,9 @@
 // csr_attention, vectorised: one query's entries at a time, on the rows of K and V that they name.
 //
-// A few queries' scores are computed first, then exponentiated in one stream, then applied to the values: exp's long
-// dependency chains then overlap with nothing that waits for them. The pattern is shared by the batch, so threads
-// split the pattern's rows (by entries) and run the whole batch inside; the weights' gradient needs no atomics then.
+// Two passes over many queries, first on the keys and then on the values, so that each has the L1 cache for itself.
+// Within the first, a few queries' scores are exponentiated in one stream: exp's long dependency chains then overlap
+// with nothing that waits for them. The pattern is shared by the batch, so threads split the pattern's rows (by entries)
+// and run the whole batch inside; the weights' gradient needs no atomics then.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/tables.h"
@@ -12,8 +13,8 @@ namespace fiak::cpu::FIAK_ISA {
 namespace {
 
 constexpr int64_t kRowCost = 16;        // what a row costs beside its entries, in entries
-constexpr int64_t kScoreBuffer = 4096;  // floats of scores that stay in the L1 cache
-constexpr int64_t kMaxQueriesAtOnce = 8;
+constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
+constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
 
 /// The first place in ascending index[0, count) whose value is at least `bound`.
 int64_t lower_bound(const uint16_t* index, int64_t count, int64_t bound) {
@@ -92,17 +93,20 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
   const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b), offset = offset_of(args, b);
   const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
   const int64_t room = padded(longest) + kLanes;
-  const int64_t at_once = larger(1, smaller(kMaxQueriesAtOnce, kScoreBuffer / room));
+  const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / room));
   const auto* values = static_cast<const float*>(args.values);
   const bool gaussian = args.score == Score::kGaussian;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
-  Carver scratch{static_cast<char*>(thread_scratch(carved(head_size) + carved(value_size) + carved(at_once * room) +
-                                                   2 * carved(room) + carved(keys) + carved(keys * head_size) +
+  Carver scratch{static_cast<char*>(thread_scratch(carved(head_size) + carved(value_size) + carved(pass_rows * room) +
+                                                   3 * carved(pass_rows) + 2 * carved(room) + carved(keys) + carved(keys * head_size) +
                                                    carved(keys * value_size)))};
   float* query = scratch.floats(head_size);
   float* sum = scratch.floats(value_size);
-  float* scores = scratch.floats(at_once * room);
+  float* scores = scratch.floats(pass_rows * room);
+  auto* counts = reinterpret_cast<int32_t*>(scratch.floats(pass_rows));
+  float* maxima = scratch.floats(pass_rows);
+  float* totals = scratch.floats(pass_rows);
   float* weights = scratch.floats(room);
   auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(room));
   float* bias = scratch.floats(keys);
@@ -122,33 +126,30 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
                      });
   };
 
-  int64_t counts[kMaxQueriesAtOnce];
-  float maxima[kMaxQueriesAtOnce], totals[kMaxQueriesAtOnce];
-  for (int64_t group = begin; group < end; group += at_once) {
-    const int64_t rows = smaller(at_once, end - group);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = group + i;
-      float* s = scores + i * room;
-      load_row(row_address(args.query, args.dtype, b, h, row - offset), args.dtype, args.head_size,
-               static_cast<float>(args.scale), query);
-      int64_t total = 0;
-      for_support(row, [&](int64_t first, const uint16_t* index, int64_t count) {
-        dots(query, key.row(first), key.stride, head_size, index, count, s + total);
-        if (gaussian) {
-          for (int64_t e = 0; e < count; ++e) s[total + e] += bias[first + index[e]];
-        }
-        total += count;
-      });
-      for (int64_t e = total; e < padded(total); ++e) s[e] = -kInfinity;
-      counts[i] = total;
-      maxima[i] = row_maximum(s, total);
+  for (int64_t pass = begin; pass < end; pass += pass_rows) {
+    const int64_t rows = smaller(pass_rows, end - pass);
+    for (int64_t group = 0; group < rows; group += kQueriesAtOnce) {
+      const int64_t group_end = smaller(rows, group + kQueriesAtOnce);
+      for (int64_t i = group; i < group_end; ++i) {
+        float* s = scores + i * room;
+        load_row(row_address(args.query, args.dtype, b, h, pass + i - offset), args.dtype, args.head_size,
+                 static_cast<float>(args.scale), query);
+        int64_t total = 0;
+        for_support(pass + i, [&](int64_t first, const uint16_t* index, int64_t count) {
+          dots(query, key.row(first), key.stride, head_size, index, count, s + total);
+          if (gaussian) {
+            for (int64_t e = 0; e < count; ++e) s[total + e] += bias[first + index[e]];
+          }
+          total += count;
+        });
+        for (int64_t e = total; e < padded(total); ++e) s[e] = -kInfinity;
+        counts[i] = static_cast<int32_t>(total);
+        maxima[i] = row_maximum(s, total);
+      }
+      for (int64_t i = group; i < group_end; ++i) totals[i] = exp_row(scores + i * room, counts[i], maxima[i]);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      float* s = scores + i * room;
-      totals[i] = exp_row(s, counts[i], maxima[i]);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = group + i;
+      const int64_t row = pass + i;
       float* p = scores + i * room;
       if (values != nullptr) {
         int64_t done = 0;

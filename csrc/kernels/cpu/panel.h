@@ -80,12 +80,14 @@ struct Panel {
 /// two that is much larger than a row.
 FIAK_INLINE bool crowded(int64_t stride, int64_t row) { return (stride & -stride) > 2 * row; }
 
-/// Rows [0, count) of a batch element and head: in place where they are float32, whole vectors and well spread over the
-/// caches, else converted into `scratch` (count * padded(size) elements).
+/// Rows [0, count) of a batch element and head: in place where they are float32, whole vectors that cross no cache line
+/// and well spread over the caches, else converted into `scratch` (count * padded(size) elements).
 FIAK_INLINE Panel make_panel(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size,
                              float* scratch) {
   const char* first = row_address(x, dtype, b, h, 0);
-  if (dtype == DType::kFloat32 && size % kLanes == 0 && !crowded(x.row_stride * 4, size * 4)) {
+  constexpr int64_t kBytes = kLanes * sizeof(float);
+  if (dtype == DType::kFloat32 && size % kLanes == 0 && reinterpret_cast<uintptr_t>(first) % kBytes == 0 &&
+      x.row_stride * 4 % kBytes == 0 && !crowded(x.row_stride * 4, size * 4)) {
     return {reinterpret_cast<const float*>(first), x.row_stride};
   }
   const int64_t stride = padded(size);
