@@ -288,8 +288,8 @@ class PriorAttention(nn.Module):
             key: ``[B, H, m, D]`` with m up to ``num_keys``; ``num_heads`` is a multiple of H. Once compacted, the rows
                 ``keep``.
             value: ``[B, H, m, Dv]``, likewise.
-            kv_lens: ``[B]``, the number of keys of each batch element, counted before compaction; keys behind take no
-                part.
+            kv_lens: ``[B]``, the number of keys of each batch element; keys behind take no part. Once compacted it
+                still counts all keys, and an input of fewer than ``num_keys`` needs it unless attention is causal.
             query_offsets: ``[B]``, the position of each element's first query (decoding with cached keys and values);
                 0 by default.
 
