@@ -1,0 +1,207 @@
+// fiak::csr_attention and fiak::csr_plan: CPU, Meta, Autograd and Autocast. Schemas and shapes are in library.cpp.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "kernels/pattern/plan.h"
+#include "torch/attention.h"
+#include "torch/checks.h"
+
+namespace fiak {
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr const char* kForward = "csr_attention";
+constexpr const char* kBackward = "csr_attention_backward";
+constexpr const char* kPlan = "csr_plan";
+
+ForwardTensors call_forward(const CsrInputs& in) {
+  static const auto op = find_op<CsrInputs::Signature<ForwardTensors>>("fiak::csr_attention_forward");
+  return op.call(in.query, in.key, in.value, in.crow_indices, in.col_indices, in.values, in.plan, in.query_offsets,
+                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score);
+}
+
+GradTensors call_backward(const CsrGradInputs& in) {
+  static const auto op = find_op<CsrGradInputs::Signature>("fiak::csr_attention_backward");
+  return op.call(in.grad_output, in.query, in.key, in.value, in.crow_indices, in.col_indices, in.values, in.output,
+                 in.logsumexp, in.plan, in.query_offsets, in.kv_lens, in.dropout_p, in.seed, in.scale, in.score,
+                 in.output_mask);
+}
+
+Tensor attention(const CsrInputs& in) { return std::get<0>(call_forward(in)); }
+
+Tensor attention_in_autocast(const CsrInputs& in) { return attention_autocast(in, attention); }
+
+struct CsrAttention : torch::autograd::Function<CsrAttention> {
+  static variable_list forward(AutogradContext* context, const Tensor&, const Tensor&, const Tensor&,
+                               const OptionalTensor&, const CsrInputs& in) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto [output, logsumexp] = call_forward(in);
+    context->save_for_backward({in.query, in.key, in.value, in.values.value_or(Tensor()), output, logsumexp,
+                                in.crow_indices, in.col_indices, in.plan.value_or(Tensor()),
+                                in.query_offsets.value_or(Tensor()), in.kv_lens.value_or(Tensor()),
+                                in.seed.value_or(Tensor())});
+    context->saved_data["dropout_p"] = in.dropout_p;
+    context->saved_data["scale"] = in.scale;
+    context->saved_data["score"] = std::string(in.score);
+    context->mark_non_differentiable({logsumexp});
+    context->set_materialize_grads(false);
+    return {output, logsumexp};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    variable_list grads(5);  // of the tensors that apply was called with, and none for the struct
+    if (!grad_outputs[0].defined()) return grads;
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    const std::string score = data["score"].toStringRef();
+    const OptionalTensor values = if_defined(saved[3]);
+    std::tie(grads[0], grads[1], grads[2], grads[3]) = call_backward(
+        {grad_outputs[0], saved[0], saved[1], saved[2], saved[6], saved[7], values, saved[4], saved[5],
+         if_defined(saved[8]), if_defined(saved[9]), if_defined(saved[10]), data["dropout_p"].toDouble(),
+         if_defined(saved[11]), data["scale"].toOptional<double>(), score, wanted_grads(*context, values.has_value())});
+    return grads;
+  }
+};
+
+ForwardTensors forward_autograd(const CsrInputs& in) {
+  const variable_list results = CsrAttention::apply(in.query, in.key, in.value, in.values, in);
+  return {results[0], results[1]};
+}
+
+CsrIndices csr_indices(const Tensor& crow_indices, const Tensor& col_indices) {
+  return {crow_indices.const_data_ptr(), col_indices.const_data_ptr(), crow_indices.scalar_type() == at::kLong,
+          crow_indices.numel() - 1, col_indices.numel()};
+}
+
+Tensor make_plan(const char* op, const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
+  const std::string error = check_csr(csr, num_queries, num_keys);
+  TORCH_CHECK(error.empty(), op, ": ", error);
+  Tensor plan = at::empty({plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz).bytes}, at::kByte);
+  build_plan(csr, num_queries, num_keys, plan.mutable_data_ptr());
+  return plan;
+}
+
+void check_given_plan(const char* op, const Tensor& plan, const CsrIndices& csr, int64_t num_keys) {
+  const char* const wanted = std::getenv("FIAK_CHECK_PLANS");
+  const bool deep = wanted != nullptr && std::string_view(wanted) == "1";
+  const std::string error = check_plan(plan.const_data_ptr(), plan.numel(), csr, num_keys, deep);
+  TORCH_CHECK(error.empty(), op, ": ", error);
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(plan.const_data_ptr()) % alignof(int64_t) == 0, op,
+              ": plan must be aligned to ", alignof(int64_t), " bytes");
+}
+
+/// The rules that only the plan's content decides: groups, and rows for every query.
+void check_rows(const char* op, const CsrArgs& args) {
+  const PlanView& plan = args.plan;
+  TORCH_CHECK(args.queries <= plan.num_queries, op, ": query must have at most the pattern's ", plan.num_queries,
+              " rows (got ", args.queries, ")");
+  if (plan.num_queries == 0) return;
+  const int64_t groups = args.query_heads > 0 ? plan.heads / args.query_heads : 1;
+  TORCH_CHECK(plan.heads == groups * args.query_heads && groups > 0 && args.batch % groups == 0, op,
+              ": crow_indices must have rows for G * Hq heads with Hq = ", args.query_heads,
+              " and G a divisor of B = ", args.batch, " (got ", plan.heads, " heads of ", plan.num_queries, " rows)");
+}
+
+Operands<CsrArgs> csr_operands(const char* op, const CsrInputs& in) {
+  auto operands = attention_operands<CsrArgs>(op, in);
+  CsrArgs& args = operands.args;
+  const Tensor& crow_indices = operands.own(in.crow_indices.contiguous());
+  const CsrIndices csr = csr_indices(crow_indices, operands.own(in.col_indices.contiguous()));
+  const bool given = in.plan.has_value();
+  const Tensor& plan = operands.own(given ? in.plan->contiguous() : make_plan(op, csr, args.queries, args.keys));
+  if (given) check_given_plan(op, plan, csr, args.keys);
+  args.plan = view_plan(plan.const_data_ptr());
+  check_rows(op, args);
+  if (in.query_offsets.has_value()) {
+    const Tensor& offsets = operands.own(checked_counts(op, "query_offsets", *in.query_offsets,
+                                                        args.plan.num_queries - args.queries, "num_queries - N"));
+    args.query_offsets = offsets.const_data_ptr<int64_t>();
+  }
+  if (in.values.has_value()) args.values = operands.own(in.values->contiguous()).const_data_ptr();
+  return operands;
+}
+
+ForwardTensors forward_cpu(const CsrInputs& in) {
+  check_csr_attention(kForward, in);
+  return run_forward(csr_operands(kForward, in).args, in.query, in.value, cpu_kernels(in.query).csr_forward);
+}
+
+ForwardTensors forward_meta(const CsrInputs& in) {
+  check_csr_attention(kForward, in);
+  return empty_forward(in.query, in.value);
+}
+
+GradTensors backward_meta(const CsrGradInputs& in) {
+  check_csr_attention(kBackward, in.inputs());
+  check_attention_backward(kBackward, in.query, in.value, in.grad_output, in.output, in.logsumexp);
+  return empty_grads(in.query, in.key, in.value, in.values, in.output_mask);
+}
+
+GradTensors backward_cpu(const CsrGradInputs& in) {
+  GradTensors grads = backward_meta(in);  // the same checks and results
+  run_backward(csr_operands(kBackward, in.inputs()).args, in.grad_output, in.output, in.logsumexp, grads,
+               cpu_kernels(in.query).csr_backward);
+  return grads;
+}
+
+Tensor plan_cpu(const Tensor& crow_indices, const Tensor& col_indices, int64_t num_queries, int64_t num_keys) {
+  check_csr_plan(crow_indices, col_indices, num_queries, num_keys);
+  const Tensor crow = crow_indices.contiguous(), col = col_indices.contiguous();
+  return make_plan(kPlan, csr_indices(crow, col), num_queries, num_keys);
+}
+
+/// plan_layout(...).bytes of symbolic sizes.
+SymInt plan_bytes(const SymInt& num_rows, const SymInt& num_queries, const SymInt& num_keys, const SymInt& nnz) {
+  const auto aligned = [](const SymInt& bytes) { return (bytes + 63) / 64 * 64; };
+  const auto blocks = [](const SymInt& size) { return ((size + kPlanBlock - 1) / kPlanBlock).max(1); };
+  // max(1) only avoids a division by zero: there are no rows where there are no queries.
+  const SymInt heads = num_rows / num_queries.max(1);
+  return aligned(sizeof(PlanHeader)) + aligned((num_rows * blocks(num_keys) + 1) * 8) +
+         aligned((nnz + kPlanPadding) * 2) + aligned((heads * num_keys * blocks(num_queries) + 1) * 8) +
+         aligned((nnz + kPlanPadding) * 2) + aligned(nnz * 4);
+}
+
+Tensor plan_meta(const Tensor& crow_indices, const Tensor& col_indices, SymInt num_queries, SymInt num_keys) {
+  check_csr_plan(crow_indices, col_indices, num_queries, num_keys);
+  return empty_like_sizes({plan_bytes(crow_indices.sym_numel() - 1, num_queries, num_keys, col_indices.sym_numel())},
+                          crow_indices, at::kByte);
+}
+
+template <class Result, Result (*function)(const CsrInputs&)>
+constexpr auto* forward_kernel = Kernel<function, CsrInputs::Signature<Result>>::call;
+
+template <GradTensors (*function)(const CsrGradInputs&)>
+constexpr auto* backward_kernel = Kernel<function, CsrGradInputs::Signature>::call;
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fiak, CompositeImplicitAutograd, m) { m.impl("csr_attention", forward_kernel<Tensor, attention>); }
+
+TORCH_LIBRARY_IMPL(fiak, AutocastCPU, m) { m.impl("csr_attention", forward_kernel<Tensor, attention_in_autocast>); }
+
+TORCH_LIBRARY_IMPL(fiak, AutocastCUDA, m) { m.impl("csr_attention", forward_kernel<Tensor, attention_in_autocast>); }
+
+TORCH_LIBRARY_IMPL(fiak, Autograd, m) {
+  m.impl("csr_attention_forward", forward_kernel<ForwardTensors, forward_autograd>);
+}
+
+TORCH_LIBRARY_IMPL(fiak, CPU, m) {
+  m.impl("csr_attention_forward", forward_kernel<ForwardTensors, forward_cpu>);
+  m.impl("csr_attention_backward", backward_kernel<backward_cpu>);
+  m.impl("csr_plan", plan_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fiak, Meta, m) {
+  m.impl("csr_attention_forward", forward_kernel<ForwardTensors, forward_meta>);
+  m.impl("csr_attention_backward", backward_kernel<backward_meta>);
+  m.impl("csr_plan", plan_meta);
+}
+
+}  // namespace fiak
