@@ -1,0 +1,85 @@
+// Device code of compact_kv and its backward: whole rows are copied or zeroed, a warp for each, in units of up to 16
+// bytes. No shared memory, no barriers. Keeps to what both nvcc and csrc/simt compile.
+//
+//   compact_rows_kernel<Unit>(CopyRowsParams)  target row k  = source row keep[h, k], zeros where that is -1
+//   expand_rows_kernel<Unit>(CopyRowsParams)   target row r  = source row k with keep[h, k] == r, zeros where none
+//   grid: any number of blocks of kBlockThreads threads (rows are dealt out in a grid-stride loop); shared memory: 0
+#pragma once
+
+#include <cstdint>
+
+namespace fiak::cuda {
+
+constexpr int kBlockThreads = 128;
+constexpr int kWarpThreads = 32;
+
+struct alignas(16) Unit16 {
+  uint64_t low, high;
+};
+
+/// Strides (batch, head, row) and the rows' length are in units of the kernel's Unit.
+struct CopyRowsParams {
+  const void* source;
+  void* target;
+  const int64_t* keep;  ///< [heads, kept], ascending, padded at the end with -1
+  int64_t batch, heads, rows, kept, row_units;
+  int64_t source_strides[3], target_strides[3];
+};
+
+/// Copies one row, or zeroes it where `source` is null; the warp's threads take turns.
+template <class Unit>
+__device__ inline void copy_row(const Unit* source, Unit* target, int64_t units, int lane) {
+  for (int64_t i = lane; i < units; i += kWarpThreads) target[i] = source != nullptr ? source[i] : Unit{};
+}
+
+/// The k with keep[k] == row, or -1. The -1 at the end count as larger than any row.
+__device__ inline int64_t find_row(const int64_t* keep, int64_t kept, int64_t row) {
+  int64_t low = 0, high = kept;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (keep[middle] >= 0 && keep[middle] < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < kept && keep[low] == row ? low : -1;
+}
+
+/// copy(batch, head, row of target) for this warp's share of all rows of the target.
+template <class Copy>
+__device__ inline void for_target_rows(const CopyRowsParams& params, int64_t target_rows, Copy&& copy) {
+  const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpThreads;
+  const int64_t warps = int64_t{gridDim.x} * blockDim.x / kWarpThreads;
+  for (int64_t i = warp; i < params.batch * params.heads * target_rows; i += warps) {
+    copy(i / target_rows / params.heads, i / target_rows % params.heads, i % target_rows);
+  }
+}
+
+template <class Unit>
+__device__ inline void copy_one(const CopyRowsParams& params, int64_t b, int64_t h, int64_t source_row,
+                                int64_t target_row) {
+  const Unit* source = static_cast<const Unit*>(params.source) + b * params.source_strides[0] +
+                       h * params.source_strides[1] + source_row * params.source_strides[2];
+  Unit* target = static_cast<Unit*>(params.target) + b * params.target_strides[0] + h * params.target_strides[1] +
+                 target_row * params.target_strides[2];
+  copy_row(source_row >= 0 ? source : nullptr, target, params.row_units, static_cast<int>(threadIdx.x % kWarpThreads));
+}
+
+template <class Unit>
+__global__ void compact_rows_kernel(CopyRowsParams params) {
+  for_target_rows(params, params.kept, [&](int64_t b, int64_t h, int64_t k) {
+    const int64_t row = params.keep[h * params.kept + k];
+    if (row >= params.rows) __trap();  // keep's values are on the device; out of bounds must not be read
+    copy_one<Unit>(params, b, h, row, k);
+  });
+}
+
+template <class Unit>
+__global__ void expand_rows_kernel(CopyRowsParams params) {
+  for_target_rows(params, params.rows, [&](int64_t b, int64_t h, int64_t row) {
+    copy_one<Unit>(params, b, h, find_row(params.keep + h * params.kept, params.kept, row), row);
+  });
+}
+
+}  // namespace fiak::cuda
