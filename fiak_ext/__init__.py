@@ -2,20 +2,60 @@
 
 Importing registers the operators ``torch.ops.fiak.*``.
 """
+# ruff: noqa: E402 - the operators come before the modules that register things for them
+
+from __future__ import annotations
 
 from fiak_ext._loading import load_library
 
 load_library()
 
-from fiak_ext import reference  # noqa: E402
-from fiak_ext.compaction import compact  # noqa: E402
-from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention  # noqa: E402
-from fiak_ext.pattern import SparsePattern  # noqa: E402
+import torch
+
+from fiak_ext import _C, flops, reference
+from fiak_ext._C import build_info
+from fiak_ext.compaction import compact
+from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
+from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
+from fiak_ext.pattern import SparsePattern
+from fiak_ext.pruning import PruningReport, calibrate, prune
 
 __all__ = [
+    "CausalLM",
     "MultiHeadSelfAttention",
     "PriorAttention",
+    "PruningReport",
     "SparsePattern",
+    "VisionTransformer",
+    "build_info",
+    "calibrate",
     "compact",
+    "deit_tiny",
+    "flops",
+    "param_groups",
+    "prune",
     "reference",
+    "which_kernel",
 ]
+
+
+def which_kernel(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> str:
+    """The kernel that a call of an op takes, as ``"op/instruction set"``, for example ``"csr_attention/avx512"``.
+
+    The environment variable ``FIAK_CPU_ISA`` (scalar, avx2, avx512, avx512_bf16) lowers the choice.
+
+    Args:
+        op: ``prior_attention``, ``csr_attention``, ``compact_kv`` or ``compact_linear``; backward takes the same.
+        dtype: of query, or of input: float64, float32, bfloat16 or float16.
+        device: where the call runs.
+
+    Raises:
+        ValueError: an op, a dtype or a device without kernels.
+    """
+    ops = ("prior_attention", "csr_attention", "compact_kv", "compact_linear")
+    if op not in ops:
+        raise ValueError(f"which_kernel: op must be one of {', '.join(ops)} (got {op!r})")
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"which_kernel: device must be cpu, which all kernels of this build are for (got {device})")
+    isa = _C.kernel_isa(str(dtype).removeprefix("torch."))
+    return f"{op}/{'scalar' if op == 'compact_kv' else isa}"  # compact_kv copies bytes: one code for all
