@@ -1,7 +1,4 @@
 // The device code of compact_kv, run on the CPU, against the CPU kernels, byte for byte.
-#include "kernels/cuda/compact_rows.cuh"
-#include "simt/serial.h"
-// The units need the parameters' type from the line above.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,7 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cuda/copy_units.h"
+#include "kernels/cuda/compact_rows.cuh"
+#include "simt/serial.h"  // first: it stands in for what nvcc knows by itself
 #include "tests/support.h"
 
 namespace fiak {

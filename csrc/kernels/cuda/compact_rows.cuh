@@ -8,23 +8,12 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/copy_units.h"
+
 namespace fiak::cuda {
 
 constexpr int kBlockThreads = 128;
 constexpr int kWarpThreads = 32;
-
-struct alignas(16) Unit16 {
-  uint64_t low, high;
-};
-
-/// Strides (batch, head, row) and the rows' length are in units of the kernel's Unit.
-struct CopyRowsParams {
-  const void* source;
-  void* target;
-  const int64_t* keep;  ///< [heads, kept], ascending, padded at the end with -1
-  int64_t batch, heads, rows, kept, row_units;
-  int64_t source_strides[3], target_strides[3];
-};
 
 /// Copies one row, or zeroes it where `source` is null; the warp's threads take turns.
 template <class Unit>

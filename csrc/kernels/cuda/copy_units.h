@@ -1,4 +1,4 @@
-// The largest unit that rows can be copied in. Compiled by nvcc for the launches and by g++ for the tests.
+// The parameters of the row copying kernels, and the largest unit that rows can be copied in.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,19 @@
 #include "kernels/compact.h"
 
 namespace fiak::cuda {
+
+struct alignas(16) Unit16 {
+  uint64_t low, high;
+};
+
+/// Strides (batch, head, row) and the rows' length are in units of the kernel's Unit.
+struct CopyRowsParams {
+  const void* source;
+  void* target;
+  const int64_t* keep;  ///< [heads, kept], ascending, padded at the end with -1
+  int64_t batch, heads, rows, kept, row_units;
+  int64_t source_strides[3], target_strides[3];
+};
 
 /// call(Unit{}, params) with the largest Unit of 16, 8, 4, 2 or 1 bytes that divides the rows' length, every stride and
 /// both addresses.
