@@ -1,4 +1,7 @@
 // The device code of compact_kv, run on the CPU, against the CPU kernels, byte for byte.
+// clang-format off
+#include "simt/serial.h"  // first: it stands in for what nvcc knows by itself
+// clang-format on
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,7 +11,6 @@
 #include <vector>
 
 #include "kernels/cuda/compact_rows.cuh"
-#include "simt/serial.h"  // first: it stands in for what nvcc knows by itself
 #include "tests/support.h"
 
 namespace fiak {
