@@ -26,7 +26,7 @@ struct Operands {
   Args args;
   std::vector<at::Tensor> tensors;
 
-  const at::Tensor& own(at::Tensor tensor) { return tensors.emplace_back(std::move(tensor)); }
+  at::Tensor own(at::Tensor tensor) { return tensors.emplace_back(std::move(tensor)); }
 };
 
 /// The arguments that both ops have, of CPU tensors that passed the op's checker; checks kv_lens' values.
@@ -47,7 +47,7 @@ Operands<Args> attention_operands(const char* op, const Inputs& in) {
   args.dropout_p = in.dropout_p;
   if (in.dropout_p > 0) args.seed = static_cast<uint64_t>(*in.seed->template const_data_ptr<int64_t>());
   if (in.kv_lens.has_value()) {
-    const at::Tensor& counts = operands.own(checked_counts(op, "kv_lens", *in.kv_lens, args.keys, "M"));
+    const at::Tensor counts = operands.own(checked_counts(op, "kv_lens", *in.kv_lens, args.keys, "M"));
     args.kv_lens = counts.const_data_ptr<int64_t>();
   }
   args.query = readable(operands.own(contiguous_rows(in.query)));

@@ -34,7 +34,11 @@ GradTensors call_backward(const CsrGradInputs& in) {
                  in.output_mask);
 }
 
-Tensor attention(const CsrInputs& in) { return std::get<0>(call_forward(in)); }
+Tensor attention(const CsrInputs& in) {
+  TORCH_CHECK(in.plan.has_value() || !in.query.is_cuda(), kForward,
+              ": plan must be given with CUDA tensors; torch.ops.fiak.csr_plan makes it (got None)");
+  return std::get<0>(call_forward(in));
+}
 
 Tensor attention_in_autocast(const CsrInputs& in) { return attention_autocast(in, attention); }
 
@@ -112,16 +116,16 @@ void check_rows(const char* op, const CsrArgs& args) {
 Operands<CsrArgs> csr_operands(const char* op, const CsrInputs& in) {
   auto operands = attention_operands<CsrArgs>(op, in);
   CsrArgs& args = operands.args;
-  const Tensor& crow_indices = operands.own(in.crow_indices.contiguous());
+  const Tensor crow_indices = operands.own(in.crow_indices.contiguous());
   const CsrIndices csr = csr_indices(crow_indices, operands.own(in.col_indices.contiguous()));
   const bool given = in.plan.has_value();
-  const Tensor& plan = operands.own(given ? in.plan->contiguous() : make_plan(op, csr, args.queries, args.keys));
+  const Tensor plan = operands.own(given ? in.plan->contiguous() : make_plan(op, csr, args.queries, args.keys));
   if (given) check_given_plan(op, plan, csr, args.keys);
   args.plan = view_plan(plan.const_data_ptr());
   check_rows(op, args);
   if (in.query_offsets.has_value()) {
-    const Tensor& offsets = operands.own(checked_counts(op, "query_offsets", *in.query_offsets,
-                                                        args.plan.num_queries - args.queries, "num_queries - N"));
+    const Tensor offsets = operands.own(checked_counts(op, "query_offsets", *in.query_offsets,
+                                                       args.plan.num_queries - args.queries, "num_queries - N"));
     args.query_offsets = offsets.const_data_ptr<int64_t>();
   }
   if (in.values.has_value()) args.values = operands.own(in.values->contiguous()).const_data_ptr();

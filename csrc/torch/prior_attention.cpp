@@ -73,7 +73,7 @@ Operands<PriorArgs> prior_operands(const char* op, const PriorInputs& in) {
   PriorArgs& args = operands.args;
   args.is_causal = in.is_causal;
   if (in.prior.has_value()) {
-    const Tensor& prior = operands.own(contiguous_rows(*in.prior));
+    const Tensor prior = operands.own(contiguous_rows(*in.prior));
     args.prior = prior.const_data_ptr();
     args.prior_groups = prior.size(0);
     args.prior_heads = prior.size(1);
