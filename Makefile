@@ -1,0 +1,66 @@
+# make demo, make test: all that a fresh machine with Python >= 3.10, a C++20 compiler and make needs.
+# FIAK_REQUIRE=all makes every skipped part an error. CMAKE_ARGS is passed on, for example CMAKE_ARGS=-DFIAK_CUDA=off.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+export FIAK_REQUIRE ?=
+
+CONFIGURE = cmake -S . -G Ninja -DPython_EXECUTABLE=$(VENV)/bin/python -DFIAK_REQUIRE=$(FIAK_REQUIRE) $(CMAKE_ARGS)
+CXX_FILES = $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test build configure sanitize sanitize-address sanitize-thread bench lint format clean
+
+demo: build
+	python -m fiak_ext demo $(DEMO_ARGS)
+
+test: build $(VENV)/installed-dev
+	cmake --build build/release
+	ctest --test-dir build/release --output-on-failure
+	$(MAKE) sanitize-address
+	@cat build/release/skipped.txt
+	python -m pytest
+
+build: configure
+	cmake --build build/release --target python
+	cmake --install build/release --component python --prefix $(CURDIR)
+
+configure: $(VENV)/installed
+	$(CONFIGURE) -B build/release -DFIAK_BUILD_TESTS=ON -DFIAK_BUILD_BENCHMARKS=ON
+
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address: SANITIZERS := address,undefined
+sanitize-thread: SANITIZERS := thread
+sanitize-address sanitize-thread: $(VENV)/installed
+	$(CONFIGURE) -B build/$@ -DFIAK_BUILD_TESTS=ON -DFIAK_SANITIZE=$(SANITIZERS)
+	cmake --build build/$@
+	ctest --test-dir build/$@ --output-on-failure
+
+bench: build
+	cmake --build build/release
+	build/release/fiak_benchmarks
+	python -m benchmarks.compare
+
+lint: $(VENV)/installed-dev
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(CXX_FILES)
+	mypy
+
+format: $(VENV)/installed-dev
+	ruff check --fix
+	ruff format
+	clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build fiak_ext/*.so
+
+$(VENV)/installed: requirements.txt
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	pip install --requirement requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	pip install --requirement requirements-dev.txt
+	touch $@

@@ -1,0 +1,412 @@
+#include "tests/attention_problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <sstream>
+
+namespace fiak::tests {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+/// Mostly small, often next to a multiple of the vector length.
+int64_t random_size(Random& random, int64_t low, int64_t high) {
+  constexpr int64_t kEdges[] = {15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 130};
+  const int64_t size =
+      random.chance(0.4) ? kEdges[random.integer(0, 15)] : random.integer(low, std::min<int64_t>(high, 12));
+  return std::clamp(size, low, high);
+}
+
+/// Values that `dtype` holds exactly.
+Tensor random_operand(Random& random, DType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+  Tensor x(DType::kFloat64, batch, heads, rows, columns, random.chance(0.5),
+           random.chance(0.5) ? random.integer(1, 5) : 0);
+  x.fill(random);
+  return x.to(dtype).to(DType::kFloat64);
+}
+
+Problem random_problem(Random& random, DType dtype) {
+  Problem problem;
+  AttentionArgs& args = problem.args;
+  args.batch = random.integer(random.chance(0.1) ? 0 : 1, 3);
+  args.key_heads = random.integer(1, 3);
+  args.query_heads = args.key_heads * random.integer(1, 3);
+  args.queries = random_size(random, random.chance(0.1) ? 0 : 1, 50);
+  args.keys = random_size(random, random.chance(0.1) ? 0 : 1, 70);
+  args.head_size = random_size(random, 1, 130);
+  args.value_size = random.chance(0.5) ? args.head_size : random_size(random, 1, 130);
+  args.score = random.chance(0.5) ? Score::kDot : Score::kGaussian;
+  args.scale = 1 / std::sqrt(static_cast<double>(args.head_size));
+  if (random.chance(0.2)) args.scale *= random.chance(0.3) ? 0 : random.real(-2, 2);
+  if (random.chance(0.3)) {
+    args.dropout_p = random.chance(0.1) ? 1 : random.real(0, 1);
+    args.seed = static_cast<uint64_t>(random.integer(0, std::numeric_limits<int64_t>::max() - 1)) * 3;
+  }
+  if (random.chance(0.4)) {
+    for (int64_t b = 0; b < args.batch; ++b) problem.kv_lens.push_back(random.integer(0, args.keys));
+  }
+  problem.query = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.head_size);
+  problem.key = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.head_size);
+  problem.value = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.value_size);
+  problem.grad_output = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.value_size);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    for (int64_t h = 0; h < args.key_heads; ++h) {
+      for (int64_t j = problem.keys_of(b); j < args.keys; ++j) {
+        problem.key.set_row(b, h, j, kNaN);
+        problem.value.set_row(b, h, j, kNaN);
+      }
+    }
+  }
+  return problem;
+}
+
+/// A divisor of the batch.
+int64_t random_groups(Random& random, int64_t batch) {
+  const int64_t groups = random.integer(1, std::max<int64_t>(batch, 1));
+  return batch % groups == 0 ? groups : 1;
+}
+
+/// Weights of both signs, some 0 and some rows without a positive one, that float32 holds exactly. Positive ones are
+/// not small, since their gradients grow with 1 / w.
+void fill_weights(Random& random, Tensor& weight) {
+  for (int64_t g = 0; g < weight.batch; ++g) {
+    for (int64_t h = 0; h < weight.heads; ++h) {
+      for (int64_t n = 0; n < weight.rows; ++n) {
+        const double outside = random.chance(0.1) ? 1 : 0.2;
+        for (int64_t j = 0; j < weight.columns; ++j) {
+          const double w = random.chance(outside) ? std::min(0.0, random.real(-1, 0.5)) : random.real(0.25, 2);
+          weight.set(g, h, n, j, static_cast<float>(w));
+        }
+      }
+    }
+  }
+}
+
+void expect_all_close(const Results& actual, const Results& exact, const Results& yardstick, const std::string& what) {
+  for (const auto& [member, name] :
+       {std::pair(&Results::output, "output"), std::pair(&Results::logsumexp, "logsumexp"),
+        std::pair(&Results::grad_query, "grad_query"), std::pair(&Results::grad_key, "grad_key"),
+        std::pair(&Results::grad_value, "grad_value"), std::pair(&Results::grad_weight, "grad_weight")}) {
+    expect_close(actual.*member, exact.*member, yardstick.*member, name + std::string(" of ") + what);
+    (actual.*member).expect_gaps_untouched(name + std::string(" of ") + what);
+  }
+}
+
+void expect_all_identical(const Results& actual, const Results& expected, unsigned wanted, const std::string& what) {
+  expect_identical(actual.output, expected.output, "output of " + what);
+  expect_identical(actual.logsumexp, expected.logsumexp, "logsumexp of " + what);
+  if (wanted & kGradQuery) expect_identical(actual.grad_query, expected.grad_query, "grad_query of " + what);
+  if (wanted & kGradKey) expect_identical(actual.grad_key, expected.grad_key, "grad_key of " + what);
+  if (wanted & kGradValue) expect_identical(actual.grad_value, expected.grad_value, "grad_value of " + what);
+  if (wanted & kGradWeight) expect_identical(actual.grad_weight, expected.grad_weight, "grad_weight of " + what);
+}
+
+/// Expects a row's numbers to be those of `expected`, bit for bit, or all NaN.
+void expect_row(const Tensor& actual, const Tensor& expected, bool nan, int64_t b, int64_t h, int64_t n,
+                const std::string& what) {
+  for (int64_t d = 0; d < actual.columns; ++d) {
+    const double x = actual.at(b, h, n, d), e = expected.at(b, h, n, d);
+    ASSERT_TRUE(nan ? std::isnan(x) : x == e || (std::isnan(x) && std::isnan(e)))
+        << what << ", row " << b << " " << h << " " << n << ": " << x << (nan ? " for NaN" : " for ") << e;
+  }
+}
+
+}  // namespace
+
+template <class Call>
+void Problem::with_args(DType dtype, Call&& call) const {
+  const Tensor q = query.to(dtype), k = key.to(dtype), v = value.to(dtype), w = weight.to(weight_dtype(dtype));
+  AttentionArgs common = args;
+  common.dtype = dtype;
+  common.query = q.input();
+  common.key = k.input();
+  common.value = v.input();
+  common.kv_lens = kv_lens.empty() ? nullptr : kv_lens.data();
+  const void* weights = has_weight ? w.data() : nullptr;
+  if (pattern != nullptr) {
+    call(CsrArgs{common, pattern->plan(), weights, query_offsets.empty() ? nullptr : query_offsets.data()});
+  } else {
+    call(PriorArgs{common, is_causal, weights, weight.batch, weight.heads, weight.rows, weight.batch_stride,
+                   weight.heads == 1 ? 0 : weight.head_stride, weight.rows == 1 ? 0 : weight.row_stride});
+  }
+}
+
+Results Problem::forward(const cpu::Kernels& kernels, DType dtype, const Parallel& parallel) const {
+  Results results;
+  results.output = Tensor(dtype, args.batch, args.query_heads, args.queries, args.value_size, true, 3);
+  results.logsumexp = Tensor(weight_dtype(dtype), args.batch, args.query_heads, args.queries, 1);
+  const ForwardResult target{results.output.output(), results.logsumexp.data()};
+  with_args(dtype, [&](const auto& a) {
+    if constexpr (std::is_same_v<decltype(a), const CsrArgs&>) {
+      kernels.csr_forward(a, target, parallel);
+    } else {
+      kernels.prior_forward(a, target, parallel);
+    }
+  });
+  return results;
+}
+
+void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Results& results, unsigned wanted) const {
+  const DType dtype = results.output.dtype;
+  const Tensor grad = grad_output.to(dtype);
+  results.grad_query = Tensor(dtype, args.batch, args.query_heads, args.queries, args.head_size, true, 1);
+  results.grad_key = Tensor(dtype, args.batch, args.key_heads, args.keys, args.head_size, false, 2);
+  results.grad_value = Tensor(dtype, args.batch, args.key_heads, args.keys, args.value_size, true, 0);
+  results.grad_weight = Tensor(weight_dtype(dtype), weight.batch, weight.heads, weight.rows, weight.columns);
+  BackwardArgs grads;
+  grads.grad_output = grad.input();
+  grads.output = results.output.input();
+  grads.logsumexp = results.logsumexp.data();
+  if (wanted & kGradQuery) grads.grad_query = results.grad_query.output();
+  if (wanted & kGradKey) grads.grad_key = results.grad_key.output();
+  if (wanted & kGradValue) grads.grad_value = results.grad_value.output();
+  if (wanted & kGradWeight && has_weight) grads.grad_weight = results.grad_weight.data();
+  with_args(dtype, [&](const auto& a) {
+    if constexpr (std::is_same_v<decltype(a), const CsrArgs&>) {
+      kernels.csr_backward(a, grads, parallel);
+    } else {
+      kernels.prior_backward(a, grads, parallel);
+    }
+  });
+}
+
+std::string Problem::describe() const {
+  std::ostringstream text;
+  text << (pattern != nullptr ? "csr" : "prior") << " B" << args.batch << " Hq" << args.query_heads << " H"
+       << args.key_heads << " N" << args.queries << " M" << args.keys << " D" << args.head_size << " Dv"
+       << args.value_size << (args.score == Score::kGaussian ? " gaussian" : "") << (is_causal ? " causal" : "")
+       << " scale " << args.scale << " dropout " << args.dropout_p << (kv_lens.empty() ? "" : " kv_lens");
+  if (pattern != nullptr) {
+    text << " rows " << pattern->queries << " nnz " << pattern->nnz() << " groups " << pattern->heads / args.query_heads
+         << (query_offsets.empty() ? "" : " offsets") << (has_weight ? " values" : "");
+  } else if (has_weight) {
+    text << " prior " << weight.batch << " " << weight.heads << " " << weight.rows;
+  }
+  return text.str();
+}
+
+Problem random_prior_problem(Random& random, DType dtype) {
+  Problem problem = random_problem(random, dtype);
+  const AttentionArgs& args = problem.args;
+  problem.is_causal = random.chance(0.4);
+  problem.has_weight = random.chance(0.8);
+  if (problem.has_weight) {
+    problem.weight =
+        Tensor(DType::kFloat64, random_groups(random, args.batch), random.chance(0.3) ? 1 : args.query_heads,
+               random.chance(0.3) ? 1 : args.queries, args.keys, false, random.chance(0.3) ? 4 : 0);
+    fill_weights(random, problem.weight);
+  } else {
+    problem.weight = Tensor(DType::kFloat64, 1, 1, 1, 0);
+  }
+  return problem;
+}
+
+Problem random_csr_problem(Random& random, DType dtype) {
+  Problem problem = random_problem(random, dtype);
+  const AttentionArgs& args = problem.args;
+  const int64_t groups = random_groups(random, args.batch);
+  int64_t rows = args.queries;
+  if (random.chance(0.3)) {
+    rows += random.integer(0, 20);
+    for (int64_t b = 0; b < args.batch; ++b) problem.query_offsets.push_back(random.integer(0, rows - args.queries));
+  }
+  problem.pattern = std::make_shared<Pattern>(random, groups * args.query_heads, rows, args.keys,
+                                              random.chance(0.1) ? 0 : random.real(0, 1), random.chance(0.3));
+  const Pattern& pattern = *problem.pattern;
+  problem.has_weight = random.chance(0.5);
+  problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? pattern.nnz() : 0);
+  fill_weights(random, problem.weight);
+
+  // What no row of the pattern keeps is never read.
+  std::vector<bool> kept(args.batch * args.key_heads * args.keys, false);
+  const int64_t shared = args.query_heads / args.key_heads;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    for (int64_t h = 0; h < args.query_heads; ++h) {
+      const int64_t first = (b % groups * args.query_heads + h) * rows;
+      for (int64_t entry = pattern.crow[first]; entry < pattern.crow[first + rows]; ++entry) {
+        kept[(b * args.key_heads + h / shared) * args.keys + pattern.col[entry]] = true;
+      }
+    }
+  }
+  for (size_t i = 0; i < kept.size(); ++i) {
+    const auto row = static_cast<int64_t>(i);
+    if (kept[i]) continue;
+    problem.key.set_row(row / args.keys / args.key_heads, row / args.keys % args.key_heads, row % args.keys, kNaN);
+    problem.value.set_row(row / args.keys / args.key_heads, row / args.keys % args.key_heads, row % args.keys, kNaN);
+  }
+  return problem;
+}
+
+void KernelTest::SetUp() {
+  if (!machine_has(isa())) GTEST_SKIP() << "hardware: no " << cpu::isa_name(isa());
+}
+
+void KernelTest::matches_scalar_float64(MakeProblem make) const {
+  Random random(10);
+  for (int round = 0; round < 150; ++round) {
+    const Problem problem = make(random, dtype());
+    const std::string what = problem.describe() + ", round " + std::to_string(round);
+    Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
+    problem.backward(scalar(), threads(1), exact);
+    Results yardstick = problem.forward(scalar(), dtype(), threads(1));
+    Results actual = problem.forward(kernels(), dtype(), threads(1));
+    expect_close(actual.output, exact.output, yardstick.output, "output of " + what);
+    // From here on the same saved results, so that only the backward kernels differ.
+    Results grads = yardstick;
+    problem.backward(scalar(), threads(1), yardstick);
+    problem.backward(kernels(), threads(1), grads);
+    grads.output = actual.output;
+    grads.logsumexp = actual.logsumexp;
+    expect_all_close(grads, exact, yardstick, what);
+    if (HasFatalFailure()) return;
+  }
+}
+
+void KernelTest::gives_the_same_bits_on_any_number_of_threads(MakeProblem make) const {
+  Random random(11);
+  for (int round = 0; round < 40; ++round) {
+    const Problem problem = make(random, dtype());
+    Results one = problem.forward(kernels(), dtype(), threads(1));
+    problem.backward(kernels(), threads(1), one);
+    for (const int64_t count : {2, 3, 16}) {
+      Results several = problem.forward(kernels(), dtype(), threads(count));
+      problem.backward(kernels(), threads(count), several);
+      expect_all_identical(several, one, kAllGrads, problem.describe() + " on " + std::to_string(count) + " threads");
+    }
+    if (HasFatalFailure()) return;
+  }
+}
+
+void KernelTest::leaves_out_unwanted_gradients(MakeProblem make) const {
+  Random random(12);
+  for (int round = 0; round < 10; ++round) {
+    const Problem problem = make(random, dtype());
+    Results all = problem.forward(kernels(), dtype(), threads(1));
+    Results some = all;
+    problem.backward(kernels(), threads(1), all);
+    for (unsigned wanted = 0; wanted < kAllGrads; ++wanted) {
+      problem.backward(kernels(), threads(2), some, wanted);
+      expect_all_identical(some, all, wanted, problem.describe() + ", wanted " + std::to_string(wanted));
+    }
+    if (HasFatalFailure()) return;
+  }
+}
+
+void KernelTest::keeps_nan_in_its_place(MakeProblem make) const {
+  Random random(13);
+  for (int round = 0; round < 60; ++round) {
+    Problem problem = make(random, dtype());
+    const AttentionArgs& args = problem.args;
+    if (args.batch == 0 || args.queries == 0 || args.keys == 0) continue;
+    Results clean = problem.forward(kernels(), dtype(), threads(1));
+    problem.backward(kernels(), threads(1), clean);
+    const int64_t shared = args.query_heads / args.key_heads;
+    const int64_t at_b = random.integer(0, args.batch - 1), at_h = random.integer(0, args.query_heads - 1);
+    const int64_t at_n = random.integer(0, args.queries - 1), at_j = random.integer(0, args.keys - 1);
+    const std::string what = problem.describe() + ", round " + std::to_string(round);
+    // A whole row or one number of it; infinity may give 0 * inf or a finite softmax, but only in the same place.
+    const double poison = random.chance(0.7) ? kNaN : std::numeric_limits<double>::infinity();
+    const auto poisoned = [&](const Tensor& x, int64_t h, int64_t row) {
+      Tensor y = x;
+      if (random.chance(0.5)) {
+        y.set_row(at_b, h, row, poison);
+      } else {
+        y.set(at_b, h, row, random.integer(0, x.columns - 1), poison);
+      }
+      return y;
+    };
+    const auto run = [&] {
+      Results results = problem.forward(kernels(), dtype(), threads(1));
+      problem.backward(kernels(), threads(1), results);
+      return results;
+    };
+
+    {  // In a query row, or the gradient of its output: that row, and the keys and values of its head.
+      for (Tensor* operand : {&problem.query, &problem.grad_output}) {
+        const Tensor saved = *operand;
+        *operand = poisoned(saved, at_h, at_n);
+        const Results results = run();
+        *operand = saved;
+        for (int64_t b = 0; b < args.batch; ++b) {
+          for (int64_t h = 0; h < args.query_heads; ++h) {
+            for (int64_t n = 0; n < args.queries; ++n) {
+              const bool here = b == at_b && h == at_h && n == at_n;
+              const bool empty = clean.logsumexp.at(b, h, n, 0) == -std::numeric_limits<double>::infinity();
+              const bool nan = here && std::isnan(poison) && !empty && operand == &problem.query;
+              if (!here || nan || empty) expect_row(results.output, clean.output, nan, b, h, n, "output of " + what);
+              if (!here || empty)
+                expect_row(results.grad_query, clean.grad_query, false, b, h, n, "grad_query of " + what);
+            }
+          }
+          for (int64_t h = 0; h < args.key_heads; ++h) {
+            if (b == at_b && h == at_h / shared) continue;
+            for (int64_t j = 0; j < args.keys; ++j) {
+              expect_row(results.grad_key, clean.grad_key, false, b, h, j, "grad_key of " + what);
+              expect_row(results.grad_value, clean.grad_value, false, b, h, j, "grad_value of " + what);
+            }
+          }
+        }
+      }
+    }
+    {  // In a key or value row: that batch element and head.
+      for (Tensor* operand : {&problem.key, &problem.value}) {
+        const Tensor saved = *operand;
+        *operand = poisoned(saved, at_h / shared, at_j);
+        const Results results = run();
+        *operand = saved;
+        for (int64_t b = 0; b < args.batch; ++b) {
+          for (int64_t h = 0; h < args.query_heads; ++h) {
+            if (b == at_b && h / shared == at_h / shared) continue;
+            for (int64_t n = 0; n < args.queries; ++n) {
+              expect_row(results.output, clean.output, false, b, h, n, "output of " + what);
+              expect_row(results.grad_query, clean.grad_query, false, b, h, n, "grad_query of " + what);
+            }
+            for (int64_t j = 0; j < args.keys; ++j) {
+              expect_row(results.grad_key, clean.grad_key, false, b, h / shared, j, "grad_key of " + what);
+              expect_row(results.grad_value, clean.grad_value, false, b, h / shared, j, "grad_value of " + what);
+            }
+          }
+        }
+      }
+    }
+    if (problem.has_weight && problem.weight.columns > 0 &&
+        problem.weight.rows > 0) {  // A weight: the rows that use it.
+      const int64_t at_g = random.integer(0, problem.weight.batch - 1),
+                    at_wh = random.integer(0, problem.weight.heads - 1);
+      const int64_t at_row = random.integer(0, problem.weight.rows - 1);
+      const int64_t at_w = random.integer(0, problem.weight.columns - 1);
+      const double saved = problem.weight.at(at_g, at_wh, at_row, at_w);
+      problem.weight.set(at_g, at_wh, at_row, at_w, poison);
+      const Results results = problem.forward(kernels(), dtype(), threads(1));
+      problem.weight.set(at_g, at_wh, at_row, at_w, saved);
+      for (int64_t b = 0; b < args.batch; ++b) {
+        for (int64_t h = 0; h < args.query_heads; ++h) {
+          for (int64_t n = 0; n < args.queries; ++n) {
+            bool nan;
+            if (problem.pattern != nullptr) {
+              const Pattern& pattern = *problem.pattern;
+              const int64_t groups = pattern.heads / args.query_heads;
+              const int64_t row = (b % groups * args.query_heads + h) * pattern.queries + n +
+                                  (problem.query_offsets.empty() ? 0 : problem.query_offsets[b]);
+              nan = pattern.crow[row] <= at_w && at_w < pattern.crow[row + 1] && pattern.col[at_w] < problem.keys_of(b);
+            } else {
+              nan = b % problem.weight.batch == at_g && (problem.weight.heads == 1 || h == at_wh) &&
+                    (problem.weight.rows == 1 || n == at_row) && at_w < problem.keys_of(b) &&
+                    (!problem.is_causal || at_w <= n);
+            }
+            expect_row(results.output, clean.output, nan, b, h, n, "output of " + what + ", weight");
+          }
+        }
+      }
+    }
+    if (HasFatalFailure()) return;
+  }
+}
+
+std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info) {
+  return std::string(cpu::isa_name(std::get<0>(info.param))) + "_" + dtype_name(std::get<1>(info.param));
+}
+
+}  // namespace fiak::tests

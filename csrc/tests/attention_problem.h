@@ -1,0 +1,70 @@
+// Random calls of prior_attention and csr_attention, and the checks that both ops' kernels must pass.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tests/support.h"
+
+namespace fiak::tests {
+
+struct Results {
+  Tensor output, logsumexp;                              // logsumexp as [batch, heads, queries, 1]
+  Tensor grad_query, grad_key, grad_value, grad_weight;  // grad_weight as [groups, heads, rows, keys] or [1, 1, 1, nnz]
+};
+
+/// Which results of backward are wanted.
+enum Wanted : unsigned { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradWeight = 8, kAllGrads = 15 };
+
+/// One call. Operands are float64 numbers that `dtype` holds exactly, so that every kernel gets the same ones.
+struct Problem {
+  AttentionArgs args;
+  bool is_causal = false;
+  std::vector<int64_t> kv_lens, query_offsets;  // empty: none
+  Tensor query, key, value, grad_output, weight;
+  bool has_weight = false;
+  std::shared_ptr<Pattern> pattern;  // null: prior_attention
+
+  Results forward(const cpu::Kernels& kernels, DType dtype, const Parallel& parallel) const;
+  /// Adds the gradients to the results of a forward pass, which it is given as saved.
+  void backward(const cpu::Kernels& kernels, const Parallel& parallel, Results& results,
+                unsigned wanted = kAllGrads) const;
+  int64_t keys_of(int64_t b) const { return kv_lens.empty() ? args.keys : kv_lens[b]; }
+  std::string describe() const;
+
+ private:
+  template <class Call>
+  void with_args(DType dtype, Call&& call) const;
+};
+
+/// Sizes from 0 upward, every option on or off. Keys behind kv_lens, and columns that nobody keeps, are NaN.
+Problem random_prior_problem(Random& random, DType dtype);
+Problem random_csr_problem(Random& random, DType dtype);
+using MakeProblem = Problem (*)(Random&, DType);
+
+/// A test of one instruction set's kernels in one dtype.
+class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>> {
+ protected:
+  void SetUp() override;
+  cpu::Isa isa() const { return std::get<0>(GetParam()); }
+  DType dtype() const { return std::get<1>(GetParam()); }
+  const cpu::Kernels& kernels() const { return cpu::kernels(isa()); }
+  static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
+
+  void matches_scalar_float64(MakeProblem make) const;
+  void gives_the_same_bits_on_any_number_of_threads(MakeProblem make) const;
+  void leaves_out_unwanted_gradients(MakeProblem make) const;
+  void keeps_nan_in_its_place(MakeProblem make) const;
+};
+
+std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);
+
+#define FIAK_FOR_ALL_KERNELS(Suite)                                                                               \
+  INSTANTIATE_TEST_SUITE_P(Kernels, Suite,                                                                        \
+                           testing::Combine(testing::ValuesIn(all_isas()),                                        \
+                                            testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16)), \
+                           kernel_test_name)
+
+}  // namespace fiak::tests

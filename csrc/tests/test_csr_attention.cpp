@@ -1,0 +1,107 @@
+#include <cmath>
+
+#include "tests/attention_problem.h"
+
+namespace fiak::tests {
+namespace {
+
+class CsrAttention : public KernelTest {};
+
+TEST_P(CsrAttention, MatchesScalarFloat64) { matches_scalar_float64(random_csr_problem); }
+TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreads) {
+  gives_the_same_bits_on_any_number_of_threads(random_csr_problem);
+}
+TEST_P(CsrAttention, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_csr_problem); }
+TEST_P(CsrAttention, KeepsNanInItsPlace) { keeps_nan_in_its_place(random_csr_problem); }
+
+/// A call whose pattern spans several of the plan's blocks of 65536.
+Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys, double density) {
+  Problem problem;
+  problem.args.batch = 1;
+  problem.args.query_heads = problem.args.key_heads = 2;
+  problem.args.queries = queries;
+  problem.args.keys = keys;
+  problem.args.head_size = 5;
+  problem.args.value_size = 3;
+  for (auto [operand, rows, columns] :
+       {std::tuple(&problem.query, queries, 5), std::tuple(&problem.key, keys, 5), std::tuple(&problem.value, keys, 3),
+        std::tuple(&problem.grad_output, queries, 3)}) {
+    *operand = Tensor(DType::kFloat64, 1, 2, rows, columns);
+    operand->fill(random);
+    *operand = operand->to(dtype).to(DType::kFloat64);
+  }
+  problem.kv_lens = {keys - 2};
+  problem.pattern = std::make_shared<Pattern>(random, 2, queries, keys, density);
+  problem.has_weight = true;
+  problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.pattern->nnz());
+  problem.weight.fill(random, 0.5, 2);
+  problem.weight = problem.weight.to(DType::kFloat32).to(DType::kFloat64);
+  return problem;
+}
+
+TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
+  Random random(20);
+  for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>(2, 70000), {70000, 3}}) {
+    const Problem problem = long_problem(random, dtype(), queries, keys, 0.05);
+    Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
+    problem.backward(scalar(), threads(1), exact);
+    Results yardstick = problem.forward(scalar(), dtype(), threads(1));
+    problem.backward(scalar(), threads(1), yardstick);
+    Results actual = problem.forward(kernels(), dtype(), threads(2));
+    problem.backward(kernels(), threads(2), actual);
+    for (const auto member : {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key,
+                              &Results::grad_value, &Results::grad_weight}) {
+      expect_close(actual.*member, exact.*member, yardstick.*member, problem.describe());
+    }
+  }
+}
+
+FIAK_FOR_ALL_KERNELS(CsrAttention);
+
+TEST(CsrAttentionFloat64, EqualsPriorAttentionOfTheDenseWeights) {
+  Random random(21);
+  const cpu::Kernels& kernels = cpu::kernels(cpu::Isa::kScalar);
+  for (int round = 0; round < 100; ++round) {
+    Problem csr = random_csr_problem(random, DType::kFloat32);
+    const AttentionArgs& args = csr.args;
+    if (!csr.query_offsets.empty()) continue;
+    // Columns that nobody keeps are NaN, which weight 0 does not hide from a prior's own gradient.
+    for (Tensor* operand : {&csr.key, &csr.value}) {
+      operand->fill(random);
+    }
+    Problem prior = csr;
+    const Pattern& pattern = *csr.pattern;
+    prior.pattern = nullptr;
+    prior.has_weight = true;
+    prior.weight = Tensor(DType::kFloat64, pattern.heads / args.query_heads, args.query_heads, args.queries, args.keys);
+    prior.weight.fill(random, 0, 0);
+    for (int64_t row = 0; row < pattern.heads * pattern.queries; ++row) {
+      for (int64_t entry = pattern.crow[row]; entry < pattern.crow[row + 1]; ++entry) {
+        prior.weight.set(row / args.queries / args.query_heads, row / args.queries % args.query_heads,
+                         row % args.queries, pattern.col[entry], csr.has_weight ? csr.weight.at(0, 0, 0, entry) : 1);
+      }
+    }
+    Results sparse = csr.forward(kernels, DType::kFloat64, threads(1));
+    Results dense = prior.forward(kernels, DType::kFloat64, threads(1));
+    csr.backward(kernels, threads(1), sparse);
+    prior.backward(kernels, threads(1), dense);
+    for (const auto member :
+         {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key, &Results::grad_value}) {
+      expect_close(sparse.*member, dense.*member, dense.*member, csr.describe());
+    }
+    if (csr.has_weight) {
+      for (int64_t row = 0; row < pattern.heads * pattern.queries; ++row) {
+        for (int64_t entry = pattern.crow[row]; entry < pattern.crow[row + 1]; ++entry) {
+          ASSERT_NEAR(sparse.grad_weight.at(0, 0, 0, entry),
+                      dense.grad_weight.at(row / args.queries / args.query_heads, row / args.queries % args.query_heads,
+                                           row % args.queries, pattern.col[entry]),
+                      1e-12);
+        }
+      }
+    }
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace fiak::tests

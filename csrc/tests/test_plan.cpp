@@ -1,0 +1,219 @@
+// check_csr on malformed indices of every kind, and plans against a brute-force transpose.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "tests/support.h"
+
+namespace fiak::tests {
+namespace {
+
+using Indices = std::vector<int64_t>;
+
+/// check_csr of indices in both widths; the arrays have exactly their size, so that AddressSanitizer sees every excess.
+std::string check(const Indices& crow, const Indices& col, int64_t queries, int64_t keys) {
+  const auto rows = static_cast<int64_t>(crow.size()) - 1, nnz = static_cast<int64_t>(col.size());
+  const std::string wide = check_csr({crow.data(), col.data(), true, rows, nnz}, queries, keys);
+  const auto fits = [](int64_t x) { return x == static_cast<int32_t>(x); };
+  if (std::all_of(crow.begin(), crow.end(), fits) && std::all_of(col.begin(), col.end(), fits)) {
+    const std::vector<int32_t> crow32(crow.begin(), crow.end()), col32(col.begin(), col.end());
+    EXPECT_EQ(check_csr({crow32.data(), col32.data(), false, rows, nnz}, queries, keys), wide);
+  }
+  return wide;
+}
+
+#define EXPECT_REFUSED(error, ...)                                                          \
+  do {                                                                                      \
+    const std::string found = error;                                                        \
+    for (const char* part : {__VA_ARGS__}) {                                                \
+      EXPECT_NE(found.find(part), std::string::npos) << "'" << found << "' lacks " << part; \
+    }                                                                                       \
+  } while (false)
+
+TEST(CheckCsr, AcceptsWellFormedPatterns) {
+  EXPECT_EQ(check({0, 2, 2, 5}, {0, 3, 1, 2, 3}, 3, 4), "");
+  EXPECT_EQ(check({0, 2, 2, 5}, {0, 3, 1, 2, 3}, 1, 4), "");  // three heads
+  EXPECT_EQ(check({0, 0, 0}, {}, 2, 4), "");
+  EXPECT_EQ(check({0, 0, 0}, {}, 2, 0), "");
+  EXPECT_EQ(check({0}, {}, 0, 4), "");
+  EXPECT_EQ(check({0}, {}, 3, 4), "");  // no head
+}
+
+TEST(CheckCsr, RefusesMalformedOffsets) {
+  EXPECT_REFUSED(check({1, 2, 2}, {0, 1}, 2, 4), "crow_indices must start with 0", "got 1");
+  EXPECT_REFUSED(check({-1, 0, 2}, {0, 1}, 2, 4), "crow_indices must start with 0", "got -1");
+  EXPECT_REFUSED(check({0, 2, 1, 3}, {0, 1, 2}, 3, 4), "crow_indices must not decrease", "got 1 after 2", "row 1");
+  EXPECT_REFUSED(check({0, -5, 2}, {0, 1}, 2, 4), "crow_indices must not decrease", "got -5");
+  EXPECT_REFUSED(check({0, 1, 1}, {0, 1}, 2, 4), "crow_indices must end with", "2 (got 1)");
+  EXPECT_REFUSED(check({0, 1, 3}, {0, 1}, 2, 4), "crow_indices must end with", "2 (got 3)");
+  EXPECT_REFUSED(check({0, 7, 2}, {0, 1}, 2, 4), "crow_indices must not decrease", "got 2 after 7");
+  EXPECT_REFUSED(check({0, 1, std::numeric_limits<int64_t>::max()}, {0, 1}, 2, 4), "crow_indices must end with");
+  EXPECT_REFUSED(check({0, std::numeric_limits<int64_t>::min(), 2}, {0, 1}, 2, 4), "crow_indices must not decrease");
+  EXPECT_REFUSED(check({0, 0, 0, 0}, {}, 2, 4), "crow_indices must hold a multiple of num_queries", "got 3 rows");
+  EXPECT_REFUSED(check({0, 0}, {}, 0, 4), "crow_indices must hold a multiple of num_queries", "got 1 rows");
+}
+
+TEST(CheckCsr, RefusesMalformedColumns) {
+  EXPECT_REFUSED(check({0, 1, 2}, {0, 4}, 2, 4), "col_indices must lie in 0..3", "got 4 in row 1");
+  EXPECT_REFUSED(check({0, 1, 2}, {-1, 0}, 2, 4), "col_indices must lie in 0..3", "got -1 in row 0");
+  EXPECT_REFUSED(check({0, 1}, {0}, 1, 0), "col_indices", "got 0");
+  EXPECT_REFUSED(check({0, 1}, {std::numeric_limits<int64_t>::max()}, 1, 4), "col_indices must lie in 0..3");
+  EXPECT_REFUSED(check({0, 1}, {(int64_t{1} << 32) + 1}, 1, 4), "col_indices must lie in 0..3", "got 4294967297");
+  EXPECT_REFUSED(check({0, 3}, {0, 2, 1}, 1, 4), "col_indices must ascend", "got 1 after 2");
+  EXPECT_REFUSED(check({0, 3}, {0, 2, 2}, 1, 4), "col_indices must ascend", "duplicates", "got 2 after 2");
+  EXPECT_EQ(check({0, 2, 4}, {2, 3, 0, 1}, 2, 4), "");  // a new row starts anew
+}
+
+TEST(CheckCsr, NeverAcceptsWhatItCannotRead) {
+  // Whatever single number of a good pattern is changed, the result is refused or is itself well-formed and plannable.
+  Random random(1);
+  const int64_t strange[] = {std::numeric_limits<int64_t>::min(),
+                             -2147483649,
+                             -2147483648,
+                             -1,
+                             0,
+                             1,
+                             2,
+                             3,
+                             5,
+                             6,
+                             7,
+                             64,
+                             65536,
+                             2147483647,
+                             2147483648,
+                             std::numeric_limits<int64_t>::max()};
+  for (int round = 0; round < 20; ++round) {
+    const Pattern pattern(random, 2, 3, 6, 0.5);
+    for (const bool offsets : {true, false}) {
+      for (size_t i = 0; i < (offsets ? pattern.crow : pattern.col).size(); ++i) {
+        for (const int64_t value : strange) {
+          Indices crow = pattern.crow, col = pattern.col;
+          (offsets ? crow : col)[i] = value;
+          if (check(crow, col, 3, 6).empty()) Pattern(2, 3, 6, crow, col);
+        }
+      }
+    }
+  }
+}
+
+/// Expects the view to hold the pattern and its transpose.
+void expect_plan_of(const Pattern& pattern, const PlanView& plan) {
+  ASSERT_EQ(plan.heads, pattern.queries > 0 ? pattern.heads : 0);
+  ASSERT_EQ(plan.num_queries, pattern.queries);
+  ASSERT_EQ(plan.num_keys, pattern.keys);
+  ASSERT_EQ(plan.nnz, pattern.nnz());
+  std::vector<Indices> columns(plan.heads * plan.num_keys);  // entries of every column, as row-major places
+  for (int64_t row = 0; row < plan.heads * plan.num_queries; ++row) {
+    const int64_t* segment = plan.row_segments + row * plan.key_blocks;
+    ASSERT_EQ(segment[0], pattern.crow[row]);
+    ASSERT_EQ(segment[plan.key_blocks], pattern.crow[row + 1]);
+    for (int64_t block = 0; block < plan.key_blocks; ++block) {
+      for (int64_t entry = segment[block]; entry < segment[block + 1]; ++entry) {
+        ASSERT_EQ(block * kPlanBlock + plan.columns[entry], pattern.col[entry]);
+        columns[row / plan.num_queries * plan.num_keys + pattern.col[entry]].push_back(entry);
+      }
+    }
+  }
+  int64_t place = 0;
+  for (size_t column = 0; column < columns.size(); ++column) {
+    const int64_t* segment = plan.column_segments + column * plan.query_blocks;
+    const int64_t first_row = static_cast<int64_t>(column) / plan.num_keys * plan.num_queries;
+    const int64_t first = pattern.crow[first_row];
+    ASSERT_EQ(segment[0], place);
+    size_t k = 0;
+    for (int64_t block = 0; block < plan.query_blocks; ++block) {
+      for (; place < segment[block + 1]; ++place, ++k) {
+        const int64_t row = first_row + block * kPlanBlock + plan.rows[place];
+        ASSERT_LT(k, columns[column].size());
+        ASSERT_EQ(first + plan.positions[place], columns[column][k]);
+        ASSERT_LE(pattern.crow[row], columns[column][k]);
+        ASSERT_GT(pattern.crow[row + 1], columns[column][k]);
+      }
+    }
+    ASSERT_EQ(k, columns[column].size());
+  }
+  ASSERT_EQ(place, pattern.nnz());
+}
+
+TEST(Plan, HoldsThePatternAndItsTranspose) {
+  Random random(2);
+  for (int round = 0; round < 200; ++round) {
+    const Pattern pattern(random, random.integer(0, 4), random.integer(0, 40), random.integer(0, 40), random.real(0, 1),
+                          random.chance(0.3));
+    expect_plan_of(pattern, pattern.plan());
+  }
+}
+
+TEST(Plan, SplitsLongRowsAndColumnsIntoBlocks) {
+  Random random(3);
+  const Pattern wide(random, 2, 2, 2 * kPlanBlock + 5, 0.01);
+  expect_plan_of(wide, wide.plan());
+  EXPECT_EQ(wide.plan().key_blocks, 3);
+  const Pattern tall(random, 2, kPlanBlock + 1, 3, 0.01);
+  expect_plan_of(tall, tall.plan());
+  EXPECT_EQ(tall.plan().query_blocks, 2);
+  const Pattern edge(1, 1, kPlanBlock + 1, {0, 3}, {0, kPlanBlock - 1, kPlanBlock});
+  expect_plan_of(edge, edge.plan());
+}
+
+TEST(Plan, IsTheSameForBothIndexWidths) {
+  Random random(4);
+  const Pattern pattern(random, 3, 17, 23, 0.4);
+  const int64_t bytes = plan_layout(3 * 17, 17, 23, pattern.nnz()).bytes;
+  std::vector<int64_t> wide(bytes / 8, -1), narrow(bytes / 8, 0);
+  build_plan(pattern.indices(true), 17, 23, wide.data());
+  build_plan(pattern.indices(false), 17, 23, narrow.data());
+  EXPECT_EQ(wide, narrow);
+  EXPECT_EQ(check_plan(wide.data(), bytes, pattern.indices(false), 23, true), "");
+}
+
+TEST(CheckPlan, RefusesOtherPlans) {
+  Random random(5);
+  const Pattern pattern(random, 2, 9, 11, 0.5);
+  const int64_t bytes = plan_layout(18, 9, 11, pattern.nnz()).bytes;
+  std::vector<int64_t> plan(bytes / 8);
+  build_plan(pattern.indices(true), 9, 11, plan.data());
+  for (const bool deep : {false, true}) {
+    const auto check = [&](const CsrIndices& csr, int64_t keys, const std::vector<int64_t>& words) {
+      return check_plan(words.data(), static_cast<int64_t>(words.size()) * 8, csr, keys, deep);
+    };
+    EXPECT_EQ(check(pattern.indices(true), 11, plan), "");
+    EXPECT_REFUSED(check(pattern.indices(true), 12, plan), "plan must be made for this pattern");
+    EXPECT_REFUSED(check(pattern.indices(true), 11, {}), "plan must come from csr_plan");
+    EXPECT_REFUSED(check(pattern.indices(true), 11, std::vector<int64_t>(plan.begin(), plan.begin() + 8)), "plan must");
+    EXPECT_REFUSED(check(pattern.indices(true), 11, std::vector<int64_t>(plan.size(), 0)),
+                   "plan must come from csr_plan");
+    std::vector<int64_t> longer = plan;
+    longer.push_back(0);
+    EXPECT_REFUSED(check(pattern.indices(true), 11, longer), "plan must have the size");
+
+    // The same number of entries, but other ones.
+    Indices col = pattern.col;
+    for (int64_t& j : col) j = 10 - j;
+    for (int64_t row = 0; row < 18; ++row) std::reverse(&col[pattern.crow[row]], &col[pattern.crow[row + 1]]);
+    const Pattern mirrored(2, 9, 11, pattern.crow, col);
+    EXPECT_REFUSED(check(mirrored.indices(false), 11, plan), "plan must be made for these col_indices");
+  }
+}
+
+TEST(CheckPlan, ComparesTheBodyOnlyWhenAsked) {
+  Random random(6);
+  const Pattern pattern(random, 1, 8, 8, 0.6);
+  const PlanLayout layout = plan_layout(8, 8, 8, pattern.nnz());
+  std::vector<int64_t> plan(layout.bytes / 8);
+  build_plan(pattern.indices(true), 8, 8, plan.data());
+  ++plan[layout.column_segments / 8 + 3];
+  EXPECT_EQ(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, false), "");
+  EXPECT_REFUSED(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, true),
+                 "plan must be what csr_plan makes");
+}
+
+TEST(PlanLayout, IsSmall) {
+  // Two bytes an entry for forward and six more for the transpose, beside offsets.
+  const PlanLayout layout = plan_layout(4 * 197, 197, 197, 46000);
+  EXPECT_LE(layout.bytes, 46000 * 8 + 8 * 2 * 4 * 198 + 1024);
+}
+
+}  // namespace
+}  // namespace fiak::tests

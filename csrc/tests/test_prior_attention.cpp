@@ -1,0 +1,18 @@
+#include "tests/attention_problem.h"
+
+namespace fiak::tests {
+namespace {
+
+class PriorAttention : public KernelTest {};
+
+TEST_P(PriorAttention, MatchesScalarFloat64) { matches_scalar_float64(random_prior_problem); }
+TEST_P(PriorAttention, GivesTheSameBitsOnAnyNumberOfThreads) {
+  gives_the_same_bits_on_any_number_of_threads(random_prior_problem);
+}
+TEST_P(PriorAttention, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_prior_problem); }
+TEST_P(PriorAttention, KeepsNanInItsPlace) { keeps_nan_in_its_place(random_prior_problem); }
+
+FIAK_FOR_ALL_KERNELS(PriorAttention);
+
+}  // namespace
+}  // namespace fiak::tests

@@ -1,0 +1,10 @@
+from typing import Any
+
+def build_info() -> dict[str, Any]:
+    """What the library was built with: torch (version), compiler, isas (with kernels of their own)."""
+
+def cpu_capabilities() -> dict[str, Any]:
+    """This machine: model, machine_isa, selected_isa (lowered by FIAK_CPU_ISA), flags (name -> bool)."""
+
+def kernel_isa(dtype: str) -> str:
+    """The instruction set of the kernels that a call with this dtype ('float32', ...) runs on."""
