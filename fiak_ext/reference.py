@@ -1,8 +1,9 @@
 """The ops of ``torch.ops.fiak`` in plain float64 torch: slow, short, and the truth for all tests.
 
-Every function takes any floating dtype, computes and returns float64, and is differentiable by autograd. Shapes and
-meanings are those of the ops: ``query [B, Hq, N, D]``, ``key [B, H, M, D]``, ``value [B, H, M, Dv]``, where ``Hq`` is a
-multiple of ``H`` and query head ``h`` reads key head ``h // (Hq // H)``. Arguments are not validated.
+Every function takes any floating dtype, computes and returns float64, and is differentiable by autograd. The attentions
+compute in another ``dtype`` on demand: the eager baseline that kernels' errors are compared with. Shapes and meanings
+are those of the ops: ``query [B, Hq, N, D]``, ``key [B, H, M, D]``, ``value [B, H, M, Dv]``, where ``Hq`` is a multiple
+of ``H`` and query head ``h`` reads key head ``h // (Hq // H)``. Arguments are not validated.
 """
 
 import math
@@ -26,6 +27,7 @@ def prior_attention(
     seed: Tensor | int | None = None,
     scale: float | None = None,
     score: str = "dot",
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention with a weight for every pair: ``a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij')`` (Eq. 12).
 
@@ -38,6 +40,7 @@ def prior_attention(
         scale: factor of the scores, by default ``1 / sqrt(D)``.
         score: ``"dot"``, ``s = scale q.k``, or ``"gaussian"``, ``s = -scale/2 |q-k|^2`` (Eq. 8) without the ``|q|^2``
             term, which cancels.
+        dtype: what to compute in and to return.
 
     Returns:
         output ``[B, Hq, N, Dv]`` and logsumexp ``[B, Hq, N]``; 0 and -inf for a row without support.
@@ -48,10 +51,10 @@ def prior_attention(
     if is_causal:
         eligible = eligible.tril()
     if prior is None:
-        weight = torch.ones_like(eligible, dtype=torch.float64)
+        weight = torch.ones_like(eligible, dtype=dtype)
     else:
         group = torch.arange(batch, device=query.device) % max(prior.shape[0], 1)
-        weight = prior.double()[group].expand(batch, heads, queries, keys)
+        weight = prior.to(dtype)[group].expand(batch, heads, queries, keys)
     kept = philox_keep_mask(seed, dropout_p, batch, heads, queries, keys) if dropout_p > 0 else None
     return _attention(query, key, value, weight, eligible, kv_lens, kept, dropout_p, scale, score)
 
@@ -71,6 +74,7 @@ def csr_attention(
     seed: Tensor | int | None = None,
     scale: float | None = None,
     score: str = "dot",
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the pairs of a CSR pattern only, computed densely.
 
@@ -91,7 +95,7 @@ def csr_attention(
     row = torch.repeat_interleave(torch.arange(num_rows, device=device), crow_indices.long().diff())
     entry = row * keys + col_indices.long()
     weight = torch.ones(entry.numel(), device=device) if values is None else values
-    dense = torch.zeros(num_rows * keys, dtype=torch.float64, device=device).index_put((entry,), weight.double())
+    dense = torch.zeros(num_rows * keys, dtype=dtype, device=device).index_put((entry,), weight.to(dtype))
     pattern = torch.zeros(num_rows * keys, dtype=torch.bool, device=device).index_fill(0, entry, True)
 
     groups = num_rows // max(heads * num_queries, 1)
@@ -158,7 +162,7 @@ def philox_keep_mask(
         first, second = np.uint64(0xD2511F53) * word[0], np.uint64(0xCD9E8D57) * word[2]
         word = [(second >> shift) ^ word[1] ^ key[0], second & low, (first >> shift) ^ word[3] ^ key[1], first & low]
         key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    words = np.stack(word, axis=-1).reshape(batch, heads, queries, -1)[..., :keys]
+    words = np.stack(word, axis=-1).reshape(batch, heads, queries, 4 * sizes[3])[..., :keys]
     return torch.from_numpy(words >= np.uint64(round(dropout_p * 2**32)))
 
 
@@ -174,10 +178,10 @@ def _attention(
     scale: float | None,
     score: str,
 ) -> tuple[Tensor, Tensor]:
-    """Both attentions: weight and eligible are ``[B, Hq, N, M]``; what is not eligible takes no part at all."""
+    """Both attentions, in the dtype of weight ``[B, Hq, N, M]``; what is not eligible (same shape) takes no part."""
     if score not in ("dot", "gaussian"):
         raise ValueError(f"score must be 'dot' or 'gaussian' (got {score!r})")
-    query, key, value = query.double(), key.double(), value.double()
+    query, key, value = query.to(weight.dtype), key.to(weight.dtype), value.to(weight.dtype)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if kv_lens is not None:
         visible = torch.arange(key.shape[2], device=key.device) < kv_lens.long()[:, None]
