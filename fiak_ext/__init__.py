@@ -40,7 +40,7 @@ __all__ = [
 
 
 def which_kernel(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> str:
-    """The kernel that a call of an op takes, as ``"op/instruction set"``, for example ``"csr_attention/avx512"``.
+    """The kernel that a call of an op takes, as ``"op/instruction set"`` or ``"op/cuda"``: ``"csr_attention/avx512"``.
 
     The environment variable ``FIAK_CPU_ISA`` (scalar, avx2, avx512, avx512_bf16) lowers the choice.
 
@@ -52,10 +52,18 @@ def which_kernel(op: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     Raises:
         ValueError: an op, a dtype or a device without kernels.
     """
-    ops = ("prior_attention", "csr_attention", "compact_kv", "compact_linear")
-    if op not in ops:
-        raise ValueError(f"which_kernel: op must be one of {', '.join(ops)} (got {op!r})")
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"which_kernel: device must be cpu, which all kernels of this build are for (got {device})")
+    kernels = {
+        "prior_attention": "prior_attention_forward",
+        "csr_attention": "csr_attention_forward",
+        "compact_kv": "compact_kv",
+        "compact_linear": "compact_linear",
+    }
+    if op not in kernels:
+        raise ValueError(f"which_kernel: op must be one of {', '.join(kernels)} (got {op!r})")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fiak::{kernels[op]}", key):
+        raise ValueError(f"which_kernel: device must be one that this build has kernels of {op} for (got {device})")
     isa = _C.kernel_isa(str(dtype).removeprefix("torch."))
+    if key == "CUDA":
+        return f"{op}/cuda"
     return f"{op}/{'scalar' if op == 'compact_kv' else isa}"  # compact_kv copies bytes: one code for all

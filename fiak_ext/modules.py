@@ -498,13 +498,7 @@ class CompactLinear(nn.Module):
 
         Rows of zeros where keep is -1.
         """
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        both: Tensor = torch.ops.fiak.compact_linear(x, weight, bias, keep.repeat(2, 1))
+        both: Tensor = torch.ops.fiak.compact_linear(x, self.weight, self.bias, keep.repeat(2, 1))
         key, value = both.chunk(2, 1)
         return key, value
 

@@ -508,8 +508,8 @@ def test_autocast_and_low_precision(state: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("state", [*KINDS, "pruned"])
 def test_compile_without_graph_breaks(state: str) -> None:
     torch.compiler.reset()
-    module = self_attention(state, dropout_p=0.0)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    module = self_attention(state)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, tokens in [(2, 8), (3, 8), (2, 5), (2, 7)]:
         x = torch.randn(batch, tokens, 12)
         for lens in (None, torch.randint(1, tokens + 1, (batch,))):
@@ -527,11 +527,20 @@ def test_compile_without_graph_breaks(state: str) -> None:
 def test_compile_draws_dropout_seeds() -> None:
     torch.compiler.reset()
     module = self_attention("pruned", dropout_p=0.5)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 8, 12)
     assert not torch.equal(compiled(x), compiled(x))
     module.eval()
     torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_a_copy_is_compiled_before_it_has_a_plan() -> None:
+    torch.compiler.reset()
+    module = copy.deepcopy(self_attention("pruned"))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 8, 12)
+    torch.testing.assert_close(compiled(x), self_attention("pruned")(x))
+    torch.testing.assert_close(compiled(x), self_attention("pruned")(x))
 
 
 def test_representation() -> None:
