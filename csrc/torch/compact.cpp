@@ -6,6 +6,7 @@
 
 #include "torch/attention.h"
 #include "torch/checks.h"
+#include "torch/compact.h"
 #include "torch/operands.h"
 
 namespace fiak {
@@ -13,10 +14,43 @@ namespace {
 
 using at::Tensor;
 using c10::SymInt;
+
+/// `like` with another number of rows.
+Tensor empty_rows(const Tensor& like, const SymInt& rows) {
+  return empty_like_sizes({like.sym_size(0), like.sym_size(1), rows, like.sym_size(3)}, like, like.scalar_type());
+}
+
+}  // namespace
+
+CompactRowsArgs rows_args(const Tensor& tensor, int64_t rows, const Tensor& keep) {
+  CompactRowsArgs args;
+  args.batch = tensor.size(0);
+  args.heads = tensor.size(1);
+  args.rows = rows;
+  args.kept = keep.size(1);
+  args.columns = tensor.size(3);
+  args.element_size = static_cast<int64_t>(tensor.element_size());
+  args.keep = keep.const_data_ptr<int64_t>();
+  return args;
+}
+
+TensorPair kv_meta(const Tensor& key, const Tensor& value, const Tensor& keep) {
+  check_compact_kv(key, value, keep);
+  return {empty_rows(key, keep.sym_size(1)), empty_rows(value, keep.sym_size(1))};
+}
+
+TensorPair kv_backward_meta(const OptionalTensor& grad_key, const OptionalTensor& grad_value, const Tensor& keep,
+                            SymInt num_keys) {
+  check_compact_kv_backward(grad_key, grad_value, keep, num_keys);
+  return {grad_key.has_value() ? empty_rows(*grad_key, num_keys) : Tensor(),
+          grad_value.has_value() ? empty_rows(*grad_value, num_keys) : Tensor()};
+}
+
+namespace {
+
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using TensorPair = std::tuple<Tensor, Tensor>;
 using LinearGrads = std::tuple<Tensor, Tensor, Tensor>;  ///< of input, weight, bias
 using LinearMask = std::array<bool, 3>;
 
@@ -38,28 +72,6 @@ Tensor checked_keep(const char* op, const Tensor& keep, int64_t rows) {
   return checked;
 }
 
-CompactRowsArgs rows_args(const Tensor& tensor, int64_t rows, const Tensor& keep) {
-  CompactRowsArgs args;
-  args.batch = tensor.size(0);
-  args.heads = tensor.size(1);
-  args.rows = rows;
-  args.kept = keep.size(1);
-  args.columns = tensor.size(3);
-  args.element_size = static_cast<int64_t>(tensor.element_size());
-  args.keep = keep.const_data_ptr<int64_t>();
-  return args;
-}
-
-/// `like` with another number of rows.
-Tensor empty_rows(const Tensor& like, const SymInt& rows) {
-  return empty_like_sizes({like.sym_size(0), like.sym_size(1), rows, like.sym_size(3)}, like, like.scalar_type());
-}
-
-TensorPair kv_meta(const Tensor& key, const Tensor& value, const Tensor& keep) {
-  check_compact_kv(key, value, keep);
-  return {empty_rows(key, keep.sym_size(1)), empty_rows(value, keep.sym_size(1))};
-}
-
 TensorPair kv_cpu(const Tensor& key, const Tensor& value, const Tensor& keep) {
   TensorPair kept = kv_meta(key, value, keep);  // the same checks and results
   const Tensor checked = checked_keep("compact_kv", keep, key.size(2));
@@ -70,13 +82,6 @@ TensorPair kv_cpu(const Tensor& key, const Tensor& value, const Tensor& keep) {
   copy(key, std::get<0>(kept));
   copy(value, std::get<1>(kept));
   return kept;
-}
-
-TensorPair kv_backward_meta(const OptionalTensor& grad_key, const OptionalTensor& grad_value, const Tensor& keep,
-                            SymInt num_keys) {
-  check_compact_kv_backward(grad_key, grad_value, keep, num_keys);
-  return {grad_key.has_value() ? empty_rows(*grad_key, num_keys) : Tensor(),
-          grad_value.has_value() ? empty_rows(*grad_value, num_keys) : Tensor()};
 }
 
 TensorPair kv_backward_cpu(const OptionalTensor& grad_key, const OptionalTensor& grad_value, const Tensor& keep,
