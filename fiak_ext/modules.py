@@ -147,10 +147,14 @@ class PriorAttention(nn.Module):
         if self.parameterization == "clamp":
             weight = prior.abs().clamp(max=1.0)
             return weight.tril() if causal else weight
-        if not causal:
-            return prior.softmax(-1) * self.num_keys
-        visible = torch.arange(1, self.num_queries + 1, device=prior.device).clamp(max=self.num_keys)
-        return prior.masked_fill(~self.eligible(), -torch.inf).softmax(-1) * visible.unsqueeze(-1)
+        if causal:
+            prior = prior.masked_fill(~self.eligible(), -torch.inf)
+            visible = torch.arange(1, self.num_queries + 1, device=prior.device).clamp(max=self.num_keys)
+        else:
+            visible = torch.full((1,), self.num_keys, device=prior.device)
+        # Not softmax times count: its rounding would make a uniform prior differ from one at some counts.
+        exponential = (prior - prior.detach().amax(-1, keepdim=True)).exp()
+        return exponential * (visible.unsqueeze(-1) / exponential.sum(-1, keepdim=True))
 
     @torch.no_grad()
     def importance(self) -> Tensor:
@@ -300,9 +304,9 @@ class PriorAttention(nn.Module):
             ValueError: another number of heads, or an input longer than the module's sizes.
             RuntimeError: what the ops refuse.
         """
+        self._check(query, key)
         if self.recorder is not None:
             self.recorder(query, key, {"kv_lens": kv_lens, "query_offsets": query_offsets})
-        self._check(query, key)
         dropout_p = self.dropout_p if self.training else 0.0
         if self.is_pruned:
             return self._attend_pattern(query, key, value, kv_lens, query_offsets, dropout_p)
