@@ -1,7 +1,8 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]:
-    """What the library was built with: torch (version), compiler, isas (with kernels of their own)."""
+    """What the library was built with: torch and compiler (versions), isas (with kernels of their own), cuda
+    (nvcc's version, or None) and cuda_architectures (where there are CUDA kernels)."""
 
 def cpu_capabilities() -> dict[str, Any]:
     """This machine: model, machine_isa, selected_isa (lowered by FIAK_CPU_ISA), flags (name -> bool)."""

@@ -28,6 +28,12 @@ py::dict build_info() {
   info["torch"] = FIAK_TORCH_VERSION;
   info["compiler"] = FIAK_COMPILER;
   info["isas"] = isas;
+#if defined(FIAK_CUDA_VERSION)
+  info["cuda"] = FIAK_CUDA_VERSION;
+  info["cuda_architectures"] = FIAK_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+#endif
   return info;
 }
 
@@ -82,7 +88,8 @@ std::string kernel_isa(const std::string& dtype) {
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
-             "What the library was built with: torch (version), compiler, isas (with kernels of their own).");
+             "What the library was built with: torch and compiler (versions), isas (with kernels of their own), cuda "
+             "(nvcc's version, or None) and cuda_architectures (where there are CUDA kernels).");
   module.def("cpu_capabilities", &cpu_capabilities,
              "This machine: model, machine_isa, selected_isa (lowered by FIAK_CPU_ISA), flags (name -> bool).");
   module.def("kernel_isa", &kernel_isa, py::arg("dtype"),
