@@ -277,14 +277,21 @@ void backward_columns(const PriorArgs& args, const BackwardArgs& grads, const fl
     const float* lse = static_cast<const float*>(grads.logsumexp) + at;
     const float* row_delta = delta + at;
     for (int64_t first = begin; first < smaller(end, keys); first += kBlockRows) {
-      const int64_t rows = smaller(kBlockRows, smaller(end, keys) - first), columns = padded(queries);
+      const int64_t rows = smaller(kBlockRows, smaller(end, keys) - first);
+      // Causally hidden queries are left out, in whole panels.
+      const int64_t start = args.is_causal ? smaller(first, queries) / kTileWidth * kTileWidth : 0;
+      const int64_t columns = padded(queries) - start;
+      const auto from_start = [&](const Columns& x) {
+        return Columns{x.data + start / kTileWidth * x.panel_stride, x.row_stride, x.panel_stride};
+      };
       load_block(args.key, args.dtype, b, key_head, first, rows, args.head_size, scale, key);
       load_block(args.value, args.dtype, b, key_head, first, rows, args.value_size, 1.0f, value);
-      matrix_product<false>(key, head_size, 1, query_columns, tile_rows(rows), columns, head_size, attention, width);
-      matrix_product<false>(value, value_size, 1, output_columns, tile_rows(rows), columns, value_size, products,
-                            width);
+      matrix_product<false>(key, head_size, 1, from_start(query_columns), tile_rows(rows), columns, head_size,
+                            attention + start, width);
+      matrix_product<false>(value, value_size, 1, from_start(output_columns), tile_rows(rows), columns, value_size,
+                            products + start, width);
       if (args.prior != nullptr) {
-        for (int64_t n = 0; n < queries; ++n) {
+        for (int64_t n = start; n < queries; ++n) {
           const float* row = weights_of(args, b, h, n) + first;
           for (int64_t i = 0; i < rows; ++i) weights[i * width + n] = row[i];
         }
@@ -297,7 +304,7 @@ void backward_columns(const PriorArgs& args, const BackwardArgs& grads, const fl
         const float bias =
             gaussian && scale != 0 ? -0.5f / scale * dot(key + i * head_size, key + i * head_size, head_size) : 0.0f;
         // Whole vectors may reach into hidden queries, whose exponential may overflow; they are cleared after it.
-        for (int64_t n = 0; n < queries; ++n) a[n] += bias - lse[n];
+        for (int64_t n = start; n < queries; ++n) a[n] += bias - lse[n];
         for (int64_t n = hidden / kLanes * kLanes; n < queries; n += kLanes) store(a + n, exp(load(a + n)));
         float sum = 0;
         for (int64_t n = hidden; n < queries; ++n) {
@@ -315,20 +322,21 @@ void backward_columns(const PriorArgs& args, const BackwardArgs& grads, const fl
         }
         for (int64_t n = hidden; n < queries; ++n) sum += ds[n];
         score_sums[j - begin] += sum;
-        std::memset(a, 0, hidden * sizeof(float));
-        std::memset(ds, 0, hidden * sizeof(float));
+        std::memset(a + start, 0, (hidden - start) * sizeof(float));
+        std::memset(ds + start, 0, (hidden - start) * sizeof(float));
       }
       for (int64_t i = rows; i < tile_rows(rows); ++i) {
-        std::memset(attention + i * width, 0, queries * sizeof(float));
-        std::memset(products + i * width, 0, queries * sizeof(float));
+        std::memset(attention + i * width + start, 0, (queries - start) * sizeof(float));
+        std::memset(products + i * width + start, 0, (queries - start) * sizeof(float));
       }
-      matrix_product<false>(attention, width, 1, columns_of(output), tile_rows(rows), value_size, queries, value_sums,
-                            value_size);
-      matrix_product<false>(products, width, 1, columns_of(query), tile_rows(rows), head_size, queries, key_sums,
-                            head_size);
+      const Panel seen_output{output.row(start), output.stride}, seen_query{query.row(start), query.stride};
+      matrix_product<false>(attention + start, width, 1, columns_of(seen_output), tile_rows(rows), value_size,
+                            queries - start, value_sums, value_size);
+      matrix_product<false>(products + start, width, 1, columns_of(seen_query), tile_rows(rows), head_size,
+                            queries - start, key_sums, head_size);
       for (int64_t i = 0; i < rows; ++i) {
-        repair(attention + i * width, queries, output, value_size, value_sums + i * value_size);
-        repair(products + i * width, queries, query, head_size, key_sums + i * head_size);
+        repair(attention + i * width + start, queries - start, seen_output, value_size, value_sums + i * value_size);
+        repair(products + i * width + start, queries - start, seen_query, head_size, key_sums + i * head_size);
         float* to_key = grad_key + (first - begin + i) * head_size;
         float* to_value = grad_value + (first - begin + i) * value_size;
         for (int64_t d = 0; d < head_size; ++d) to_key[d] += key_sums[i * head_size + d];
