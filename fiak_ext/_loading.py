@@ -1,5 +1,6 @@
 """Loads the compiled library, or says why it cannot be loaded and which command mends that."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -25,20 +26,20 @@ def load_library() -> None:
             message ends with the command that mends it.
     """
     try:
-        from fiak_ext import _C
+        info = importlib.import_module("fiak_ext._C").build_info()
     except ImportError as error:
         raise ImportError(
-            f"fiak_ext: the compiled library is missing or is not for this Python ({error}). Build it: {_remedy()}"
+            f"fiak_ext: the compiled library is missing or was built for another Python ({error}). "
+            f"Build it: {_remedy()}"
         ) from error
-    built_for, installed = str(_C.build_info()["torch"]), str(torch.__version__)
-    if built_for != installed:
+    if info["torch"] != str(torch.__version__):
         raise ImportError(
-            f"fiak_ext: the compiled library was built for torch {built_for}, and torch {installed} is installed. "
-            f"Build it again: {_remedy()}"
+            f"fiak_ext: the compiled library was built for torch {info['torch']}, and torch {torch.__version__} is "
+            f"installed. Build it again: {_remedy()}"
         )
     try:
         torch.ops.load_library(Path(__file__).with_name("libfiak.so"))
     except OSError as error:
         raise ImportError(
-            f"fiak_ext: the compiled library does not load ({error}). Build it again: {_remedy()}"
+            f"fiak_ext: the compiled library does not load ({error.__cause__ or error}). Build it again: {_remedy()}"
         ) from error
