@@ -229,8 +229,7 @@ class _ZeroWithGradient(torch.autograd.Function):
 
 def _take_rows(x: Tensor, keep: Tensor) -> Tensor:
     """``x [B, H, M, C]`` at the kept rows of each head; zeros where keep is -1."""
-    batch, heads, _, columns = x.shape
-    index = keep.clamp_min(0)[None, :, :, None].expand(batch, heads, -1, columns)
-    if x.shape[2] == 0:
-        return x.new_zeros(index.shape)
-    return torch.where(keep[None, :, :, None] >= 0, x.gather(2, index), 0)
+    batch, heads, rows, columns = x.shape
+    with_zeros = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    index = torch.where(keep < 0, rows, keep)[None, :, :, None].expand(batch, heads, -1, columns)
+    return with_zeros.gather(2, index)

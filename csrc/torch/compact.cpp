@@ -106,6 +106,10 @@ struct CompactKv : torch::autograd::Function<CompactKv> {
     context->save_for_backward({keep});
     context->saved_data["num_keys"] = key.sym_size(2);
     context->set_materialize_grads(false);
+    variable_list constants;
+    if (!key.requires_grad()) constants.push_back(kept_key);
+    if (!value.requires_grad()) constants.push_back(kept_value);
+    context->mark_non_differentiable(constants);
     return {kept_key, kept_value};
   }
 
