@@ -172,6 +172,19 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
   });
 }
 
+bool Problem::in_support(int64_t b, int64_t h, int64_t n, int64_t j) const {
+  if (j >= keys_of(b) || (is_causal && j > n)) return false;
+  if (pattern == nullptr) {
+    return !has_weight || weight.at(b % weight.batch, weight.heads == 1 ? 0 : h, weight.rows == 1 ? 0 : n, j) > 0;
+  }
+  const int64_t row = (b % (pattern->heads / args.query_heads) * args.query_heads + h) * pattern->queries + n +
+                      (query_offsets.empty() ? 0 : query_offsets[b]);
+  for (int64_t entry = pattern->crow[row]; entry < pattern->crow[row + 1]; ++entry) {
+    if (pattern->col[entry] == j) return !has_weight || weight.at(0, 0, 0, entry) > 0;
+  }
+  return false;
+}
+
 std::string Problem::describe() const {
   std::ostringstream text;
   text << (pattern != nullptr ? "csr" : "prior") << " B" << args.batch << " Hq" << args.query_heads << " H"
@@ -398,6 +411,37 @@ void KernelTest::keeps_nan_in_its_place(MakeProblem make) const {
             }
             expect_row(results.output, clean.output, nan, b, h, n, "output of " + what + ", weight");
           }
+        }
+      }
+    }
+    if (HasFatalFailure()) return;
+  }
+}
+
+void KernelTest::ignores_huge_scores_outside_the_support(MakeProblem make) const {
+  Random random(14);
+  for (int round = 0; round < 60; ++round) {
+    Problem problem = make(random, dtype());
+    const AttentionArgs& args = problem.args;
+    if (args.batch == 0 || args.queries == 0 || args.keys == 0) continue;
+    Results small = problem.forward(kernels(), dtype(), threads(1));
+    problem.backward(kernels(), threads(1), small);
+    const int64_t j = random.integer(0, args.keys - 1);
+    for (int64_t b = 0; b < args.batch; ++b) {
+      for (int64_t h = 0; h < args.key_heads; ++h) {
+        for (int64_t d = 0; d < args.head_size; ++d) problem.key.set(b, h, j, d, 10000 * problem.key.at(b, h, j, d));
+      }
+    }
+    Results huge = problem.forward(kernels(), dtype(), threads(1));
+    problem.backward(kernels(), threads(1), huge);
+    const std::string what = problem.describe() + ", round " + std::to_string(round);
+    for (int64_t b = 0; b < args.batch; ++b) {
+      for (int64_t h = 0; h < args.query_heads; ++h) {
+        for (int64_t n = 0; n < args.queries; ++n) {
+          if (problem.in_support(b, h, n, j)) continue;
+          expect_row(huge.output, small.output, false, b, h, n, "output of " + what);
+          expect_row(huge.logsumexp, small.logsumexp, false, b, h, n, "logsumexp of " + what);
+          expect_row(huge.grad_query, small.grad_query, false, b, h, n, "grad_query of " + what);
         }
       }
     }

@@ -32,6 +32,8 @@ struct Problem {
   void backward(const cpu::Kernels& kernels, const Parallel& parallel, Results& results,
                 unsigned wanted = kAllGrads) const;
   int64_t keys_of(int64_t b) const { return kv_lens.empty() ? args.keys : kv_lens[b]; }
+  /// Whether query n of head h attends to key j.
+  bool in_support(int64_t b, int64_t h, int64_t n, int64_t j) const;
   std::string describe() const;
 
  private:
@@ -57,6 +59,7 @@ class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>> {
   void gives_the_same_bits_on_any_number_of_threads(MakeProblem make) const;
   void leaves_out_unwanted_gradients(MakeProblem make) const;
   void keeps_nan_in_its_place(MakeProblem make) const;
+  void ignores_huge_scores_outside_the_support(MakeProblem make) const;
 };
 
 std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);

@@ -13,6 +13,9 @@ TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreads) {
 }
 TEST_P(CsrAttention, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_csr_problem); }
 TEST_P(CsrAttention, KeepsNanInItsPlace) { keeps_nan_in_its_place(random_csr_problem); }
+TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupport) {
+  ignores_huge_scores_outside_the_support(random_csr_problem);
+}
 
 /// A call whose pattern spans several of the plan's blocks of 65536.
 Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys, double density) {

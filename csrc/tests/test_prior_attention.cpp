@@ -11,6 +11,9 @@ TEST_P(PriorAttention, GivesTheSameBitsOnAnyNumberOfThreads) {
 }
 TEST_P(PriorAttention, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_prior_problem); }
 TEST_P(PriorAttention, KeepsNanInItsPlace) { keeps_nan_in_its_place(random_prior_problem); }
+TEST_P(PriorAttention, IgnoresHugeScoresOutsideTheSupport) {
+  ignores_huge_scores_outside_the_support(random_prior_problem);
+}
 
 FIAK_FOR_ALL_KERNELS(PriorAttention);
 
