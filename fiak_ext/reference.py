@@ -206,6 +206,7 @@ def _attention(
     factor = torch.where(outside, scores.detach() - row_max, -math.inf).exp()
     unnormalised = unnormalised + _ZeroWithGradient.apply(torch.where(outside, weight, 0), factor)
     total = unnormalised.sum(-1, keepdim=True)
+    total = total.masked_fill(total.isinf(), math.nan)  # an infinite weight makes its row NaN
     attention = unnormalised / total.masked_fill(empty, 1)
     if kept is not None:
         attention = attention * kept.to(attention) * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)

@@ -86,12 +86,19 @@ class AttentionSuite:
             tensors = (torch.randn_like(output), *problem.arguments(), output, logsumexp)
             torch.library.opcheck(backward, tensors, {**problem.options, "output_mask": mask})
 
-    def test_dispatcher_sees_forward_and_backward(self) -> None:
-        problem = self.cases[0].problem()
-        with _Recorder() as recorder:
-            leaves = problem.leaves()
-            problem.public(*leaves).sum().backward()
-        assert [f"fiak::{self.op}_forward", f"fiak::{self.op}_backward"] == recorder.ops
+    def test_dispatcher_sees_forward_and_backward(self, case: Case) -> None:
+        """And backward computes only what is wanted."""
+        problem = case.problem()
+        has_weight = problem.tensors[3] is not None
+        for wanted in itertools.product([True, False], repeat=4):
+            if not any(wanted[: 3 + has_weight]):
+                continue
+            with _Recorder() as recorder:
+                problem.public(*problem.leaves(wanted)).sum().backward()
+            forward, backward = recorder.calls
+            assert forward[0] == f"fiak::{self.op}_forward"
+            assert backward[0] == f"fiak::{self.op}_backward"
+            assert backward[1]["output_mask"] == [*wanted[:3], wanted[3] and has_weight]
 
     def test_output_lies_in_token_order(self, case: Case) -> None:
         problem = case.problem()
@@ -208,6 +215,21 @@ class AttentionSuite:
         assert not output[1, 0].isfinite().all()
         assert torch.equal(output[0], clean[0])
         assert torch.equal(output[1, 1], clean[1, 1])
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+    def test_columns_that_nobody_keeps_change_nothing(self, isa: str, dtype: torch.dtype, bad: float) -> None:
+        query, key, value, mask = _qkv(dtype)
+        mask[:, :, 5] = False
+        results = []
+        for content in (0.0, bad):
+            key[:, :, 5], value[:, :, 5] = content, content
+            leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+            with cpu_isa(isa):
+                output, logsumexp = self.attend(leaves[0], leaves[1], leaves[2], mask)
+                grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
+            results.append([output, logsumexp, *grads])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+        assert all(x.isfinite().all() for x in results[1])
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
     def test_keys_behind_kv_lens_are_never_read(self, isa: str, dtype: torch.dtype, bad: float) -> None:
@@ -358,20 +380,22 @@ class AttentionSuite:
     def test_devices_without_kernels_are_named(self) -> None:
         problem = self.cases[0].problem()
         query = problem.tensors[0].to_sparse()
-        with pytest.raises(NotImplementedError, match=f"fiak::{self.op}_forward: .* strided CPU tensors only"):
+        with pytest.raises(
+            NotImplementedError, match=f"fiak::{self.op}_forward: has kernels for strided CPU tensors only"
+        ):
             problem.forward(query)
 
 
 class _Recorder(TorchDispatchMode):
-    """The names of the fiak ops that reach the dispatcher below autograd."""
+    """The fiak ops that reach the dispatcher below autograd, and their keyword arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops: list[str] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fiak":
-            self.ops.append(func.name())
+            self.calls.append((func.name(), kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -334,7 +334,5 @@ def test_devices_without_kernels_are_named() -> None:
         lambda: compact_kv(KEY.to_sparse(), KEY, KEEP),
         lambda: compact_linear(KEY[0].to_sparse(), KEY[0, 0], None, KEEP),
     ):
-        with pytest.raises(
-            NotImplementedError, match=r"fiak::compact_.*: this build has kernels for strided CPU tensors only"
-        ):
+        with pytest.raises(NotImplementedError, match=r"fiak::compact_.*: has kernels for strided CPU tensors only"):
             call()

@@ -104,7 +104,5 @@ def test_index_dtypes_must_be_alike() -> None:
 
 def test_devices_without_kernels_are_named() -> None:
     crow, col = _pattern(12, 9)
-    with pytest.raises(
-        NotImplementedError, match=r"fiak::csr_plan: this build has kernels for strided CPU tensors only"
-    ):
+    with pytest.raises(NotImplementedError, match=r"fiak::csr_plan: has kernels for strided CPU tensors only"):
         csr_plan(crow.to_sparse(), col, 4, 9)

@@ -115,13 +115,14 @@ class TestPriorAttention(AttentionSuite):
     def test_bad_weight_makes_its_row_nan(self, isa: str, dtype: torch.dtype, bad: float) -> None:
         query, key, value, prior = _inputs(dtype)
         with cpu_isa(isa):
-            clean = prior_attention(query, key, value, prior)
+            clean = prior_attention_forward(query, key, value, prior)
             prior[0, 1, 2, 3] = bad
-            output = prior_attention(query, key, value, prior)
-        rows = torch.zeros(output.shape[:3], dtype=torch.bool)
+            results = prior_attention_forward(query, key, value, prior)
+        rows = torch.zeros(results[1].shape, dtype=torch.bool)
         rows[:, 1, 2] = True
-        assert output[rows].isnan().all()
-        assert torch.equal(output[~rows], clean[~rows])
+        for result, before in zip(results, clean, strict=True):
+            assert result[rows].isnan().all()
+            assert torch.equal(result[~rows], before[~rows])
 
     def test_uniform_prior_is_softmax_attention(self, isa: str, dtype: torch.dtype) -> None:
         query, key, value, prior = _inputs(dtype)

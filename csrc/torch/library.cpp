@@ -30,8 +30,8 @@ void refuse_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const at::Tensor& tensor = argument.toTensor();
     if (tensor.is_cpu() && tensor.layout() == at::kStrided) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
-                                ": this build has kernels for strided CPU tensors only (got ", tensor.layout(), " on ",
-                                tensor.device(), ")");
+                                ": has kernels for strided CPU tensors only in this build (got ", tensor.layout(),
+                                " on ", tensor.device(), ")");
   }
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(), ": at least one argument must be a tensor");
 }
