@@ -2,8 +2,8 @@
 //
 // Two passes over many queries, first on the keys and then on the values, so that each has the L1 cache for itself.
 // Within the first, a few queries' scores are exponentiated in one stream: exp's long dependency chains then overlap
-// with nothing that waits for them. The pattern is shared by the batch, so threads split the pattern's rows (by entries)
-// and run the whole batch inside; the weights' gradient needs no atomics then.
+// with nothing that waits for them. The pattern is shared by the batch, so threads split the pattern's rows (by
+// entries) and run the whole batch inside; the weights' gradient needs no atomics then.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/tables.h"
@@ -12,7 +12,7 @@
 namespace fiak::cpu::FIAK_ISA {
 namespace {
 
-constexpr int64_t kRowCost = 16;        // what a row costs beside its entries, in entries
+constexpr int64_t kRowCost = 16;             // what a row costs beside its entries, in entries
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
 constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
 
@@ -99,8 +99,8 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
   Carver scratch{static_cast<char*>(thread_scratch(carved(head_size) + carved(value_size) + carved(pass_rows * room) +
-                                                   3 * carved(pass_rows) + 2 * carved(room) + carved(keys) + carved(keys * head_size) +
-                                                   carved(keys * value_size)))};
+                                                   3 * carved(pass_rows) + 2 * carved(room) + carved(keys) +
+                                                   carved(keys * head_size) + carved(keys * value_size)))};
   float* query = scratch.floats(head_size);
   float* sum = scratch.floats(value_size);
   float* scores = scratch.floats(pass_rows * room);
@@ -306,7 +306,7 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
       for (int64_t i = 0; i < heads; ++i) {
         const int64_t h = key_head * heads + i, head = first_head + h;
         const Panel &query = query_panels[i], &grad_output = output_panels[i];
-        const int64_t at = (b * args.query_heads + h) * queries - offset;
+        const int64_t at = (b * args.query_heads + h) * queries;
         const float* lse = static_cast<const float*>(grads.logsumexp) + at;
         const float* row_delta = delta + at;
         const float* head_values =
@@ -320,7 +320,7 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
                   const float w = head_values[plan.positions[place + e]];
                   picked[kept] = index[e];
                   weights[kept] = w;
-                  kept += in_support(w) && lse[first + index[e]] != -kInfinity;
+                  kept += in_support(w) && lse[first - offset + index[e]] != -kInfinity;
                 }
                 index = picked;
                 count = kept;
@@ -331,7 +331,7 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
               const float* outputs_at = grad_output.row(first - offset);
               dots(key, queries_at, query.stride, head_size, index, count, attention);
               dots(value, outputs_at, grad_output.stride, value_size, index, count, products);
-              for (int64_t e = 0; e < count; ++e) attention[e] += bias - lse[first + index[e]];
+              for (int64_t e = 0; e < count; ++e) attention[e] += bias - lse[first - offset + index[e]];
               exp_row(attention, count, 0.0f);
               if (head_values != nullptr) {
                 for (int64_t e = 0; e < count; ++e) attention[e] *= weights[e];
@@ -339,11 +339,11 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
               if (!dropout.active()) {
                 weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
                 for (int64_t e = 0; e < count; ++e)
-                  products[e] = attention[e] * (products[e] - row_delta[first + index[e]]);
+                  products[e] = attention[e] * (products[e] - row_delta[first - offset + index[e]]);
               } else {
                 for (int64_t e = 0; e < count; ++e) {
                   const auto kept = static_cast<float>(dropout.factor(b, h, first + index[e], j));
-                  products[e] = attention[e] * (kept * products[e] - row_delta[first + index[e]]);
+                  products[e] = attention[e] * (kept * products[e] - row_delta[first - offset + index[e]]);
                   attention[e] *= kept;
                 }
                 weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
