@@ -215,7 +215,7 @@ class AttentionSuite:
         assert torch.equal(output[1, 1], clean[1, 1])
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
-    def test_columns_that_nobody_keeps_change_nothing(self, isa: str, dtype: torch.dtype, bad: float) -> None:
+    def test_bad_column_that_nobody_keeps_reaches_nobody(self, isa: str, dtype: torch.dtype, bad: float) -> None:
         query, key, value, mask = _qkv(dtype)
         mask[:, :, 5] = False
         results = []
@@ -226,8 +226,9 @@ class AttentionSuite:
                 output, logsumexp = self.attend(leaves[0], leaves[1], leaves[2], mask)
                 grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
             results.append([output, logsumexp, *grads])
-        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-        assert all(x.isfinite().all() for x in results[1])
+        for x, y in zip(*results, strict=True):
+            assert y.isfinite().all()
+            torch.testing.assert_close(x, y)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
     def test_keys_behind_kv_lens_are_never_read(self, isa: str, dtype: torch.dtype, bad: float) -> None:
