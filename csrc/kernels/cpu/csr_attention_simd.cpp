@@ -2,8 +2,9 @@
 //
 // Two passes over many queries, first on the keys and then on the values, so that each has the L1 cache for itself.
 // Within the first, a few queries' scores are exponentiated in one stream: exp's long dependency chains then overlap
-// with nothing that waits for them. The pattern is shared by the batch, so threads split the pattern's rows (by
-// entries) and run the whole batch inside; the weights' gradient needs no atomics then.
+// with nothing that waits for them. A sparse row's accesses are too irregular for the hardware to foresee, so each pass
+// prefetches into the L2 cache what the next one reads. Threads split the work by entries; where the weights' gradient
+// is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/tables.h"
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kRowCost = 16;             // what a row costs beside its entries, in entries
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
 constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
+constexpr int64_t kPrefetchedQueries = 4;    // how many queries ahead the output's lines are fetched
 
 /// The first place in ascending index[0, count) whose value is at least `bound`.
 int64_t lower_bound(const uint16_t* index, int64_t count, int64_t bound) {
@@ -86,9 +88,10 @@ int64_t pick_support(const float* values, const uint16_t* index, int64_t count, 
   return kept;
 }
 
-/// Pattern rows [begin, end) of query head h for batch element b.
+/// Pattern rows [begin, end) of query head h for batch element b. `next_key` is the first row of the keys that the
+/// caller comes to next, or null.
 void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, int64_t h, int64_t begin, int64_t end,
-                  int64_t longest) {
+                  int64_t longest, const char* next_key) {
   const int64_t head = b % (args.plan.heads / args.query_heads) * args.query_heads + h;
   const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b), offset = offset_of(args, b);
   const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
@@ -111,12 +114,14 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
   auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(room));
   float* bias = scratch.floats(keys);
   const Panel key =
-      make_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
-  const Panel value =
-      make_panel(args.value, args.dtype, b, key_head, keys, args.value_size, scratch.floats(keys * value_size));
+      pack_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
+  float* value_scratch = scratch.floats(keys * value_size);
+  Panel value{};
   if (gaussian) gaussian_bias(args, key, keys, bias);
+  const char* first_value = row_address(args.value, args.dtype, b, key_head, 0);
+  const int64_t element = element_size(args.dtype);
 
-  // use(first, index, count, weights): the support of a pattern row; weights only where there are values.
+  // use(first, index, count): the support of a pattern row; weights only where there are values.
   const auto for_support = [&](int64_t row, auto&& use) __attribute__((always_inline)) {
     for_row_segments(args.plan, head * args.plan.num_queries + row, keys,
                      [&](int64_t first, const uint16_t* index, int64_t count, int64_t entry) {
@@ -132,6 +137,9 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
       const int64_t group_end = smaller(rows, group + kQueriesAtOnce);
       for (int64_t i = group; i < group_end; ++i) {
         float* s = scores + i * room;
+        if (const int64_t j = pass + i - begin; j < keys) {
+          prefetch_row(first_value + j * args.value.row_stride * element, args.value_size * element);
+        }
         load_row(row_address(args.query, args.dtype, b, h, pass + i - offset), args.dtype, args.head_size,
                  static_cast<float>(args.scale), query);
         int64_t total = 0;
@@ -148,9 +156,19 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
       }
       for (int64_t i = group; i < group_end; ++i) totals[i] = exp_row(scores + i * room, counts[i], maxima[i]);
     }
+    if (pass == begin) {
+      value = pack_panel(args.value, args.dtype, b, key_head, keys, args.value_size, value_scratch);
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = pass + i;
       float* p = scores + i * room;
+      if (const int64_t j = row - begin; next_key != nullptr && j < args.keys) {
+        prefetch_row(next_key + j * args.key.row_stride * element, args.head_size * element);
+      }
+      if (const int64_t ahead = row + kPrefetchedQueries; ahead < end) {
+        prefetch_row_for_writing(row_address(result.output, args.dtype, b, h, ahead - offset),
+                                 args.value_size * element);
+      }
       if (values != nullptr) {
         int64_t done = 0;
         totals[i] = 0;
@@ -208,9 +226,9 @@ void backward_rows(const CsrArgs& args, const BackwardArgs& grads, const float* 
   auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(room));
   float* bias = scratch.floats(keys);
   const Panel key =
-      make_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
+      pack_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
   const Panel value =
-      make_panel(args.value, args.dtype, b, key_head, keys, args.value_size, scratch.floats(keys * value_size));
+      pack_panel(args.value, args.dtype, b, key_head, keys, args.value_size, scratch.floats(keys * value_size));
   if (gaussian) gaussian_bias(args, key, keys, bias);
 
   for (int64_t row = begin; row < end; ++row) {
@@ -288,9 +306,9 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
   for (int64_t i = 0; i < heads; ++i) {
     const int64_t h = key_head * heads + i;
     query_panels[i] =
-        make_panel(args.query, args.dtype, b, h, queries, args.head_size, scratch.floats(queries * head_size));
+        pack_panel(args.query, args.dtype, b, h, queries, args.head_size, scratch.floats(queries * head_size));
     output_panels[i] =
-        make_panel(grads.grad_output, args.dtype, b, h, queries, args.value_size, scratch.floats(queries * value_size));
+        pack_panel(grads.grad_output, args.dtype, b, h, queries, args.value_size, scratch.floats(queries * value_size));
   }
 
   for (int64_t j = begin; j < end; ++j) {
@@ -367,21 +385,38 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
   }
 }
 
-/// rows(b, h, begin, end, longest) over all pattern rows that the batch uses, split by entries.
+/// rows(b, h, begin, end, longest, next b, next h) over the pattern rows of all queries, split by entries. Batch
+/// elements are outside: the heads of one often lie side by side. There is no next where next b is the batch's size.
 template <class Rows>
-void for_all_rows(const CsrArgs& args, const Parallel& parallel, bool split_batch, Rows&& rows) {
+void for_batch_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
+  const PlanView& plan = args.plan;
+  const int64_t groups = plan.heads / args.query_heads, pattern_rows = plan.heads * plan.num_queries;
+  // Rows that only some elements use are not worth a search for balance.
+  const bool whole = args.query_offsets == nullptr && args.queries == plan.num_queries;
+  const auto work = [&](int64_t unit) {
+    if (!whole) return unit;
+    return unit / pattern_rows * plan.nnz + plan.row_segments[unit % pattern_rows * plan.key_blocks] + kRowCost * unit;
+  };
+  parallel_balanced(parallel, args.batch * args.query_heads * args.queries, work, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t i = begin / args.queries, b = i / args.query_heads, h = i % args.query_heads;
+      const int64_t first = i * args.queries, stop = smaller(end, first + args.queries);
+      const int64_t offset = offset_of(args, b), from = begin - first + offset, to = stop - first + offset;
+      const int64_t head_row = (b % groups * args.query_heads + h) * plan.num_queries;
+      const int64_t next = stop < end ? i + 1 : args.batch * args.query_heads;
+      rows(b, h, from, to, longest_row(plan, head_row + from, head_row + to), next / args.query_heads,
+           next % args.query_heads);
+      begin = stop;
+    }
+  });
+}
+
+/// rows(b, h, begin, end, longest) over all pattern rows that the batch uses, split by the pattern's entries: a thread
+/// alone has a row of the pattern, for the whole batch.
+template <class Rows>
+void for_pattern_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
   const PlanView& plan = args.plan;
   const int64_t groups = plan.heads / args.query_heads;
-  if (split_batch) {
-    parallel_range(parallel, args.batch * args.query_heads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / args.query_heads, h = i % args.query_heads, offset = offset_of(args, b);
-        const int64_t first = (b % groups * args.query_heads + h) * plan.num_queries + offset;
-        rows(b, h, offset, offset + args.queries, longest_row(plan, first, first + args.queries));
-      }
-    });
-    return;
-  }
   const auto work = [&](int64_t row) { return plan.row_segments[row * plan.key_blocks] + kRowCost * row; };
   parallel_balanced(parallel, plan.heads * plan.num_queries, work, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -400,11 +435,13 @@ void for_all_rows(const CsrArgs& args, const Parallel& parallel, bool split_batc
 }  // namespace
 
 void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
-  // With offsets, elements may all use the same few rows: then the batch is split instead of the pattern.
-  for_all_rows(args, parallel, args.query_offsets != nullptr,
-               [&](int64_t b, int64_t h, int64_t begin, int64_t end, int64_t longest) {
-                 forward_rows(args, result, b, h, begin, end, longest);
-               });
+  for_batch_rows(
+      args, parallel,
+      [&](int64_t b, int64_t h, int64_t begin, int64_t end, int64_t longest, int64_t next_b, int64_t next_h) {
+        const char* next_key =
+            next_b < args.batch ? row_address(args.key, args.dtype, next_b, next_h / shared_heads(args), 0) : nullptr;
+        forward_rows(args, result, b, h, begin, end, longest, next_key);
+      });
 }
 
 void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
@@ -414,11 +451,13 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
   compute_delta(args, grads, parallel, delta);
 
   if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, plan.nnz * sizeof(float));
-  if (grads.grad_query.data != nullptr || grads.grad_weight != nullptr) {
-    const bool split_batch = args.query_offsets != nullptr && grads.grad_weight == nullptr;
-    for_all_rows(args, parallel, split_batch, [&](int64_t b, int64_t h, int64_t begin, int64_t end, int64_t longest) {
-      backward_rows(args, grads, delta, b, h, begin, end, longest);
-    });
+  const auto rows = [&](int64_t b, int64_t h, int64_t begin, int64_t end, int64_t longest, auto...) {
+    backward_rows(args, grads, delta, b, h, begin, end, longest);
+  };
+  if (grads.grad_weight != nullptr) {
+    for_pattern_rows(args, parallel, rows);
+  } else if (grads.grad_query.data != nullptr) {
+    for_batch_rows(args, parallel, rows);
   }
 
   if (grads.grad_key.data != nullptr || grads.grad_value.data != nullptr) {

@@ -20,6 +20,14 @@ FIAK_INLINE char* row_address(const Output& x, DType dtype, int64_t b, int64_t h
   return static_cast<char*>(x.data) + (b * x.batch_stride + h * x.head_stride + n * x.row_stride) * element_size(dtype);
 }
 
+/// Fetches a row into the L2 cache.
+FIAK_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T1);
+}
+FIAK_INLINE void prefetch_row_for_writing(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 1);
+}
+
 /// target[0, size) = source * factor, zero up to the next whole vector.
 FIAK_INLINE void load_row(const char* source, DType dtype, int64_t size, float factor, float* target) {
   const Vec f = broadcast(factor);
@@ -76,25 +84,30 @@ struct Panel {
   __attribute__((always_inline)) const float* row(int64_t n) const { return rows + n * stride; }
 };
 
-/// Whether rows so far apart (in bytes) crowd into few sets of the caches: their distance is a multiple of a power of
-/// two that is much larger than a row.
-FIAK_INLINE bool crowded(int64_t stride, int64_t row) { return (stride & -stride) > 2 * row; }
-
-/// Rows [0, count) of a batch element and head: in place where they are float32, whole vectors that cross no cache line
-/// and well spread over the caches, else converted into `scratch` (count * padded(size) elements).
-FIAK_INLINE Panel make_panel(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size,
-                             float* scratch) {
+/// Rows [0, count) of a batch element and head, converted into `target` (count * padded(size) elements). Sparse kernels
+/// read them there: side by side and on whole cache lines they fill the L1 cache evenly, wherever they came from.
+FIAK_INLINE Panel pack_panel(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size,
+                             float* target) {
   const char* first = row_address(x, dtype, b, h, 0);
-  constexpr int64_t kBytes = kLanes * sizeof(float);
-  if (dtype == DType::kFloat32 && size % kLanes == 0 && reinterpret_cast<uintptr_t>(first) % kBytes == 0 &&
-      x.row_stride * 4 % kBytes == 0 && !crowded(x.row_stride * 4, size * 4)) {
-    return {reinterpret_cast<const float*>(first), x.row_stride};
-  }
   const int64_t stride = padded(size);
   for (int64_t n = 0; n < count; ++n) {
-    load_row(first + n * x.row_stride * element_size(dtype), dtype, size, 1.0f, scratch + n * stride);
+    load_row(first + n * x.row_stride * element_size(dtype), dtype, size, 1.0f, target + n * stride);
   }
-  return {scratch, stride};
+  return {target, stride};
+}
+
+/// The same rows for matrix products, which take them in order: in place where they are float32, whole vectors that
+/// cross no cache line, and not apart by a large power of two, which would crowd them into few sets of the caches.
+FIAK_INLINE Panel make_panel(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size,
+                             float* scratch) {
+  constexpr int64_t kBytes = kLanes * sizeof(float);
+  const char* first = row_address(x, dtype, b, h, 0);
+  const int64_t stride = x.row_stride * 4, row = size * 4;
+  if (dtype == DType::kFloat32 && row % kBytes == 0 && stride % kBytes == 0 && (stride & -stride) <= 2 * row &&
+      reinterpret_cast<uintptr_t>(first) % kBytes == 0) {
+    return {reinterpret_cast<const float*>(first), x.row_stride};
+  }
+  return pack_panel(x, dtype, b, h, count, size, scratch);
 }
 
 /// Hands out parts of a thread's scratch memory, each on a cache line of its own.
