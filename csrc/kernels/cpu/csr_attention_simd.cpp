@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kRowCost = 16;             // what a row costs beside its entries, in entries
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
 constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
-constexpr int64_t kPrefetchedQueries = 4;    // how many queries ahead the output's lines are fetched
+constexpr int64_t kPrefetchedQueries = 4;    // how many queries ahead their rows and the output's are fetched
 
 /// The first place in ascending index[0, count) whose value is at least `bound`.
 int64_t lower_bound(const uint16_t* index, int64_t count, int64_t bound) {
@@ -140,8 +140,11 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, i
         if (const int64_t j = pass + i - begin; j < keys) {
           prefetch_row(first_value + j * args.value.row_stride * element, args.value_size * element);
         }
-        load_row(row_address(args.query, args.dtype, b, h, pass + i - offset), args.dtype, args.head_size,
-                 static_cast<float>(args.scale), query);
+        const char* query_row = row_address(args.query, args.dtype, b, h, pass + i - offset);
+        if (pass + i + kPrefetchedQueries < end) {
+          prefetch_row(query_row + kPrefetchedQueries * args.query.row_stride * element, args.head_size * element);
+        }
+        load_row(query_row, args.dtype, args.head_size, static_cast<float>(args.scale), query);
         int64_t total = 0;
         for_support(pass + i, [&](int64_t first, const uint16_t* index, int64_t count) {
           dots(query, key.row(first), key.stride, head_size, index, count, s + total);
