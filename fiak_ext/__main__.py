@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="folder with images: IDX files named as MNIST's (plain or .gz), or an ImageFolder, that is a folder of "
-        "pictures for each class (in DIR, or in DIR/train and DIR/test); they are scaled to 28x28",
+        "pictures of any size for each class (in DIR, or in DIR/train and DIR/test)",
     )
     demo.add_argument(
         "--patch",
