@@ -53,8 +53,8 @@ class Recipe:
     parameterization: Literal["softmax", "clamp"] = "clamp"
     epochs: int = 12
     lr: float = 2e-3
-    tuning_epochs: int = 1
-    tuning_lr: float = 2e-4
+    tuning_epochs: int = 2
+    tuning_lr: float = 1.25e-4
     batch_size: int = 50
     weight_decay: float = 0.05
 
