@@ -202,7 +202,9 @@ void expect_identical(const Tensor& actual, const Tensor& expected, const std::s
   ASSERT_TRUE(actual.bytes() == expected.bytes()) << what << " differs";
 }
 
-std::vector<cpu::Isa> all_isas() { return {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512}; }
+std::vector<cpu::Isa> all_isas() {
+  return {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16};
+}
 
 bool machine_has(cpu::Isa isa) { return isa <= cpu::machine_isa(); }
 

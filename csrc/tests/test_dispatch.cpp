@@ -19,6 +19,7 @@ TEST_F(Dispatch, TakesTheBestOfTheMachine) {
   EXPECT_EQ(cpu::selected_isa(), cpu::machine_isa());
   EXPECT_EQ(cpu::kernel_isa(DType::kFloat64), Isa::kScalar);
   EXPECT_EQ(cpu::kernel_isa(DType::kFloat32), std::min(cpu::machine_isa(), Isa::kAvx512));
+  EXPECT_EQ(cpu::kernel_isa(DType::kBFloat16), cpu::machine_isa());
 }
 
 TEST_F(Dispatch, IsLoweredAndNeverRaised) {

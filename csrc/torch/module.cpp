@@ -23,6 +23,7 @@ py::dict build_info() {
 #if defined(__x86_64__)
   isas.append("avx2");
   isas.append("avx512");
+  isas.append("avx512_bf16");
 #endif
   py::dict info;
   info["torch"] = FIAK_TORCH_VERSION;

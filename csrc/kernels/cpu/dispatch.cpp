@@ -58,12 +58,13 @@ Isa selected_isa() {
 Isa kernel_isa(DType dtype) {
   const Isa selected = selected_isa();
   if (dtype == DType::kFloat64) return Isa::kScalar;
-  return std::min(selected, Isa::kAvx512);  // no kernels of its own at the BF16 level
+  return dtype == DType::kBFloat16 ? selected : std::min(selected, Isa::kAvx512);
 }
 
 const Kernels& kernels(Isa isa) {
 #if defined(__x86_64__)
-  static constexpr Kernels kTables[] = {FIAK_TABLE(scalar), FIAK_TABLE(avx2), FIAK_TABLE(avx512)};
+  static constexpr Kernels kTables[] = {FIAK_TABLE(scalar), FIAK_TABLE(avx2), FIAK_TABLE(avx512),
+                                        FIAK_TABLE(avx512_bf16)};
 #else
   static constexpr Kernels kTables[] = {FIAK_TABLE(scalar)};
 #endif

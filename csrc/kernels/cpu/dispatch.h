@@ -27,8 +27,8 @@ Isa machine_isa();
 /// at every call; throws std::invalid_argument for another name.
 Isa selected_isa();
 
-/// The instruction set of the kernels that a call with this dtype runs on: float64 runs scalar, and a level without
-/// kernels of its own uses the next lower one.
+/// The instruction set of the kernels that a call with this dtype runs on: float64 runs scalar, and only bfloat16
+/// uses the BF16 instructions.
 Isa kernel_isa(DType dtype);
 
 /// The kernels of kernel_isa(dtype); `isa` must be a value that kernel_isa returned.

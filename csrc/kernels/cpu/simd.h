@@ -14,12 +14,15 @@
 
 #include <cstdint>
 
-#if defined(FIAK_ISA_AVX512)
+#if defined(FIAK_ISA_AVX512_BF16)
+#define FIAK_ISA avx512_bf16
+#define FIAK_ISA_AVX512
+#elif defined(FIAK_ISA_AVX512)
 #define FIAK_ISA avx512
 #elif defined(FIAK_ISA_AVX2)
 #define FIAK_ISA avx2
 #else
-#error "compile this file with FIAK_ISA_AVX2 or FIAK_ISA_AVX512"
+#error "compile this file with FIAK_ISA_AVX2, FIAK_ISA_AVX512 or FIAK_ISA_AVX512_BF16"
 #endif
 
 #define FIAK_INLINE static inline __attribute__((always_inline))
