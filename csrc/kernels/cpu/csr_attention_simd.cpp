@@ -7,6 +7,7 @@
 // is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/sparse_rows.h"
+#include "kernels/cpu/sparse_rows_old.h"
 #include "kernels/cpu/tables.h"
 #include "kernels/philox.h"
 
@@ -16,7 +17,11 @@ namespace {
 constexpr int64_t kRowCost = 16;             // what a row costs beside its entries, in entries
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
 constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
-constexpr int64_t kPrefetchedQueries = 4;    // how many queries ahead their rows and the output's are fetched
+constexpr int64_t kMaxPassRows = 4096;
+constexpr int64_t kWholePanelBytes = 64 * 1024;  // up to this a head's packed rows are one block
+constexpr int64_t kBlockBytes = 40 * 1024;       // of packed rows, to fit into the L1 cache
+constexpr int64_t kBundleBytes = 52 * 1024;
+constexpr int64_t kMinBlock = 96;  // keys: short runs cost more than they save
 
 /// The first place in ascending index[0, count) whose value is at least `bound`.
 int64_t lower_bound(const uint16_t* index, int64_t count, int64_t bound) {
@@ -88,120 +93,414 @@ int64_t pick_support(const float* values, const uint16_t* index, int64_t count, 
   return kept;
 }
 
-/// Pattern rows [begin, end) of query head h for batch element b. `next_key` is the first row of the keys that the
-/// caller comes to next, or null.
-void forward_rows(const CsrArgs& args, const ForwardResult& result, int64_t b, int64_t h, int64_t begin, int64_t end,
-                  int64_t longest, const char* next_key) {
-  const int64_t head = b % (args.plan.heads / args.query_heads) * args.query_heads + h;
-  const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b), offset = offset_of(args, b);
-  const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
-  const int64_t room = padded(longest) + kLanes;
-  const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / room));
-  const auto* values = static_cast<const float*>(args.values);
+/// Which batch elements share a pattern, and how they are bundled: those of a group in order, as many bundles of
+/// `elements` as they fill, then one by one.
+struct Bundles {
+  int64_t groups, elements, per_group, full, count;
+
+  Bundles(const CsrArgs& args, int64_t wanted)
+      : groups(args.plan.heads / larger(1, args.query_heads)), elements(wanted) {
+    per_group = args.batch / larger(1, groups);
+    full = per_group / elements;
+    count = groups * (full + per_group % elements);
+  }
+  Bundle at(int64_t i) const {
+    const int64_t each = count / groups, group = i / each, k = i % each;
+    Bundle bundle{static_cast<int>(k < full ? elements : 1), {}};
+    const int64_t first = k < full ? k * elements : full * elements + (k - full);
+    for (int64_t e = 0; e < bundle.elements; ++e) bundle.b[e] = group + (first + e) * groups;
+    return bundle;
+  }
+  /// Batch elements in the bundles before i.
+  int64_t elements_before(int64_t i) const {
+    const int64_t each = larger(1, count / groups), k = i % each;
+    return i / each * per_group + (k < full ? k * elements : full * elements + (k - full));
+  }
+};
+
+/// The keys of a head in blocks whose packed rows the L1 cache holds.
+struct KeyBlocks {
+  int64_t keys, size, count;
+
+  KeyBlocks(int64_t keys, int64_t row_bytes) : keys(keys), size(keys), count(1) {
+    if (keys * row_bytes <= kWholePanelBytes) return;
+    size = larger(kMinBlock, kBlockBytes / row_bytes);
+    if (keys > kPlanBlock) {
+      while ((size & (size - 1)) != 0) size &= size - 1;  // a power of two divides the blocks of the plan
+    } else {
+      size = (keys + (keys + size - 1) / size - 1) / ((keys + size - 1) / size);
+    }
+    count = (keys + size - 1) / size;
+  }
+  int64_t first(int64_t block) const { return block * size; }
+  int64_t end(int64_t block) const { return smaller(keys, (block + 1) * size); }
+};
+
+/// How many of the ascending index[0, count) are below `bound`. Reads up to 64 bytes behind the last.
+int64_t count_below(const uint16_t* index, int64_t count, int64_t bound) {
+  if (bound > 65535) return count;
+  int64_t i = 0;
+#if defined(FIAK_ISA_AVX512)
+  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(bound));
+  for (; i < count; i += 32) {
+    const uint32_t above = ~_mm512_cmplt_epu16_mask(_mm512_loadu_si512(index + i), limit);
+    if (above != 0) return smaller(count, i + __builtin_ctz(above));
+  }
+#else
+  const __m256i limit = _mm256_set1_epi16(static_cast<int16_t>(bound));
+  for (; i < count; i += 16) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i));
+    const uint32_t above = _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_max_epu16(x, limit), x));
+    if (above != 0) return smaller(count, i + __builtin_ctz(above) / 2);
+  }
+#endif
+  return count;
+}
+
+bool all_in_support(const float* weights, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    if (!all_positive_or_nan(weights + i)) return false;
+  }
+  for (; i < count; ++i) {
+    if (!in_support(weights[i])) return false;
+  }
+  return true;
+}
+
+/// The steps for consecutive rows of a pattern, for the entries that a call attends to: those of the support, of keys
+/// that are there. They are in groups of rows and within a group by blocks of keys.
+template <int kElements>
+class RowSteps {
+ public:
+  static int64_t bytes(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest) {
+    const int64_t picked = args.values != nullptr ? rows * (longest + kPlanPadding) : 0;
+    const int64_t steps = most_steps(blocks, rows, longest);
+    return 2 * carved(rows * 2) + carved(rows * (blocks.count + 1)) + carved(picked) + carved(picked / 2 + 1) +
+           carved(steps * 4) + carved(args.values != nullptr ? steps * 2 : 0) +
+           carved(rows * blocks.count * kLanes / 2) + carved((rows * blocks.count + 1) * 2);
+  }
+  /// Of any `rows` rows of at most `longest` entries.
+  static int64_t most_steps(const KeyBlocks& blocks, int64_t rows, int64_t longest) {
+    return rows * (longest / kKeys<kElements> + blocks.count);
+  }
+
+  RowSteps(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch)
+      : args_(args), blocks_(blocks), room_(longest + kPlanPadding) {
+    const int64_t picked = args.values != nullptr ? rows * room_ : 0, steps = most_steps(blocks, rows, longest);
+    index_ = reinterpret_cast<const uint16_t**>(scratch.floats(rows * 2));
+    row_weights_ = reinterpret_cast<const float**>(scratch.floats(rows * 2));
+    cuts_ = reinterpret_cast<int32_t*>(scratch.floats(rows * (blocks.count + 1)));
+    picked_weights_ = scratch.floats(picked);
+    picked_ = reinterpret_cast<uint16_t*>(scratch.floats(picked / 2 + 1));
+    static_assert(sizeof(Step) <= 4 * sizeof(float), "what is carved");
+    steps_ = reinterpret_cast<Step*>(scratch.floats(steps * 4));
+    weights_ = reinterpret_cast<const float**>(scratch.floats(args.values != nullptr ? steps * 2 : 0));
+    spare_ = reinterpret_cast<uint16_t*>(scratch.floats(rows * blocks.count * kLanes / 2));
+    bounds_ = reinterpret_cast<int64_t*>(scratch.floats((rows * blocks.count + 1) * 2));
+  }
+
+  /// Takes rows [row, row + rows) of the pattern. A step's row is counted from the first of its group.
+  void take(int64_t row, int64_t rows, int64_t group_rows) {
+    const PlanView& plan = args_.plan;
+    if (plan.key_blocks == 1 && blocks_.count == 1 && blocks_.keys == plan.num_keys && args_.values == nullptr) {
+      return take_whole_rows(plan.row_segments + row, rows, group_rows);
+    }
+    for (int64_t r = 0; r < rows; ++r) take_row(row + r, r);
+    Step* step = steps_;
+    uint16_t* spare = spare_;
+    int64_t* bound = bounds_;
+    *bound++ = 0;
+    for (int64_t group = 0; group < rows; group += group_rows) {
+      const int64_t end = smaller(rows, group + group_rows);
+      for (int64_t block = 0; block < blocks_.count; ++block) {
+        for (int64_t r = group; r < end; ++r) {
+          const int32_t* cut = cuts_ + r * (blocks_.count + 1) + block;
+          const int64_t first = step - steps_;
+          step = append_steps<kElements>(index_[r] + cut[0], cut[1] - cut[0], r - group, step, spare);
+          if (args_.values == nullptr) continue;
+          for (int64_t i = first; i < step - steps_; ++i) {
+            weights_[i] = row_weights_[r] + cut[0] + (i - first) * kKeys<kElements>;
+          }
+        }
+        *bound++ = step - steps_;
+      }
+    }
+  }
+  /// The first step of a group's block, and of what follows its last one.
+  int64_t first(int64_t group, int64_t block) const { return bounds_[group * blocks_.count + block]; }
+  const Step* step(int64_t i) const { return steps_ + i; }
+  /// The weights of a step's entries; only where the call has values.
+  const float* weights(int64_t i) const { return weights_[i]; }
+
+ private:
+  void take_whole_rows(const int64_t* segments, int64_t rows, int64_t group_rows) {
+    Step* step = steps_;
+    uint16_t* spare = spare_;
+    int64_t* bound = bounds_;
+    *bound++ = 0;
+    for (int64_t group = 0; group < rows; group += group_rows) {
+      for (int64_t r = group; r < smaller(rows, group + group_rows); ++r) {
+        const int64_t first = segments[r];
+        step = append_steps<kElements>(args_.plan.columns + first, segments[r + 1] - first, r - group, step, spare);
+      }
+      *bound++ = step - steps_;
+    }
+  }
+
+  void take_row(int64_t row, int64_t r) {
+    const PlanView& plan = args_.plan;
+    const int64_t* segment = plan.row_segments + row * plan.key_blocks;
+    const auto* values = static_cast<const float*>(args_.values);
+    const int64_t all = segment[plan.key_blocks] - segment[0];
+    index_[r] = plan.columns + segment[0];
+    bool picking = false;
+    if (values != nullptr) {
+      row_weights_[r] = values + segment[0];
+      picking = !all_in_support(values + segment[0], all);
+      if (picking) {
+        index_[r] = picked_ + r * room_;
+        row_weights_[r] = picked_weights_ + r * room_;
+      }
+    }
+    int32_t* cuts = cuts_ + r * (blocks_.count + 1);
+    cuts[0] = 0;
+    if (blocks_.count == 1 && !picking && blocks_.keys == plan.num_keys) {
+      cuts[1] = static_cast<int32_t>(all);
+      return;
+    }
+    int64_t block = 0, taken = 0;
+    for (int64_t part = 0; part < plan.key_blocks; ++part) {
+      const int64_t base = part * kPlanBlock;
+      const uint16_t* index = plan.columns + segment[part];
+      int64_t count = segment[part + 1] - segment[part];
+      if (picking) {
+        count = pick_support(values + segment[part], index, count, picked_ + r * room_ + taken,
+                             picked_weights_ + r * room_ + taken);
+        index = picked_ + r * room_ + taken;
+      }
+      int64_t done = 0;
+      while (block < blocks_.count && blocks_.first(block) < base + kPlanBlock) {
+        done += count_below(index + done, count - done, blocks_.end(block) - base);
+        cuts[++block] = static_cast<int32_t>(taken + done);
+      }
+      taken += done;
+    }
+    for (; block < blocks_.count; ++block) cuts[block + 1] = cuts[block];
+  }
+
+  const CsrArgs& args_;
+  const KeyBlocks& blocks_;
+  int64_t room_;
+  const uint16_t** index_;     // [rows]
+  const float** row_weights_;  // [rows]
+  int32_t* cuts_;              // [rows, blocks + 1]: where a row's entries enter a block
+  float* picked_weights_;
+  uint16_t *picked_, *spare_;
+  Step* steps_;
+  const float** weights_;
+  int64_t* bounds_;
+};
+
+/// weights[0, count) as the register of entries that are the same for every element, 0 behind them.
+template <int kElements>
+FIAK_INLINE Vec entry_register(const float* weights, int64_t count) {
+  alignas(64) float copy[kLanes];
+  if (count < kKeys<kElements>) {
+    for (int64_t k = 0; k < kKeys<kElements>; ++k) copy[k] = k < count ? weights[k] : 0.0f;
+    weights = copy;
+  }
+  if constexpr (kElements == 1) return load(weights);
+#if defined(FIAK_ISA_AVX512)
+  if constexpr (kElements == 2) {
+    const __m512 x = _mm512_castps256_ps512(_mm256_loadu_ps(weights));
+    return _mm512_shuffle_f32x4(x, x, 0x50);
+  }
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(weights));
+#else
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(weights));
+#endif
+}
+
+constexpr float kSmallest = 1e-37f;  // well above the subnormals, which `log` cannot take
+
+/// logsumexp and what to multiply a row's sum with, from the maximum of its scores, in powers of two, and the total of
+/// those powers. Writes whole vectors.
+void normalise(const float* maxima, const float* totals, const float* divisors, int64_t count, float* logsumexp,
+               float* factors) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec total = load(totals + i);
+    store(logsumexp + i, fmadd(load(maxima + i), broadcast(kLn2), log(total)));
+    store(factors + i, divide(broadcast(1.0f), load(divisors + i)));
+    if (all_between(total, kSmallest, kInfinity)) continue;
+    for (int64_t k = i; k < smaller(count, i + kLanes); ++k) {
+      // Only these: what a row gets must not depend on its neighbours.
+      if (totals[k] >= kSmallest && totals[k] < kInfinity) continue;
+      if (totals[k] == 0.0f) {  // no entry
+        logsumexp[k] = -kInfinity;
+        factors[k] = 0.0f;
+      } else if (totals[k] > 0 && totals[k] < kInfinity) {
+        logsumexp[k] = maxima[k] * kLn2 + __builtin_logf(totals[k]);
+      } else {  // a NaN or infinite weight makes its row NaN
+        logsumexp[k] = factors[k] = kNaN;
+      }
+    }
+  }
+}
+
+/// Pattern rows [begin, end) of query head h for the elements of `bundle`. `next`, `next_h` is what the caller comes to
+/// next; next_h is -1 where nothing is.
+template <Storage kStorage, int kElements>
+void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle& bundle, int64_t h, int64_t begin,
+                  int64_t end, int64_t longest, const Bundle& next, int64_t next_h) {
+  const int64_t b0 = bundle.b[0], head = b0 % (args.plan.heads / args.query_heads) * args.query_heads + h;
+  const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b0), offset = offset_of(args, b0);
   const bool gaussian = args.score == Score::kGaussian;
+  const Extra query_extra = gaussian ? Extra::kOne : Extra::kNone;
+  const Extra key_extra = gaussian ? Extra::kHalfSquare : Extra::kNone;
+  const int64_t head_chunks = row_chunks(columns_with(query_extra, args.head_size, kStorage), kStorage, kElements);
+  const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
+  const int64_t sum_floats = sum_vectors(value_chunks, kStorage) * kLanes;
+  const KeyBlocks blocks(keys, larger(head_chunks, value_chunks) * kVectorBytes);
+  using Steps = RowSteps<kElements>;
+  const int64_t row_floats = Steps::most_steps(blocks, 1, longest) * kLanes;
+  const int64_t pass_rows = larger(1, smaller(smaller(end - begin, kScoreBuffer / row_floats), kMaxPassRows));
+  const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce, pass_rows) : pass_rows;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+  const int64_t flat = padded(pass_rows * kElements) + kLanes;
 
-  Carver scratch{static_cast<char*>(thread_scratch(carved(head_size) + carved(value_size) + carved(pass_rows * room) +
-                                                   3 * carved(pass_rows) + 2 * carved(room) + carved(keys) +
-                                                   carved(keys * head_size) + carved(keys * value_size)))};
-  float* query = scratch.floats(head_size);
-  float* sum = scratch.floats(value_size);
-  float* scores = scratch.floats(pass_rows * room);
-  auto* counts = reinterpret_cast<int32_t*>(scratch.floats(pass_rows));
-  float* maxima = scratch.floats(pass_rows);
-  float* totals = scratch.floats(pass_rows);
-  float* weights = scratch.floats(room);
-  auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(room));
-  float* bias = scratch.floats(keys);
-  const Panel key =
-      pack_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
-  float* value_scratch = scratch.floats(keys * value_size);
-  Panel value{};
-  if (gaussian) gaussian_bias(args, key, keys, bias);
-  const char* first_value = row_address(args.value, args.dtype, b, key_head, 0);
-  const int64_t element = element_size(args.dtype);
-
-  // use(first, index, count): the support of a pattern row; weights only where there are values.
-  const auto for_support = [&](int64_t row, auto&& use) __attribute__((always_inline)) {
-    for_row_segments(args.plan, head * args.plan.num_queries + row, keys,
-                     [&](int64_t first, const uint16_t* index, int64_t count, int64_t entry) {
-                       if (values == nullptr) return use(first, index, count);
-                       count = pick_support(values + entry, index, count, picked, weights);
-                       if (count > 0) use(first, picked, count);
-                     });
+  Carver scratch{static_cast<char*>(thread_scratch(
+      Steps::bytes(args, blocks, pass_rows, longest) + carved(pass_rows * row_floats) +
+      3 * carved(group_rows * kLanes) + 5 * carved(flat) + carved((group_rows + kMaxElements) * sum_floats) +
+      carved(bundle_panel_floats(group_rows, head_chunks)) + carved(bundle_panel_floats(keys, head_chunks)) +
+      carved(bundle_panel_floats(keys, value_chunks)) +
+      carved(pack_scratch(larger(args.head_size, args.value_size)))))};
+  Steps steps(args, blocks, pass_rows, longest, scratch);
+  float* scores = scratch.floats(pass_rows * row_floats);
+  float* row_maxima = scratch.floats(group_rows * kLanes);
+  float* row_totals = scratch.floats(group_rows * kLanes);
+  float* row_divisors = scratch.floats(group_rows * kLanes);
+  float* maxima = scratch.floats(flat);
+  float* totals = scratch.floats(flat);
+  // What a row's sum is divided by: the sum of the weights as they multiplied the rows, rounded or not.
+  float* divisors = kStorage == Storage::kBFloat16 && !dropout.active() ? scratch.floats(flat) : totals;
+  float* logsumexp = scratch.floats(flat);
+  float* factors = scratch.floats(flat);
+  float* sums = scratch.floats((group_rows + kMaxElements) * sum_floats);
+  const auto panel = [&](int64_t rows, int64_t chunks) {
+    return bundle_panel(reinterpret_cast<char*>(scratch.floats(bundle_panel_floats(rows, chunks))), rows, chunks);
   };
+  const BundlePanel query = panel(group_rows, head_chunks), key = panel(keys, head_chunks);
+  const BundlePanel value = panel(keys, value_chunks);
+  float* pack = scratch.floats(pack_scratch(larger(args.head_size, args.value_size)));
 
+  pack_rows<kElements>(args.key, args.dtype, bundle, key_head, 0, keys, args.head_size, kStorage, key_extra, key, pack);
   for (int64_t pass = begin; pass < end; pass += pass_rows) {
     const int64_t rows = smaller(pass_rows, end - pass);
-    for (int64_t group = 0; group < rows; group += kQueriesAtOnce) {
-      const int64_t group_end = smaller(rows, group + kQueriesAtOnce);
-      for (int64_t i = group; i < group_end; ++i) {
-        float* s = scores + i * room;
-        if (const int64_t j = pass + i - begin; j < keys) {
-          prefetch_row(first_value + j * args.value.row_stride * element, args.value_size * element);
-        }
-        const char* query_row = row_address(args.query, args.dtype, b, h, pass + i - offset);
-        if (pass + i + kPrefetchedQueries < end) {
-          prefetch_row(query_row + kPrefetchedQueries * args.query.row_stride * element, args.head_size * element);
-        }
-        load_row(query_row, args.dtype, args.head_size, static_cast<float>(args.scale), query);
-        int64_t total = 0;
-        for_support(pass + i, [&](int64_t first, const uint16_t* index, int64_t count) {
-          dots(query, key.row(first), key.stride, head_size, index, count, s + total);
-          if (gaussian) {
-            for (int64_t e = 0; e < count; ++e) s[total + e] += bias[first + index[e]];
-          }
-          total += count;
-        });
-        for (int64_t e = total; e < padded(total); ++e) s[e] = -kInfinity;
-        counts[i] = static_cast<int32_t>(total);
-        maxima[i] = row_maximum(s, total);
+    steps.take(head * args.plan.num_queries + pass, rows, group_rows);
+    for (int64_t i = 0; i < flat; i += kLanes) {
+      store(totals + i, broadcast(1.0f));
+      store(divisors + i, broadcast(1.0f));
+    }
+
+    for (int64_t row = 0; row < rows; row += group_rows) {
+      const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset, group = row / group_rows;
+      pack_rows<kElements>(args.query, args.dtype, bundle, h, n, n + count, args.head_size, kStorage, query_extra,
+                           query, pack);
+      for (int64_t r = 0; r < count; ++r) store(row_maxima + r * kLanes, broadcast(-kInfinity));
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t b = bundle.b[e], done = pass + row - begin;
+        prefetch_rows(args.query, args.dtype, b, h, n + count, smaller(n + 2 * count, end - offset), args.head_size);
+        prefetch_rows(args.value, args.dtype, b, key_head, done, smaller(done + count, keys), args.value_size);
       }
-      for (int64_t i = group; i < group_end; ++i) totals[i] = exp_row(scores + i * room, counts[i], maxima[i]);
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t first = steps.first(group, block);
+        DotsTask task{};
+        task.begin = steps.step(first);
+        task.end = steps.step(steps.first(group, block + 1));
+        task.out = scores + first * kLanes;
+        task.scale = static_cast<float>(args.scale * kLog2E);
+        task.fill = -kInfinity;
+        task.maxima = row_maxima;
+        dots<kStorage, kElements>(task, query, key, blocks.first(block) / kPlanBlock * kPlanBlock);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        float* maximum = row_maxima + r * kLanes;
+        store(maximum, reduce_lanes<kElements>(load(maximum), [](Vec a, Vec b) { return max(a, b); }));
+        for (int e = 0; e < kElements; ++e) maxima[e * rows + row + r] = maximum[e * kBlock];
+      }
+      const int64_t first = steps.first(group, 0);
+      exp2_steps(scores + first * kLanes, row_maxima, steps.step(first), steps.step(steps.first(group + 1, 0)));
     }
     if (pass == begin) {
-      value = pack_panel(args.value, args.dtype, b, key_head, keys, args.value_size, value_scratch);
+      pack_rows<kElements>(args.value, args.dtype, bundle, key_head, 0, keys, args.value_size, kStorage, Extra::kNone,
+                           value, pack);
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = pass + i;
-      float* p = scores + i * room;
-      if (const int64_t j = row - begin; next_key != nullptr && j < args.keys) {
-        prefetch_row(next_key + j * args.key.row_stride * element, args.head_size * element);
+
+    for (int64_t row = 0; row < rows; row += group_rows) {
+      const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset, group = row / group_rows;
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t done = pass + row - begin;
+        prefetch_rows_for_writing(result.output, args.dtype, bundle.b[e], h, n + count,
+                                  smaller(n + 2 * count, end - offset), args.value_size);
+        if (next_h >= 0 && e < next.elements) {
+          prefetch_rows(args.key, args.dtype, next.b[e], next_h / shared_heads(args), done,
+                        smaller(done + count, args.keys), args.head_size);
+        }
       }
-      if (const int64_t ahead = row + kPrefetchedQueries; ahead < end) {
-        prefetch_row_for_writing(row_address(result.output, args.dtype, b, h, ahead - offset),
-                                 args.value_size * element);
+      for (int64_t i = 0; i < count * sum_floats; i += kLanes) store(sums + i, zero());
+      for (int64_t i = 0; i < count * kLanes; i += kLanes) {
+        store(row_totals + i, zero());
+        store(row_divisors + i, zero());
       }
-      if (values != nullptr) {
-        int64_t done = 0;
-        totals[i] = 0;
-        for_support(row, [&](int64_t, const uint16_t*, int64_t count) {
-          for (int64_t e = 0; e < count; ++e) totals[i] += p[done + e] *= weights[e];
-          done += count;
-        });
-      }
-      if (dropout.active()) {
-        int64_t done = 0;
-        for_support(row, [&](int64_t first, const uint16_t* index, int64_t count) {
-          for (int64_t e = 0; e < count; ++e) {
-            p[done + e] *= static_cast<float>(dropout.factor(b, h, row, first + index[e]));
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t first = steps.first(group, block), last = steps.first(group, block + 1);
+        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
+        if (args.values != nullptr || dropout.active()) {
+          for (int64_t i = first; i < last; ++i) {
+            const Step& step = *steps.step(i);
+            float* p = scores + i * kLanes;
+            if (args.values != nullptr) {
+              store(p, mul(load(p), entry_register<kElements>(steps.weights(i), step.count)));
+            }
+            if (!dropout.active()) continue;
+            float* total = row_totals + step.row * kLanes;
+            store(total, add(load(total), load(p)));
+            for (int64_t k = 0; k < step.count; ++k) {
+              for (int e = 0; e < kElements; ++e) {
+                p[lane_of<kElements>(k, e)] *=
+                    static_cast<float>(dropout.factor(bundle.b[e], h, pass + row + step.row, base + step.index[k]));
+              }
+            }
           }
-          done += count;
-        });
+        }
+        SumsTask task{};
+        task.begin = steps.step(first);
+        task.end = steps.step(last);
+        task.weights = scores + first * kLanes;
+        task.sums = sums;
+        task.sums_stride = sum_floats;
+        task.totals = dropout.active() ? nullptr : row_totals;
+        task.rounded_totals = row_divisors;
+        weighted_sums<kStorage, kElements>(task, value, base);
       }
-      for (int64_t d = 0; d < value_size; d += kLanes) store(sum + d, zero());
-      int64_t done = 0;
-      for_support(row, [&](int64_t first, const uint16_t* index, int64_t count) {
-        weighted_sum(p + done, value.row(first), value.stride, value_size, index, count, sum);
-        done += count;
-      });
-      // A NaN or infinite weight makes its row NaN.
-      const float total = totals[i] < kInfinity ? totals[i] : kNaN;
-      const int64_t n = row - offset;
-      store_row(sum, args.dtype, args.value_size, counts[i] > 0 ? 1.0f / total : 0.0f,
-                row_address(result.output, args.dtype, b, h, n));
-      static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] =
-          counts[i] > 0 ? maxima[i] + __builtin_logf(total) : -kInfinity;
+      const auto reduce = [&](const float* lanes, float* target) {
+        for (int64_t r = 0; r < count; ++r) {
+          alignas(64) float total[kLanes];
+          store(total, reduce_lanes<kElements>(load(lanes + r * kLanes), [](Vec a, Vec b) { return add(a, b); }));
+          for (int e = 0; e < kElements; ++e) target[e * rows + row + r] = total[e * kBlock];
+        }
+      };
+      reduce(row_totals, totals);
+      if (divisors != totals) reduce(row_divisors, divisors);
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t at = e * rows + row;
+        normalise(maxima + at, totals + at, divisors + at, count, logsumexp + e * rows, factors + e * rows);
+        std::memcpy(static_cast<float*>(result.logsumexp) + (bundle.b[e] * args.query_heads + h) * args.queries + n,
+                    logsumexp + e * rows, count * sizeof(float));
+      }
+      unpack_rows<kStorage, kElements>(sums, sum_floats, factors, rows, result.output, args.dtype, bundle, h, n, count,
+                                       args.value_size, pack);
     }
   }
 }
@@ -244,8 +543,8 @@ void backward_rows(const CsrArgs& args, const BackwardArgs& grads, const float* 
       load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, grad_output);
       for_row_segments(args.plan, head * args.plan.num_queries + row, keys,
                        [&](int64_t first, const uint16_t* index, int64_t count, int64_t entry) {
-                         dots(query, key.row(first), key.stride, head_size, index, count, scores);
-                         dots(grad_output, value.row(first), value.stride, value_size, index, count, products);
+                         old_dots(query, key.row(first), key.stride, head_size, index, count, scores);
+                         old_dots(grad_output, value.row(first), value.stride, value_size, index, count, products);
                          if (gaussian) {
                            for (int64_t e = 0; e < count; ++e) scores[e] += bias[first + index[e]];
                          }
@@ -270,7 +569,7 @@ void backward_rows(const CsrArgs& args, const BackwardArgs& grads, const float* 
                            index = picked;
                            count = kept;
                          }
-                         weighted_sum(scores, key.row(first), key.stride, head_size, index, count, sum);
+                         old_weighted_sum(scores, key.row(first), key.stride, head_size, index, count, sum);
                        });
     }
     if (grads.grad_query.data != nullptr) {
@@ -350,15 +649,15 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
               any = true;
               const float* queries_at = query.row(first - offset);
               const float* outputs_at = grad_output.row(first - offset);
-              dots(key, queries_at, query.stride, head_size, index, count, attention);
-              dots(value, outputs_at, grad_output.stride, value_size, index, count, products);
+              old_dots(key, queries_at, query.stride, head_size, index, count, attention);
+              old_dots(value, outputs_at, grad_output.stride, value_size, index, count, products);
               for (int64_t e = 0; e < count; ++e) attention[e] += bias - lse[first - offset + index[e]];
               exp_row(attention, count, 0.0f);
               if (head_values != nullptr) {
                 for (int64_t e = 0; e < count; ++e) attention[e] *= weights[e];
               }
               if (!dropout.active()) {
-                weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
+                old_weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
                 for (int64_t e = 0; e < count; ++e)
                   products[e] = attention[e] * (products[e] - row_delta[first - offset + index[e]]);
               } else {
@@ -367,9 +666,9 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
                   products[e] = attention[e] * (kept * products[e] - row_delta[first - offset + index[e]]);
                   attention[e] *= kept;
                 }
-                weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
+                old_weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
               }
-              weighted_sum(products, queries_at, query.stride, head_size, index, count, key_sum);
+              old_weighted_sum(products, queries_at, query.stride, head_size, index, count, key_sum);
               for (int64_t e = 0; e < count; ++e) score_sum += products[e];
             });
       }
@@ -388,30 +687,59 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
   }
 }
 
-/// rows(b, h, begin, end, longest, next b, next h) over the pattern rows of all queries, split by entries. Batch
-/// elements are outside: the heads of one often lie side by side. There is no next where next b is the batch's size.
+/// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by entries.
+/// Bundles are outside: the heads of one batch element often lie side by side. next h is -1 where there is no next.
 template <class Rows>
-void for_batch_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
+void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elements, Rows&& rows) {
   const PlanView& plan = args.plan;
-  const int64_t groups = plan.heads / args.query_heads, pattern_rows = plan.heads * plan.num_queries;
+  const Bundles bundles(args, elements);
+  const int64_t pattern_rows = plan.heads * plan.num_queries, heads = args.query_heads;
   // Rows that only some elements use are not worth a search for balance.
   const bool whole = args.query_offsets == nullptr && args.queries == plan.num_queries;
+  const int64_t bundle_rows = heads * args.queries;
   const auto work = [&](int64_t unit) {
     if (!whole) return unit;
-    return unit / pattern_rows * plan.nnz + plan.row_segments[unit % pattern_rows * plan.key_blocks] + kRowCost * unit;
+    const int64_t bundle = unit / bundle_rows, row = unit % bundle_rows;
+    const int64_t each = plan.nnz / bundles.groups + kRowCost * bundle_rows;
+    if (bundle == bundles.count) return bundles.elements_before(bundle) * each;
+    const int64_t group_row = bundles.at(bundle).b[0] % bundles.groups * bundle_rows;
+    const int64_t entries = plan.row_segments[(group_row + row) * plan.key_blocks] -
+                            plan.row_segments[group_row * plan.key_blocks] + kRowCost * row;
+    return bundles.elements_before(bundle) * each + bundles.at(bundle).elements * smaller(entries, each);
   };
-  parallel_balanced(parallel, args.batch * args.query_heads * args.queries, work, [&](int64_t begin, int64_t end) {
+  (void)pattern_rows;
+  parallel_balanced(parallel, bundles.count * bundle_rows, work, [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t i = begin / args.queries, b = i / args.query_heads, h = i % args.query_heads;
+      const int64_t i = begin / args.queries, h = i % heads;
+      const Bundle bundle = bundles.at(i / heads);
       const int64_t first = i * args.queries, stop = smaller(end, first + args.queries);
-      const int64_t offset = offset_of(args, b), from = begin - first + offset, to = stop - first + offset;
-      const int64_t head_row = (b % groups * args.query_heads + h) * plan.num_queries;
-      const int64_t next = stop < end ? i + 1 : args.batch * args.query_heads;
-      rows(b, h, from, to, longest_row(plan, head_row + from, head_row + to), next / args.query_heads,
-           next % args.query_heads);
+      const int64_t offset = offset_of(args, bundle.b[0]), from = begin - first + offset, to = stop - first + offset;
+      const int64_t head_row = (bundle.b[0] % bundles.groups * heads + h) * plan.num_queries;
+      const bool last = stop >= end;
+      rows(bundle, h, from, to, longest_row(plan, head_row + from, head_row + to),
+           last ? bundle : bundles.at((i + 1) / heads), last ? -1 : (i + 1) % heads);
       begin = stop;
     }
   });
+}
+
+/// How many batch elements to bundle: as many as keep the rows of about 200 keys in the L1 cache.
+int64_t bundled_elements(const CsrArgs& args, Storage storage) {
+  if (args.kv_lens != nullptr || args.query_offsets != nullptr) return 1;  // then elements differ
+  const int64_t per_group = args.batch / larger(1, args.plan.heads / larger(1, args.query_heads));
+  for (int elements = kMaxElements; elements > 1; elements /= 2) {
+    const int64_t chunks = row_chunks(larger(args.head_size, args.value_size), storage, elements);
+    if (per_group >= elements && smaller(args.keys, 200) * chunks * kVectorBytes <= kBundleBytes) return elements;
+  }
+  return 1;
+}
+
+/// rows(b, h, begin, end, longest) over the pattern rows of all queries, split by entries. Batch elements are outside.
+template <class Rows>
+void for_batch_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
+  for_bundle_rows(args, parallel, 1,
+                  [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle&,
+                      int64_t) { rows(bundle.b[0], h, begin, end, longest); });
 }
 
 /// rows(b, h, begin, end, longest) over all pattern rows that the batch uses, split by the pattern's entries: a thread
@@ -437,14 +765,26 @@ void for_pattern_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows
 
 }  // namespace
 
+template <Storage kStorage>
+void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  for_bundle_rows(args, parallel, bundled_elements(args, kStorage),
+                  [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle& next,
+                      int64_t next_h) {
+                    if (bundle.elements == 1) {
+                      forward_rows<kStorage, 1>(args, result, bundle, h, begin, end, longest, next, next_h);
+                    } else if (bundle.elements == 2) {
+                      forward_rows<kStorage, 2>(args, result, bundle, h, begin, end, longest, next, next_h);
+                    } else {
+                      forward_rows<kStorage, kMaxElements>(args, result, bundle, h, begin, end, longest, next, next_h);
+                    }
+                  });
+}
+
 void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
-  for_batch_rows(
-      args, parallel,
-      [&](int64_t b, int64_t h, int64_t begin, int64_t end, int64_t longest, int64_t next_b, int64_t next_h) {
-        const char* next_key =
-            next_b < args.batch ? row_address(args.key, args.dtype, next_b, next_h / shared_heads(args), 0) : nullptr;
-        forward_rows(args, result, b, h, begin, end, longest, next_key);
-      });
+#if defined(FIAK_ISA_AVX512_BF16)
+  if (args.dtype == DType::kBFloat16) return forward<Storage::kBFloat16>(args, result, parallel);
+#endif
+  forward<Storage::kFloat32>(args, result, parallel);
 }
 
 void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {

@@ -55,20 +55,40 @@ FIAK_INLINE void store_half(void* p, Vec x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-/// One level of the reduction of 16 vectors to the vector of their sums, as a tree over pairs: a holds the partial sums
-/// of the first half of the keys, b those of the second.
-template <int kLevel>
-FIAK_INLINE Vec combine(Vec a, Vec b) {
-  if constexpr (kLevel == 1) {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  } else if constexpr (kLevel == 2) {
-    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  } else {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  }
+FIAK_INLINE Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+FIAK_INLINE Vec unpack_low(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
+FIAK_INLINE Vec unpack_high(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
+FIAK_INLINE Vec unpack_low_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }
-constexpr int kLevels = 4;
+FIAK_INLINE Vec unpack_high_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+/// Each block of four lanes permuted alike.
+template <int kOrder>
+FIAK_INLINE Vec permute_lanes(Vec x) {
+  return _mm512_permute_ps(x, kOrder);
+}
+/// x in the first `count` lanes of those numbered by `numbers`, y in the others.
+FIAK_INLINE Vec select_first(Vec x, Vec y, const int32_t* numbers, int64_t count) {
+  const __mmask16 mask =
+      _mm512_cmplt_epi32_mask(_mm512_load_si512(numbers), _mm512_set1_epi32(static_cast<int32_t>(count)));
+  return _mm512_mask_mov_ps(y, mask, x);
+}
+/// x = 2^exponent * result with 0.5 <= result < 1, for normal positive x; any for 0, infinity and NaN.
+FIAK_INLINE Vec split_exponent(Vec x, Vec& exponent) {
+  exponent = _mm512_add_ps(_mm512_getexp_ps(x), _mm512_set1_ps(1.0f));
+  return _mm512_getmant_ps(x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);
+}
+/// yes where a < b, else no (also for NaN).
+FIAK_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
+}
+FIAK_INLINE bool all_between(Vec x, float low, float high) {
+  return (_mm512_cmp_ps_mask(x, broadcast(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, broadcast(high), _CMP_LT_OQ)) ==
+         0xffff;
+}
+FIAK_INLINE bool all_positive_or_nan(const float* x) { return _mm512_cmp_ps_mask(load(x), zero(), _CMP_LE_OQ) == 0; }
 
 #else
 
@@ -110,20 +130,44 @@ FIAK_INLINE void store_half(void* p, Vec x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-/// One level of the reduction of 8 vectors to the vector of their sums, as a tree over pairs: a holds the partial sums
-/// of the first half of the keys, b those of the second.
-template <int kLevel>
-FIAK_INLINE Vec combine(Vec a, Vec b) {
-  if constexpr (kLevel == 1) {
-    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-  } else if constexpr (kLevel == 2) {
-    const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
-    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
-  } else {
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-  }
+FIAK_INLINE Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+FIAK_INLINE Vec unpack_low(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
+FIAK_INLINE Vec unpack_high(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
+FIAK_INLINE Vec unpack_low_pairs(Vec a, Vec b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
 }
-constexpr int kLevels = 3;
+FIAK_INLINE Vec unpack_high_pairs(Vec a, Vec b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+/// Each block of four lanes permuted alike.
+template <int kOrder>
+FIAK_INLINE Vec permute_lanes(Vec x) {
+  return _mm256_permute_ps(x, kOrder);
+}
+/// x in the first `count` lanes of those numbered by `numbers`, y in the others.
+FIAK_INLINE Vec select_first(Vec x, Vec y, const int32_t* numbers, int64_t count) {
+  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)),
+                                          _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers)));
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(mask));
+}
+/// x = 2^exponent * result with 0.5 <= result < 1, for normal positive x; any for 0, infinity and NaN.
+FIAK_INLINE Vec split_exponent(Vec x, Vec& exponent) {
+  const __m256i bits = _mm256_castps_si256(x);
+  exponent = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(126)));
+  return _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f000000)));
+}
+/// yes where a < b, else no (also for NaN).
+FIAK_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+FIAK_INLINE bool all_between(Vec x, float low, float high) {
+  return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(x, broadcast(low), _CMP_GE_OQ),
+                                          _mm256_cmp_ps(x, broadcast(high), _CMP_LT_OQ))) == 0xff;
+}
+FIAK_INLINE bool all_positive_or_nan(const float* x) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(load(x), zero(), _CMP_LE_OQ)) == 0;
+}
 
 #endif
 
@@ -143,6 +187,45 @@ FIAK_INLINE Vec exp(Vec x) {
   p = fmadd(p, r, broadcast(5.0000001201e-1f));
   p = fmadd(p, mul(r, r), add(r, broadcast(1.0f)));
   return scale_by_power_of_two(p, n);
+}
+
+/// 2^x for x <= 0 to about one unit in the last place, by the polynomial of Cephes' exp2f: fewer steps than exp, for
+/// those who can scale x beforehand. 2^-inf is 0; NaN stays NaN.
+FIAK_INLINE Vec exp2_of_nonpositive(Vec x) {
+  x = max(broadcast(-151.0f), x);
+  const Vec n = round_to_whole(x), r = sub(x, n);
+  Vec p = broadcast(1.535336188319500e-4f);
+  p = fmadd(p, r, broadcast(1.339887440266574e-3f));
+  p = fmadd(p, r, broadcast(9.618437357674640e-3f));
+  p = fmadd(p, r, broadcast(5.550332471162809e-2f));
+  p = fmadd(p, r, broadcast(2.402264791363012e-1f));
+  p = fmadd(p, r, broadcast(6.931472028550421e-1f));
+  p = fmadd(p, r, broadcast(1.0f));
+  return scale_by_power_of_two(p, n);
+}
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+/// The natural logarithm of normal x > 0 to about one unit in the last place, by the polynomial of Cephes' logf.
+FIAK_INLINE Vec log(Vec x) {
+  Vec exponent;
+  Vec m = split_exponent(x, exponent);
+  const Vec low = broadcast(0.707106781186547524f), one = broadcast(1.0f);
+  exponent = where_less(m, low, sub(exponent, one), exponent);
+  m = sub(where_less(m, low, add(m, m), m), one);
+  const Vec square = mul(m, m);
+  Vec p = broadcast(7.0376836292e-2f);
+  p = fmadd(p, m, broadcast(-1.1514610310e-1f));
+  p = fmadd(p, m, broadcast(1.1676998740e-1f));
+  p = fmadd(p, m, broadcast(-1.2420140846e-1f));
+  p = fmadd(p, m, broadcast(1.4249322787e-1f));
+  p = fmadd(p, m, broadcast(-1.6668057665e-1f));
+  p = fmadd(p, m, broadcast(2.0000714765e-1f));
+  p = fmadd(p, m, broadcast(-2.4999993993e-1f));
+  p = fmadd(p, m, broadcast(3.3333331174e-1f));
+  Vec y = mul(mul(p, m), square);
+  y = fmadd(exponent, broadcast(-2.12194440e-4f), y);
+  y = fmadd(square, broadcast(-0.5f), y);
+  return fmadd(exponent, broadcast(0.693359375f), add(m, y));
 }
 
 FIAK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,0 +1,230 @@
+// Rows of several batch elements side by side, so that one instruction serves all of them: a sparse pattern is the same
+// for the whole batch, and so are the indices that the kernels follow.
+//
+// A bundle of E elements (1, 2 or 4) interleaves their rows in blocks of four lanes: block i of the packed row is block
+// i / E of element i % E. One element's row is as it was. A dot product's partial sums then reduce to one sum for each
+// element with fewer steps, and E elements share the decoding of an index and the broadcast of a weight's place.
+#pragma once
+
+#include "kernels/cpu/panel.h"
+
+namespace fiak::cpu::FIAK_ISA {
+
+constexpr int kBlock = 4;                 // lanes of one element side by side
+constexpr int kBlocks = kLanes / kBlock;  // blocks of a vector
+constexpr int kMaxElements = kBlocks < 4 ? kBlocks : 4;
+constexpr int kMaxChunks = 8;  // vectors of a row that one pass of a kernel handles: what fits into registers
+constexpr int64_t kVectorBytes = kLanes * 4;
+
+/// How the rows of a panel are stored: float32, or bfloat16 where the instruction set multiplies that.
+enum class Storage { kFloat32, kBFloat16 };
+constexpr int lane_elements(Storage storage) { return storage == Storage::kFloat32 ? 1 : 2; }
+
+#if defined(FIAK_ISA_AVX512_BF16)
+FIAK_INLINE Storage storage_of(DType dtype) {
+  return dtype == DType::kBFloat16 ? Storage::kBFloat16 : Storage::kFloat32;
+}
+#else
+FIAK_INLINE Storage storage_of(DType) { return Storage::kFloat32; }
+#endif
+
+/// Vectors of a packed row.
+FIAK_INLINE int64_t row_chunks(int64_t size, Storage storage, int elements) {
+  const int64_t blocks = (size + kBlock * lane_elements(storage) - 1) / (kBlock * lane_elements(storage));
+  return (blocks * elements + kBlocks - 1) / kBlocks;
+}
+
+/// Up to four batch elements whose rows are packed together.
+struct Bundle {
+  int elements;
+  int64_t b[4];
+};
+
+/// Packed rows. Rows of more than kMaxChunks vectors are cut into parts, each a panel of its own: vector c of row n is
+/// at data + part * part_bytes + n * row_bytes(part) + c % kMaxChunks * kVectorBytes, where part = c / kMaxChunks.
+struct BundlePanel {
+  char* data;
+  int64_t chunks, part_bytes;
+
+  __attribute__((always_inline)) int64_t parts() const { return (chunks + kMaxChunks - 1) / kMaxChunks; }
+  __attribute__((always_inline)) int64_t part_chunks(int64_t part) const {
+    return smaller(kMaxChunks, chunks - part * kMaxChunks);
+  }
+  __attribute__((always_inline)) char* part(int64_t part) const { return data + part * part_bytes; }
+  __attribute__((always_inline)) char* vector(int64_t n, int64_t c) const {
+    const int64_t i = c / kMaxChunks;
+    return part(i) + (n * part_chunks(i) + c % kMaxChunks) * kVectorBytes;
+  }
+};
+FIAK_INLINE BundlePanel bundle_panel(char* data, int64_t rows, int64_t chunks) {
+  return {data, chunks, rows * kMaxChunks * kVectorBytes};
+}
+FIAK_INLINE int64_t bundle_panel_floats(int64_t rows, int64_t chunks) { return rows * chunks * kLanes; }
+
+/// Vector v of the packed row of rows[0..elements), of whole vectors of float32 lanes.
+template <int kElements>
+FIAK_INLINE Vec interleave(const float* const* rows, int64_t v) {
+  constexpr int kTaken = kLanes / kElements;
+  const int64_t d = v * kTaken;
+  if constexpr (kElements == 1) {
+    return load(rows[0] + d);
+#if defined(FIAK_ISA_AVX512)
+  } else if constexpr (kElements == 2) {
+    const __m512 pair = _mm512_castps256_ps512(_mm256_loadu_ps(rows[0] + d));
+    const __m512 both = _mm512_insertf32x8(pair, _mm256_loadu_ps(rows[1] + d), 1);
+    return _mm512_shuffle_f32x4(both, both, 0xd8);
+  } else {
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + d));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[1] + d), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[2] + d), 2);
+    return _mm512_insertf32x4(x, _mm_loadu_ps(rows[3] + d), 3);
+#else
+  } else {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + d)), _mm_loadu_ps(rows[1] + d), 1);
+#endif
+  }
+}
+
+/// What stands behind the last column of a packed row. For the Gaussian score, which is the dot score plus a bias of
+/// each key: q.k - |k|^2/2 = (q, 1).(k, -|k|^2/2). In bfloat16 the latter takes three columns, of 8 bits each, and one
+/// of zeros.
+enum class Extra { kNone, kOne, kHalfSquare };
+
+FIAK_INLINE int64_t columns_with(Extra extra, int64_t size, Storage storage) {
+  return extra == Extra::kNone ? size : size + (storage == Storage::kFloat32 ? 1 : 4);
+}
+
+/// Floats of pack_row's scratch.
+FIAK_INLINE int64_t pack_scratch(int64_t size) { return kMaxElements * (padded(size) + kLanes) + padded(size); }
+
+/// A row of one element as whole vectors with the extra column, in `copy`, of `lanes` lanes.
+FIAK_INLINE void complete_row(const char* row, DType dtype, int64_t size, Storage storage, Extra extra, int64_t lanes,
+                              float* copy, float* converted) {
+  float square = 0;
+  if (extra == Extra::kHalfSquare) {
+    load_row(row, dtype, size, 1.0f, converted);
+    Vec sum = zero();
+    for (int64_t d = 0; d < size; d += kLanes) sum = fmadd(load(converted + d), load(converted + d), sum);
+    square = -0.5f * reduce_add(sum);
+  }
+  if (storage == Storage::kBFloat16) {
+    auto* target = reinterpret_cast<BFloat16*>(copy);
+    std::memcpy(target, row, size * 2);
+    std::memset(target + size, 0, lanes * 4 - size * 2);
+    if (extra != Extra::kNone) {
+      for (int i = 0; i < 3; ++i) {
+        target[size + i] = to_bfloat16(extra == Extra::kOne ? 1.0f : square);
+        square -= to_float(target[size + i]);
+      }
+    }
+  } else {
+    load_row(row, dtype, size, 1.0f, copy);
+    for (int64_t d = padded(size); d < lanes; ++d) copy[d] = 0.0f;
+    if (extra != Extra::kNone) copy[size] = extra == Extra::kOne ? 1.0f : square;
+  }
+}
+
+/// Interleaves rows that are whole vectors already.
+template <int kElements, int kChunks>
+static void pack_whole_rows(const char* const* source, int64_t step, int64_t count, char* target) {
+  const char* rows[kElements];
+#pragma GCC unroll 4
+  for (int e = 0; e < kElements; ++e) rows[e] = source[e];
+  for (int64_t n = 0; n < count; ++n, target += kChunks * kVectorBytes) {
+    const float* row[kElements];
+#pragma GCC unroll 4
+    for (int e = 0; e < kElements; ++e) {
+      row[e] = reinterpret_cast<const float*>(rows[e]);
+      rows[e] += step;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kChunks; ++v) {
+      store(reinterpret_cast<float*>(target + v * kVectorBytes), interleave<kElements>(row, v));
+    }
+  }
+}
+
+/// Packs rows [begin, end) of every element of `bundle` from x into rows 0, 1, ... of `panel`.
+template <int kElements>
+static void pack_rows(const Input& x, DType dtype, const Bundle& bundle, int64_t h, int64_t begin, int64_t end,
+                      int64_t size, Storage storage, Extra extra, const BundlePanel& panel, float* scratch) {
+  const int64_t lanes = panel.chunks * kLanes / kElements;  // of an element
+  const int64_t step = x.row_stride * element_size(dtype), room = padded(size) + kLanes;
+  const char* source[kElements];
+#pragma GCC unroll 4
+  for (int e = 0; e < kElements; ++e) source[e] = row_address(x, dtype, bundle.b[e], h, begin);
+  if ((dtype == DType::kFloat32 || storage == Storage::kBFloat16) && size == lanes * lane_elements(storage) &&
+      panel.chunks <= kMaxChunks) {
+    constexpr void (*kPack[kMaxChunks])(const char* const*, int64_t, int64_t, char*) = {
+        pack_whole_rows<kElements, 1>, pack_whole_rows<kElements, 2>, pack_whole_rows<kElements, 3>,
+        pack_whole_rows<kElements, 4>, pack_whole_rows<kElements, 5>, pack_whole_rows<kElements, 6>,
+        pack_whole_rows<kElements, 7>, pack_whole_rows<kElements, 8>};
+    return kPack[panel.chunks - 1](source, step, end - begin, panel.data);
+  }
+  const float* rows[kElements];
+#pragma GCC unroll 4
+  for (int e = 0; e < kElements; ++e) rows[e] = scratch + e * room;
+  for (int64_t n = 0; n < end - begin; ++n) {
+    for (int e = 0; e < kElements; ++e, scratch += room) {
+      complete_row(source[e], dtype, size, storage, extra, lanes, scratch, scratch + (kMaxElements - e) * room);
+      source[e] += step;
+    }
+    scratch -= kElements * room;
+    for (int64_t v = 0; v < panel.chunks; ++v) {
+      store(reinterpret_cast<float*>(panel.vector(n, v)), interleave<kElements>(rows, v));
+    }
+  }
+}
+
+/// Vectors of float32 sums of packed rows: bfloat16 rows are summed as two halves of each block.
+FIAK_INLINE int64_t sum_vectors(int64_t chunks, Storage storage) { return chunks * lane_elements(storage); }
+
+/// Vector t of element e's part of a row of float32 sums: kLanes columns.
+template <Storage kStorage, int kElements>
+FIAK_INLINE Vec sums_of(const float* sums, int64_t t, int e) {
+  if constexpr (kStorage == Storage::kFloat32 && kElements == 1) return load(sums + t * kLanes);
+  // Block i of the element is half i % halves of the packed block i / halves.
+  constexpr int kHalves = lane_elements(kStorage);
+  const auto block = [&](int64_t i) __attribute__((always_inline)) {
+    const int64_t flat = i / kHalves * kElements + e;
+    return _mm_load_ps(sums + ((flat / kBlocks * kHalves + i % kHalves) * kBlocks + flat % kBlocks) * kBlock);
+  };
+  const int64_t i = t * kBlocks;
+#if defined(FIAK_ISA_AVX512)
+  if constexpr (kStorage == Storage::kFloat32 && kElements == 2) {
+    const Vec a = load(sums + 2 * t * kLanes), b = load(sums + (2 * t + 1) * kLanes);
+    return e == 0 ? _mm512_shuffle_f32x4(a, b, 0x88) : _mm512_shuffle_f32x4(a, b, 0xdd);
+  }
+  __m512 x = _mm512_castps128_ps512(block(i));
+  x = _mm512_insertf32x4(x, block(i + 1), 1);
+  x = _mm512_insertf32x4(x, block(i + 2), 2);
+  return _mm512_insertf32x4(x, block(i + 3), 3);
+#else
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(block(i)), block(i + 1), 1);
+#endif
+}
+
+/// Stores float32 sums of packed rows, row n times factors[e * factor_stride + n] for element e, as rows begin, begin +
+/// 1, ... of x. `sums` has room for reading kElements vectors more than a row has.
+template <Storage kStorage, int kElements>
+static void unpack_rows(const float* sums, int64_t sums_stride, const float* factors, int64_t factor_stride,
+                        const Output& x, DType dtype, const Bundle& bundle, int64_t h, int64_t begin, int64_t count,
+                        int64_t size, float* scratch) {
+  const int64_t vectors = (size + kLanes - 1) / kLanes, step = x.row_stride * element_size(dtype);
+  const bool in_place = dtype == DType::kFloat32 && size % kLanes == 0;
+#pragma GCC unroll 4
+  for (int e = 0; e < kElements; ++e) {
+    char* target = row_address(x, dtype, bundle.b[e], h, begin);
+    for (int64_t n = 0; n < count; ++n, target += step) {
+      const float* row = sums + n * sums_stride;
+      const Vec factor = broadcast(factors[e * factor_stride + n]);
+      float* out = in_place ? reinterpret_cast<float*>(target) : scratch;
+      for (int64_t t = 0; t < vectors; ++t) {
+        store(out + t * kLanes, mul(sums_of<kStorage, kElements>(row, t, e), factor));
+      }
+      if (!in_place) store_row(scratch, dtype, size, 1.0f, target);
+    }
+  }
+}
+
+}  // namespace fiak::cpu::FIAK_ISA
