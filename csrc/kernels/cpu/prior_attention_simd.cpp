@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any height
 static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
 constexpr int64_t kBlockKeys = 8 * kTileWidth;  // keys of a block at most: its scores stay in the L2 cache
+constexpr int64_t kRowsAhead = 8;               // weights that are fetched early, since they come from far
 
 int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 /// Keys of a block: all of them, or about equal shares that start at whole tiles.
@@ -235,6 +236,35 @@ void key_bias(const PriorArgs& args, int64_t b, int64_t key_head, int64_t count,
   }
 }
 
+/// Fetches rows [begin, end) of a head into the L2 cache. Inlined: GCC drops calls of functions that only prefetch.
+FIAK_INLINE void prefetch_rows(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t end,
+                               int64_t size) {
+  for (int64_t n = begin; n < end; ++n) prefetch_row(row_address(x, dtype, b, h, n), size * element_size(dtype));
+}
+
+/// Fetches what block `first` of this head and the next head will read: cold operands would cost as much as products.
+FIAK_INLINE void prefetch_next(const PriorArgs& args, const ForwardResult& result, int64_t b, int64_t h,
+                               int64_t first) {
+  const int64_t block_end = smaller(args.queries, first + kBlockRows);
+  for (int64_t n = first; n < block_end; ++n) {
+    prefetch_row_for_writing(row_address(result.output, args.dtype, b, h, n),
+                             args.value_size * element_size(args.dtype));
+  }
+  prefetch_rows(args.query, args.dtype, b, h, block_end, smaller(args.queries, block_end + kBlockRows), args.head_size);
+  if (++b == args.batch) {
+    b = 0;
+    if (++h == args.query_heads) return;
+  }
+  // Its keys and values are spread over this head's blocks.
+  const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b), each = keys / blocks(args.queries) + 1;
+  const int64_t begin = smaller(keys, first / kBlockRows * each), end = smaller(keys, begin + each);
+  prefetch_rows(args.key, args.dtype, b, key_head, begin, end, args.head_size);
+  prefetch_rows(args.value, args.dtype, b, key_head, begin, end, args.value_size);
+  if (block_end == args.queries) {
+    prefetch_rows(args.query, args.dtype, b, h, 0, smaller(args.queries, kBlockRows), args.head_size);
+  }
+}
+
 /// Queries [begin, end) of query head h for batch element b; begin is a multiple of kBlockRows.
 template <bool kPairs>
 void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b, int64_t h, int64_t begin,
@@ -268,6 +298,7 @@ void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b,
     const int64_t rows = smaller(kBlockRows, end - first);
     const int64_t seen = args.is_causal ? smaller(keys, first + rows) : keys;
     load_block<kPairs>(args.query, args.dtype, b, h, first, rows, args.head_size, 1.0f, query);
+    prefetch_next(args, result, b, h, first);
     if (seen == 0) std::memset(sums, 0, rows * value_size * sizeof(float));
     RowState states[kBlockRows];
     const auto with_support = [&](int64_t n, int64_t from, auto&& call) __attribute__((always_inline)) {
@@ -283,6 +314,9 @@ void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b,
         const int64_t n = first + i, visible = args.is_causal ? smaller(keys, n + 1) : keys;
         const int64_t count = larger(0, smaller(smaller(width, seen - from), visible - from));
         float* s = scores + i * width;
+        if (args.prior != nullptr && n + kRowsAhead < args.queries) {
+          prefetch_row(reinterpret_cast<const char*>(weights_of(args, b, h, n + kRowsAhead) + from), count * 4);
+        }
         if (gaussian) {
           for (int64_t j = 0; j < count; ++j) s[j] += bias[from + j];
         }
