@@ -82,6 +82,8 @@ FIAK_INLINE Vec keep(Mask kept, Vec x) { return _mm512_maskz_mov_ps(kept, x); }
 FIAK_INLINE Vec keep_max(Mask kept, Vec x, Vec y) { return _mm512_mask_max_ps(y, kept, x, y); }
 /// The first n elements, 0 in the other lanes, whose memory is not touched.
 FIAK_INLINE Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+/// Stores the first n lanes.
+FIAK_INLINE void store_first(float* p, int64_t n, Vec x) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 /// The bits that both have.
 FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm512_and_ps(x, bits); }
 FIAK_INLINE Vec load_bfloat16(const void* p) {
@@ -157,6 +159,10 @@ FIAK_INLINE Vec load_pairs_in_order(const void* p, int64_t n) {
 }
 /// The pairs with a second number of 0.
 FIAK_INLINE Vec low_half(Vec x) { return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff))); }
+/// The second numbers of the pairs.
+FIAK_INLINE Vec second_of_pairs(Vec x) {
+  return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 /// The first numbers of the pairs.
 FIAK_INLINE Vec first_of_pairs(Vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
 #endif
@@ -232,6 +238,10 @@ FIAK_INLINE Vec keep_max(Mask kept, Vec x, Vec y) { return _mm256_blendv_ps(y, m
 /// The first n elements, 0 in the other lanes, whose memory is not touched.
 FIAK_INLINE Vec load_first(const float* p, int64_t n) {
   return _mm256_maskload_ps(p, _mm256_castps_si256(first_lanes(n)));
+}
+/// Stores the first n lanes.
+FIAK_INLINE void store_first(float* p, int64_t n, Vec x) {
+  _mm256_maskstore_ps(p, _mm256_castps_si256(first_lanes(n)), x);
 }
 /// The bits that both have.
 FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm256_and_ps(x, bits); }
