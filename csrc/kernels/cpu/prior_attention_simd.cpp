@@ -14,8 +14,9 @@ namespace {
 
 constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any height
 static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
-constexpr int64_t kBlockKeys = 8 * kTileWidth;  // keys of a block at most: its scores stay in the L2 cache
-constexpr int64_t kRowsAhead = 8;               // weights that are fetched early, since they come from far
+constexpr int64_t kBlockKeys = 384;  // keys of a block at most: its scores stay in the L2 cache
+static_assert(kBlockKeys % kTileWidth == 0);
+constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
 
 int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 /// Keys of a block: all of them, or about equal shares that start at whole tiles.
@@ -272,7 +273,7 @@ void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b,
   const int64_t key_head = h / shared_heads(args), all_keys = keys_of(args, b);
   const int64_t keys = args.is_causal ? smaller(all_keys, end) : all_keys;
   const int64_t depth = units<kPairs>(args.head_size), row_size = padded(args.head_size);
-  const int64_t value_size = padded(args.value_size), width = block_keys(keys);
+  const int64_t value_size = padded(args.value_size), width = block_keys(all_keys);
   const bool gaussian = args.score == Score::kGaussian;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
