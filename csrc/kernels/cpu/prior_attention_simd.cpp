@@ -16,6 +16,7 @@ constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any he
 static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
 constexpr int64_t kBlockKeys = 384;  // keys of a block at most: its scores stay in the L2 cache
 static_assert(kBlockKeys % kTileWidth == 0);
+constexpr float kSmallestNormal = 0x1p-126f;
 constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
 
 int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -205,17 +206,13 @@ float weigh_row(float* scores, const Support& support, int64_t count, int64_t co
   return reduce_add(sums);
 }
 
-/// The sums of a block's rows so far: key blocks are added one after another, scaled to the largest score.
+/// A row's largest score and sum so far: key blocks are added one after another, scaled to the largest score.
 struct RowState {
   float maximum, total;
 };
 
-/// One block of scores of a row, keys [0, count) of it, becomes its share of the row's sums; `sums` are scaled to its
-/// maximum.
-template <bool kPairs, class Support>
-void softmax_row(float* scores, const Support& support, int64_t count, int64_t columns, const float* kept, bool first,
-                 RowState& state, float* sums, int64_t value_size) {
-  const float maximum = row_maximum(scores, support, count);
+/// Takes in the largest score of another block; `sums` are scaled to it.
+void raise_maximum(float maximum, bool first, RowState& state, float* sums, int64_t value_size) {
   if (first) {
     state = {maximum, 0.0f};
   } else if (maximum > state.maximum) {
@@ -224,9 +221,6 @@ void softmax_row(float* scores, const Support& support, int64_t count, int64_t c
     state.total *= reduce_max(factor);
     state.maximum = maximum;
   }
-  // A row without a finite score so far: exp(-inf) = 0.
-  const float shift = state.maximum == -kInfinity ? 0.0f : state.maximum;
-  state.total += weigh_row<kPairs>(scores, support, count, columns, shift, kept);
 }
 
 /// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2; `row` holds padded(head_size) numbers.
@@ -311,29 +305,46 @@ void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b,
       const Columns block{key.data + from / kTileWidth * key.panel_stride, key.row_stride, key.panel_stride};
       matrix_product<false, kPairs>(query, padded(depth), 1, block, tile_rows(rows), columns, depth, scores, width,
                                     args.is_causal ? first - from : kNoDiagonal, static_cast<float>(args.scale));
+      const auto count_of = [&](int64_t i) {
+        const int64_t visible = args.is_causal ? smaller(keys, first + i + 1) : keys;
+        return larger(0, smaller(smaller(width, seen - from), visible - from));
+      };
+      // All maxima come before the exponentials, which would wait for each of them.
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t n = first + i, visible = args.is_causal ? smaller(keys, n + 1) : keys;
-        const int64_t count = larger(0, smaller(smaller(width, seen - from), visible - from));
+        const int64_t n = first + i, count = count_of(i);
         float* s = scores + i * width;
         if (args.prior != nullptr && n + kRowsAhead < args.queries) {
           prefetch_row(reinterpret_cast<const char*>(weights_of(args, b, h, n + kRowsAhead) + from), count * 4);
         }
-        if (gaussian) {
-          for (int64_t j = 0; j < count; ++j) s[j] += bias[from + j];
-        }
+        for (int64_t j = 0; gaussian && j < count; ++j) s[j] += bias[from + j];
+        const float maximum = with_support(n, from, [&](const auto& x) { return row_maximum(s, x, count); });
+        raise_maximum(maximum, from == 0, states[i], sums + i * value_size, value_size);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t n = first + i, count = count_of(i);
         if (dropout.active()) {
           for (int64_t j = 0; j < count; ++j) kept[j] = static_cast<float>(dropout.factor(b, h, n, from + j));
           for (int64_t j = count; j < columns; ++j) kept[j] = 0.0f;
         }
-        with_support(n, from, [&](const auto& support) {
-          softmax_row<kPairs>(s, support, count, columns, dropout.active() ? kept : nullptr, from == 0, states[i],
-                              sums + i * value_size, value_size);
+        // A row without a finite score so far: exp(-inf) = 0.
+        const float shift = states[i].maximum == -kInfinity ? 0.0f : states[i].maximum;
+        states[i].total += with_support(n, from, [&](const auto& x) {
+          return weigh_row<kPairs>(scores + i * width, x, count, columns, shift, dropout.active() ? kept : nullptr);
         });
       }
       const Panel rows_of_block{value.row(units<kPairs>(from)), value.stride};
       const auto add_values = from == 0 ? guarded_product<false, kPairs> : guarded_product<true, kPairs>;
-      add_values(finite, scores, width, 1, rows_of_block, tile_rows(rows), value_size,
-                 units<kPairs>(smaller(width, seen - from)), sums, value_size);
+      const int64_t group = args.is_causal ? kTileRows * kTileVectors : kBlockRows;  // rows with about the same keys
+      for (int64_t i = 0; i < rows; i += group) {
+        const int64_t most = args.is_causal ? larger(0, first + i + group - from) : seen;
+        add_values(finite, scores + i * width, width, 1, rows_of_block, tile_rows(smaller(group, rows - i)), value_size,
+                   units<kPairs>(smaller(smaller(width, seen - from), most)), sums + i * value_size, value_size);
+      }
+    }
+    float logs[kBlockRows];
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      for (int64_t k = i; k < i + kLanes; ++k) logs[k] = k < rows ? states[k].total : 1.0f;
+      store(logs + i, log_of_normal(load(logs + i)));
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t n = first + i, visible = args.is_causal ? smaller(keys, n + 1) : keys;
@@ -343,7 +354,7 @@ void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b,
       if (!none) {
         const float total = states[i].maximum > -kInfinity && states[i].total < kInfinity ? states[i].total : kNaN;
         factor = 1.0f / total;
-        lse = states[i].maximum + __builtin_logf(total);
+        lse = states[i].maximum + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
       }
       static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = lse;
       store_row(sums + i * value_size, args.dtype, args.value_size, factor,

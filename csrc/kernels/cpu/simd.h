@@ -84,6 +84,13 @@ FIAK_INLINE Vec keep_max(Mask kept, Vec x, Vec y) { return _mm512_mask_max_ps(y,
 FIAK_INLINE Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 /// Stores the first n lanes.
 FIAK_INLINE void store_first(float* p, int64_t n, Vec x) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+/// Splits x > 0, not subnormal, into m 2^n with m in [sqrt(1/2), sqrt(2)).
+FIAK_INLINE void split(Vec x, Vec& m, Vec& n) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i exponent = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  m = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(exponent, 23)));
+  n = _mm512_cvtepi32_ps(exponent);
+}
 /// The bits that both have.
 FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm512_and_ps(x, bits); }
 FIAK_INLINE Vec load_bfloat16(const void* p) {
@@ -243,6 +250,13 @@ FIAK_INLINE Vec load_first(const float* p, int64_t n) {
 FIAK_INLINE void store_first(float* p, int64_t n, Vec x) {
   _mm256_maskstore_ps(p, _mm256_castps_si256(first_lanes(n)), x);
 }
+/// Splits x > 0, not subnormal, into m 2^n with m in [sqrt(1/2), sqrt(2)).
+FIAK_INLINE void split(Vec x, Vec& m, Vec& n) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i exponent = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(exponent, 23)));
+  n = _mm256_cvtepi32_ps(exponent);
+}
 /// The bits that both have.
 FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm256_and_ps(x, bits); }
 FIAK_INLINE Vec load_bfloat16(const void* p) {
@@ -303,6 +317,26 @@ FIAK_INLINE Vec exp(Vec x) {
   p = fmadd(p, r, broadcast(5.0000001201e-1f));
   p = fmadd(p, mul(r, r), add(r, broadcast(1.0f)));
   return scale_by_power_of_two(p, n);
+}
+
+/// log(x) for finite x > 0 that are not subnormal, to about one unit in the last place: Cephes' logf.
+FIAK_INLINE Vec log_of_normal(Vec x) {
+  Vec m, n;
+  split(x, m, n);
+  const Vec f = sub(m, broadcast(1.0f)), square = mul(f, f);
+  Vec p = broadcast(7.0376836292e-2f);
+  p = fmadd(p, f, broadcast(-1.1514610310e-1f));
+  p = fmadd(p, f, broadcast(1.1676998740e-1f));
+  p = fmadd(p, f, broadcast(-1.2420140846e-1f));
+  p = fmadd(p, f, broadcast(1.4249322787e-1f));
+  p = fmadd(p, f, broadcast(-1.6668057665e-1f));
+  p = fmadd(p, f, broadcast(2.0000714765e-1f));
+  p = fmadd(p, f, broadcast(-2.4999993993e-1f));
+  p = fmadd(p, f, broadcast(3.3333331174e-1f));
+  p = mul(mul(p, f), square);
+  p = fmadd(n, broadcast(-2.12194440e-4f), p);
+  p = fmadd(square, broadcast(-0.5f), p);
+  return fmadd(n, broadcast(0.693359375f), add(f, p));
 }
 
 FIAK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
