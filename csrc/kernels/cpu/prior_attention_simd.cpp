@@ -1,9 +1,10 @@
 // prior_attention, vectorised: blocks of queries against all keys, as matrix products with the weighted softmax
 // between.
 //
-// Forward: S = scale Q K^T (K transposed once for each head), P = w exp(S - max), O = P V.
-// Backward by rows: dA = dO V^T, dw = exp(S - lse) (dA - delta), dQ = (w dw) K.
-// Backward by columns: the same scores transposed, dV = A^T dO, dK = dS^T Q.
+// Forward: S = scale Q K^T (K transposed once for each head), P = w exp(S - max), O = P V; the maximum, the sum of P
+// and O are carried from one block of keys to the next. Backward: S again, dA = dO V^T, dw = exp(S - lse) (dA - delta),
+// dS = w dw, dQ = dS K, dK = dS^T Q, dV = P^T dO. bfloat16 runs on pairs where the instruction set has them: P and dS
+// are rounded to bfloat16, sums are float32.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/tables.h"
