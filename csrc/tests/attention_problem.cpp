@@ -27,16 +27,22 @@ Tensor random_operand(Random& random, DType dtype, int64_t batch, int64_t heads,
   return x.to(dtype).to(DType::kFloat64);
 }
 
-Problem random_problem(Random& random, DType dtype) {
+/// Sizes that are drawn elsewhere than among the small ones.
+struct Sizes {
+  int64_t queries, keys, most_columns;
+};
+
+Problem random_problem(Random& random, DType dtype, const Sizes* sizes = nullptr) {
   Problem problem;
   AttentionArgs& args = problem.args;
   args.batch = random.integer(random.chance(0.1) ? 0 : 1, 3);
   args.key_heads = random.integer(1, 3);
   args.query_heads = args.key_heads * random.integer(1, 3);
-  args.queries = random_size(random, random.chance(0.1) ? 0 : 1, 50);
-  args.keys = random_size(random, random.chance(0.1) ? 0 : 1, 70);
-  args.head_size = random_size(random, 1, 130);
-  args.value_size = random.chance(0.5) ? args.head_size : random_size(random, 1, 130);
+  args.queries = sizes != nullptr ? sizes->queries : random_size(random, random.chance(0.1) ? 0 : 1, 50);
+  args.keys = sizes != nullptr ? sizes->keys : random_size(random, random.chance(0.1) ? 0 : 1, 70);
+  const int64_t columns = sizes != nullptr ? sizes->most_columns : 130;
+  args.head_size = random_size(random, 1, columns);
+  args.value_size = random.chance(0.5) ? args.head_size : random_size(random, 1, columns);
   args.score = random.chance(0.5) ? Score::kDot : Score::kGaussian;
   args.scale = 1 / std::sqrt(static_cast<double>(args.head_size));
   if (random.chance(0.2)) args.scale *= random.chance(0.3) ? 0 : random.real(-2, 2);
@@ -200,8 +206,9 @@ std::string Problem::describe() const {
   return text.str();
 }
 
-Problem random_prior_problem(Random& random, DType dtype) {
-  Problem problem = random_problem(random, dtype);
+namespace {
+
+Problem with_prior(Random& random, Problem problem) {
   const AttentionArgs& args = problem.args;
   problem.is_causal = random.chance(0.4);
   problem.has_weight = random.chance(0.8);
@@ -214,6 +221,16 @@ Problem random_prior_problem(Random& random, DType dtype) {
     problem.weight = Tensor(DType::kFloat64, 1, 1, 1, 0);
   }
   return problem;
+}
+
+}  // namespace
+
+Problem random_prior_problem(Random& random, DType dtype) { return with_prior(random, random_problem(random, dtype)); }
+
+Problem random_long_prior_problem(Random& random, DType dtype) {
+  Sizes sizes{random.integer(90, 260), random.integer(380, 1300), 20};
+  if (random.chance(0.3)) sizes.queries = random.integer(400, 700);  // so that causal ones see more than a block
+  return with_prior(random, random_problem(random, dtype, &sizes));
 }
 
 Problem random_csr_problem(Random& random, DType dtype) {
@@ -256,9 +273,9 @@ void KernelTest::SetUp() {
   if (!machine_has(isa())) GTEST_SKIP() << "hardware: no " << cpu::isa_name(isa());
 }
 
-void KernelTest::matches_scalar_float64(MakeProblem make) const {
+void KernelTest::matches_scalar_float64(MakeProblem make, int rounds) const {
   Random random(10);
-  for (int round = 0; round < 150; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     const Problem problem = make(random, dtype());
     const std::string what = problem.describe() + ", round " + std::to_string(round);
     Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
@@ -277,9 +294,9 @@ void KernelTest::matches_scalar_float64(MakeProblem make) const {
   }
 }
 
-void KernelTest::gives_the_same_bits_on_any_number_of_threads(MakeProblem make) const {
+void KernelTest::gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds) const {
   Random random(11);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     const Problem problem = make(random, dtype());
     Results one = problem.forward(kernels(), dtype(), threads(1));
     problem.backward(kernels(), threads(1), one);
@@ -307,9 +324,9 @@ void KernelTest::leaves_out_unwanted_gradients(MakeProblem make) const {
   }
 }
 
-void KernelTest::keeps_nan_in_its_place(MakeProblem make) const {
+void KernelTest::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
   Random random(13);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     Problem problem = make(random, dtype());
     const AttentionArgs& args = problem.args;
     if (args.batch == 0 || args.queries == 0 || args.keys == 0) continue;

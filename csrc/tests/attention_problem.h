@@ -44,6 +44,8 @@ struct Problem {
 /// Sizes from 0 upward, every option on or off. Keys behind kv_lens, and columns that nobody keeps, are NaN.
 Problem random_prior_problem(Random& random, DType dtype);
 Problem random_csr_problem(Random& random, DType dtype);
+/// Of more queries and keys than kernels take at once.
+Problem random_long_prior_problem(Random& random, DType dtype);
 using MakeProblem = Problem (*)(Random&, DType);
 
 /// A test of one instruction set's kernels in one dtype.
@@ -55,10 +57,10 @@ class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>> {
   const cpu::Kernels& kernels() const { return cpu::kernels(isa()); }
   static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
 
-  void matches_scalar_float64(MakeProblem make) const;
-  void gives_the_same_bits_on_any_number_of_threads(MakeProblem make) const;
+  void matches_scalar_float64(MakeProblem make, int rounds = 150) const;
+  void gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds = 40) const;
   void leaves_out_unwanted_gradients(MakeProblem make) const;
-  void keeps_nan_in_its_place(MakeProblem make) const;
+  void keeps_nan_in_its_place(MakeProblem make, int rounds = 60) const;
   void ignores_huge_scores_outside_the_support(MakeProblem make) const;
 };
 

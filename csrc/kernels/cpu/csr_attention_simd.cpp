@@ -322,7 +322,7 @@ FIAK_INLINE Vec entry_register(const float* weights, int64_t count) {
 #endif
 }
 
-constexpr float kSmallest = 1e-37f;  // well above the subnormals, which `log` cannot take
+constexpr float kSmallest = 1e-37f;  // well above the subnormals, which log_of_normal cannot take
 
 /// logsumexp and what to multiply a row's sum with, from the maximum of its scores, in powers of two, and the total of
 /// those powers. Writes whole vectors.
@@ -330,7 +330,7 @@ void normalise(const float* maxima, const float* totals, const float* divisors, 
                float* factors) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec total = load(totals + i);
-    store(logsumexp + i, fmadd(load(maxima + i), broadcast(kLn2), log(total)));
+    store(logsumexp + i, fmadd(load(maxima + i), broadcast(kLn2), log_of_normal(total)));
     store(factors + i, divide(broadcast(1.0f), load(divisors + i)));
     if (all_between(total, kSmallest, kInfinity)) continue;
     for (int64_t k = i; k < smaller(count, i + kLanes); ++k) {

@@ -55,6 +55,7 @@ FIAK_INLINE void load_row(const char* source, DType dtype, int64_t size, float f
     }
     case DType::kBFloat16: {
       const auto* row = reinterpret_cast<const BFloat16*>(source);
+      for (; d + kLanes <= size; d += kLanes) store(target + d, mul(load_bfloat16(row + d), f));
       for (; d < size; ++d) target[d] = to_float(row[d]) * factor;
       break;
     }
@@ -80,6 +81,7 @@ FIAK_INLINE void store_row(const float* source, DType dtype, int64_t size, float
     }
     case DType::kBFloat16: {
       auto* row = reinterpret_cast<BFloat16*>(target);
+      for (; d + kLanes <= size; d += kLanes) store_bfloat16(row + d, mul(load(source + d), f));
       for (; d < size; ++d) row[d] = to_bfloat16(source[d] * factor);
       break;
     }

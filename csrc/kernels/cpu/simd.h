@@ -75,20 +75,115 @@ FIAK_INLINE Vec select_first(Vec x, Vec y, const int32_t* numbers, int64_t count
       _mm512_cmplt_epi32_mask(_mm512_load_si512(numbers), _mm512_set1_epi32(static_cast<int32_t>(count)));
   return _mm512_mask_mov_ps(y, mask, x);
 }
-/// x = 2^exponent * result with 0.5 <= result < 1, for normal positive x; any for 0, infinity and NaN.
-FIAK_INLINE Vec split_exponent(Vec x, Vec& exponent) {
-  exponent = _mm512_add_ps(_mm512_getexp_ps(x), _mm512_set1_ps(1.0f));
-  return _mm512_getmant_ps(x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);
-}
-/// yes where a < b, else no (also for NaN).
-FIAK_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
-  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
-}
 FIAK_INLINE bool all_between(Vec x, float low, float high) {
   return (_mm512_cmp_ps_mask(x, broadcast(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, broadcast(high), _CMP_LT_OQ)) ==
          0xffff;
 }
 FIAK_INLINE bool all_positive_or_nan(const float* x) { return _mm512_cmp_ps_mask(load(x), zero(), _CMP_LE_OQ) == 0; }
+
+/// Which lanes of a vector to keep.
+using Mask = __mmask16;
+/// The first n lanes, n in 0..kLanes.
+FIAK_INLINE Mask first_lanes(int64_t n) { return static_cast<Mask>((1u << n) - 1); }
+/// The lanes of `kept` where !(x <= 0): NaN stays.
+FIAK_INLINE Mask not_below_zero(Mask kept, Vec x) { return _mm512_mask_cmp_ps_mask(kept, x, zero(), _CMP_NLE_UQ); }
+/// x in the kept lanes, 0 in the others.
+FIAK_INLINE Vec keep(Mask kept, Vec x) { return _mm512_maskz_mov_ps(kept, x); }
+/// max(x, y) in the kept lanes, y in the others and where x is NaN.
+FIAK_INLINE Vec keep_max(Mask kept, Vec x, Vec y) { return _mm512_mask_max_ps(y, kept, x, y); }
+/// The first n elements, 0 in the other lanes, whose memory is not touched.
+FIAK_INLINE Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+/// Stores the first n lanes.
+FIAK_INLINE void store_first(float* p, int64_t n, Vec x) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+/// Splits x > 0, not subnormal, into m 2^n with m in [sqrt(1/2), sqrt(2)).
+FIAK_INLINE void split(Vec x, Vec& m, Vec& n) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i exponent = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  m = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(exponent, 23)));
+  n = _mm512_cvtepi32_ps(exponent);
+}
+/// The bits that both have.
+FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm512_and_ps(x, bits); }
+FIAK_INLINE Vec load_bfloat16(const void* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+FIAK_INLINE void store_bfloat16(void* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));  // NaN stays NaN
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+/// Transposes a square of vectors: lane j of rows[i] becomes lane i of rows[j].
+FIAK_INLINE void transpose_square(Vec (&rows)[kLanes]) {
+  Vec pairs[kLanes], quads[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const __m512d x = _mm512_castps_pd(pairs[i + k]), y = _mm512_castps_pd(pairs[i + 2 + k]);
+      quads[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      quads[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+  // quads[4 g + k] holds columns k, k + 4, k + 8, k + 12 of rows 4 g to 4 g + 3.
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const Vec low = _mm512_shuffle_f32x4(quads[k], quads[4 + k], 0x88);
+    const Vec high = _mm512_shuffle_f32x4(quads[8 + k], quads[12 + k], 0x88);
+    const Vec low_odd = _mm512_shuffle_f32x4(quads[k], quads[4 + k], 0xdd);
+    const Vec high_odd = _mm512_shuffle_f32x4(quads[8 + k], quads[12 + k], 0xdd);
+    rows[k] = _mm512_shuffle_f32x4(low, high, 0x88);
+    rows[4 + k] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    rows[8 + k] = _mm512_shuffle_f32x4(low, high, 0xdd);
+    rows[12 + k] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+  }
+}
+
+#if defined(FIAK_ISA_AVX512_BF16)
+// A vector of pairs has two bfloat16 numbers in each lane, the first in the lower half.
+
+/// c + a b in each lane: the sum of both products, in float32; subnormal numbers count as 0.
+FIAK_INLINE Vec fmadd_pairs(Vec a, Vec b, Vec c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+/// The numbers of `low`, then those of `high`, side by side as 16 pairs, rounded to nearest even.
+FIAK_INLINE Vec pairs_in_order(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
+/// Pair i is lane i of `first` and of `second`.
+FIAK_INLINE Vec pairs_of(Vec first, Vec second) {
+  const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  alignas(64) static constexpr uint16_t kOrder[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
+}
+/// Pair i is element i of each row, for i < n; 0 in the other lanes, whose memory is not touched.
+FIAK_INLINE Vec load_pairs_of(const void* first, const void* second, int64_t n) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), first));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), second));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+/// n <= 2 kLanes bfloat16 numbers as pairs in order, 0 beyond.
+FIAK_INLINE Vec load_pairs_in_order(const void* p, int64_t n) {
+  const auto kept = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(kept, p));
+}
+/// The pairs with a second number of 0.
+FIAK_INLINE Vec low_half(Vec x) { return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff))); }
+/// The second numbers of the pairs.
+FIAK_INLINE Vec second_of_pairs(Vec x) {
+  return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+/// The first numbers of the pairs.
+FIAK_INLINE Vec first_of_pairs(Vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+#endif
 
 #else
 
@@ -150,23 +245,82 @@ FIAK_INLINE Vec select_first(Vec x, Vec y, const int32_t* numbers, int64_t count
                                           _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers)));
   return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(mask));
 }
-/// x = 2^exponent * result with 0.5 <= result < 1, for normal positive x; any for 0, infinity and NaN.
-FIAK_INLINE Vec split_exponent(Vec x, Vec& exponent) {
-  const __m256i bits = _mm256_castps_si256(x);
-  exponent = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(126)));
-  return _mm256_castsi256_ps(
-      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f000000)));
-}
-/// yes where a < b, else no (also for NaN).
-FIAK_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
-  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
-}
 FIAK_INLINE bool all_between(Vec x, float low, float high) {
   return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(x, broadcast(low), _CMP_GE_OQ),
                                           _mm256_cmp_ps(x, broadcast(high), _CMP_LT_OQ))) == 0xff;
 }
 FIAK_INLINE bool all_positive_or_nan(const float* x) {
   return _mm256_movemask_ps(_mm256_cmp_ps(load(x), zero(), _CMP_LE_OQ)) == 0;
+}
+
+/// Which lanes of a vector to keep.
+using Mask = __m256;
+/// The first n lanes, n in 0..kLanes.
+FIAK_INLINE Mask first_lanes(int64_t n) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes));
+}
+/// The lanes of `kept` where !(x <= 0): NaN stays.
+FIAK_INLINE Mask not_below_zero(Mask kept, Vec x) { return _mm256_and_ps(kept, _mm256_cmp_ps(x, zero(), _CMP_NLE_UQ)); }
+/// x in the kept lanes, 0 in the others.
+FIAK_INLINE Vec keep(Mask kept, Vec x) { return _mm256_and_ps(kept, x); }
+/// max(x, y) in the kept lanes, y in the others and where x is NaN.
+FIAK_INLINE Vec keep_max(Mask kept, Vec x, Vec y) { return _mm256_blendv_ps(y, max(x, y), kept); }
+/// The first n elements, 0 in the other lanes, whose memory is not touched.
+FIAK_INLINE Vec load_first(const float* p, int64_t n) {
+  return _mm256_maskload_ps(p, _mm256_castps_si256(first_lanes(n)));
+}
+/// Stores the first n lanes.
+FIAK_INLINE void store_first(float* p, int64_t n, Vec x) {
+  _mm256_maskstore_ps(p, _mm256_castps_si256(first_lanes(n)), x);
+}
+/// Splits x > 0, not subnormal, into m 2^n with m in [sqrt(1/2), sqrt(2)).
+FIAK_INLINE void split(Vec x, Vec& m, Vec& n) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i exponent = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(exponent, 23)));
+  n = _mm256_cvtepi32_ps(exponent);
+}
+/// The bits that both have.
+FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm256_and_ps(x, bits); }
+FIAK_INLINE Vec load_bfloat16(const void* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+FIAK_INLINE void store_bfloat16(void* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));  // NaN stays NaN
+  const __m256 kept =
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+}
+
+/// Transposes a square of vectors: lane j of rows[i] becomes lane i of rows[j].
+FIAK_INLINE void transpose_square(Vec (&rows)[kLanes]) {
+  Vec pairs[kLanes], quads[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const __m256d x = _mm256_castps_pd(pairs[i + k]), y = _mm256_castps_pd(pairs[i + 2 + k]);
+      quads[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      quads[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    rows[k] = _mm256_permute2f128_ps(quads[k], quads[4 + k], 0x20);
+    rows[4 + k] = _mm256_permute2f128_ps(quads[k], quads[4 + k], 0x31);
+  }
 }
 
 #endif
@@ -205,33 +359,42 @@ FIAK_INLINE Vec exp2_of_nonpositive(Vec x) {
 }
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-/// The natural logarithm of normal x > 0 to about one unit in the last place, by the polynomial of Cephes' logf.
-FIAK_INLINE Vec log(Vec x) {
-  Vec exponent;
-  Vec m = split_exponent(x, exponent);
-  const Vec low = broadcast(0.707106781186547524f), one = broadcast(1.0f);
-  exponent = where_less(m, low, sub(exponent, one), exponent);
-  m = sub(where_less(m, low, add(m, m), m), one);
-  const Vec square = mul(m, m);
+/// log(x) for finite x > 0 that are not subnormal, to about one unit in the last place: Cephes' logf.
+FIAK_INLINE Vec log_of_normal(Vec x) {
+  Vec m, n;
+  split(x, m, n);
+  const Vec f = sub(m, broadcast(1.0f)), square = mul(f, f);
   Vec p = broadcast(7.0376836292e-2f);
-  p = fmadd(p, m, broadcast(-1.1514610310e-1f));
-  p = fmadd(p, m, broadcast(1.1676998740e-1f));
-  p = fmadd(p, m, broadcast(-1.2420140846e-1f));
-  p = fmadd(p, m, broadcast(1.4249322787e-1f));
-  p = fmadd(p, m, broadcast(-1.6668057665e-1f));
-  p = fmadd(p, m, broadcast(2.0000714765e-1f));
-  p = fmadd(p, m, broadcast(-2.4999993993e-1f));
-  p = fmadd(p, m, broadcast(3.3333331174e-1f));
-  Vec y = mul(mul(p, m), square);
-  y = fmadd(exponent, broadcast(-2.12194440e-4f), y);
-  y = fmadd(square, broadcast(-0.5f), y);
-  return fmadd(exponent, broadcast(0.693359375f), add(m, y));
+  p = fmadd(p, f, broadcast(-1.1514610310e-1f));
+  p = fmadd(p, f, broadcast(1.1676998740e-1f));
+  p = fmadd(p, f, broadcast(-1.2420140846e-1f));
+  p = fmadd(p, f, broadcast(1.4249322787e-1f));
+  p = fmadd(p, f, broadcast(-1.6668057665e-1f));
+  p = fmadd(p, f, broadcast(2.0000714765e-1f));
+  p = fmadd(p, f, broadcast(-2.4999993993e-1f));
+  p = fmadd(p, f, broadcast(3.3333331174e-1f));
+  p = mul(mul(p, f), square);
+  p = fmadd(n, broadcast(-2.12194440e-4f), p);
+  p = fmadd(square, broadcast(-0.5f), p);
+  return fmadd(n, broadcast(0.693359375f), add(f, p));
 }
 
 FIAK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FIAK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 /// The next multiple of the vector length.
 FIAK_INLINE int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+/// A number as a type.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+#if defined(FIAK_ISA_AVX512_BF16)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
