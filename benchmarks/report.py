@@ -183,18 +183,23 @@ def _models(results: Sequence[Results]) -> list[str]:
     parts = []
     for model, threads in _unique((row["model"], row["threads"]) for row in results):
         rows = [row for row in results if (row["model"], row["threads"]) == (model, threads)]
-        modes = _unique(mode for row in rows for mode in row["modes"])
-        header = [""]
-        for mode in modes:
-            header += [f"{mode} images/s", "/ SDPA model"]
-        cells = []
-        for row in rows:
-            line = [row["contestant"]]
-            for mode in modes:
-                speed = row["modes"].get(mode)
-                line += [f"{speed['images_per_second']:.0f}", _spread(speed["ratio"])] if speed else ["", ""]
-            cells.append(line)
-        parts += [f"## Whole {model}, {rows[0]['batch']} images, float32, {_threads(threads)}", _table(header, cells)]
+        parts.append(f"## Whole {model}, {rows[0]['batch']} images, float32, {_threads(threads)}")
+        for mode in _unique(mode for row in rows for mode in row["modes"]):
+            speeds = {row["contestant"]: row["modes"][mode] for row in rows}
+            baselines = _unique(baseline for speed in speeds.values() for baseline in speed["ratios"])
+            parts.append(
+                _table(
+                    [mode, "images/s", *(f"/ {baseline}" for baseline in baselines)],
+                    (
+                        [
+                            contestant,
+                            f"{speed['images_per_second']:.0f}",
+                            *(_spread(speed["ratios"][baseline]) for baseline in baselines),
+                        ]
+                        for contestant, speed in speeds.items()
+                    ),
+                )
+            )
         shares = [row for row in rows if row.get("shares")]
         if shares:
             kinds = _unique(kind for row in shares for kind in row["shares"])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, peers
+from benchmarks import compare, models, peers
 from benchmarks.attention import Effort, contestants
 from benchmarks.cases import MASK_KINDS, Case, load_cases, load_mask, make_mask, recorded_heads, recorded_pruned
+from benchmarks.memory import peak_bytes
 from benchmarks.report import break_even, markdown, plot
 from benchmarks.timing import quartiles, times_of_rounds
-from fiak_ext import SparsePattern
+from fiak_ext import PriorAttention, SparsePattern
 
 SMALL = Case("small", 2, 4, 4, 17, 17, 8, 8, is_causal=False, recorded="vit_fashion_n197")
 SMALL_CAUSAL = Case("small_causal", 2, 4, 4, 17, 17, 8, 8, is_causal=True, recorded="lm_kjv_n128")
@@ -236,3 +237,60 @@ def test_a_report_of_one_section_is_a_table_of_it(tmp_path: Path) -> None:
     memory = [{"contestant": "prior_attention", "threads": 1, "bytes": 50_000_000}]
     memory.append({"contestant": "sdpa float bias", "threads": 1, "bytes": 500_000_000})
     assert "| prior_attention | 1 | 50 | 0.100 |" in markdown({"machine": machine, "memory": memory})
+
+
+# ---------------------------------------------------------------- whole models and memory
+
+TINY = models.Sizes(batch=2, image_size=40, patch_size=4, dim=24, depth=2, num_heads=3)
+
+
+def test_models_of_different_attention_agree_where_they_must() -> None:
+    contestants = models.build(TINY)
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        outputs = {name: model(images) for name, model in contestants.items()}
+    for name, same in (
+        ("unfused", "SDPA"),
+        ("unfused FiAK", "FiAK dense"),
+        ("SDPA, packed linears", "SDPA"),
+        ("FiAK 70% pruned, packed linears", "FiAK 70% pruned"),
+        ("FiAK dense", "SDPA"),  # priors start uniform
+    ):
+        torch.testing.assert_close(outputs[name], outputs[same])
+    assert not torch.allclose(outputs["FiAK 70% pruned"], outputs["SDPA"])
+    densities = [
+        module.pattern.density
+        for module in contestants["FiAK 70% pruned"].modules()
+        if isinstance(module, PriorAttention) and module.pattern is not None
+    ]
+    assert len(densities) == 2
+
+
+def test_all_recorded_heads_together_make_deit_tiny_70_percent_pruned() -> None:
+    for sizes in models.MODELS.values():
+        patterns = [
+            module.pattern.density
+            for module in models.build(sizes)["FiAK 70% pruned"].modules()
+            if isinstance(module, PriorAttention) and module.pattern is not None
+        ]
+        assert sum(patterns) / len(patterns) == pytest.approx(0.3, abs=1e-3)
+
+
+def test_models_are_timed_and_tabulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "MODELS", {"tiny": TINY})
+    compare.main(["--section", "models", "--threads", "1", "--quick", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "compare.json").read_text())["models"]
+    assert [row["contestant"] for row in rows] == list(models.build(TINY))
+    for row in rows:
+        assert row["modes"].keys() == {"eager"}
+        assert row["modes"]["eager"]["images_per_second"] > 0
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert row["shares"]["attention"] > 0 and row["shares"]["linears"] > 0
+    assert rows[0]["modes"]["eager"]["ratios"]["SDPA"] == [1, 1, 1]
+    assert "## Whole tiny, 2 images" in (tmp_path / "compare.md").read_text()
+
+
+def test_the_dense_prior_takes_an_eighth_of_the_memory_of_sdpa_with_a_bias() -> None:
+    needed = 48e6  # output and gradients
+    op, sdpa = (peak_bytes(name, 1) for name in ("prior_attention", "sdpa float bias"))
+    assert needed < op < sdpa / 8
