@@ -185,7 +185,7 @@ def _models(results: Sequence[Results]) -> list[str]:
         rows = [row for row in results if (row["model"], row["threads"]) == (model, threads)]
         parts.append(f"## Whole {model}, {rows[0]['batch']} images, float32, {_threads(threads)}")
         for mode in _unique(mode for row in rows for mode in row["modes"]):
-            speeds = {row["contestant"]: row["modes"][mode] for row in rows}
+            speeds = {row["contestant"]: row["modes"][mode] for row in rows if mode in row["modes"]}
             baselines = _unique(baseline for speed in speeds.values() for baseline in speed["ratios"])
             parts.append(
                 _table(
