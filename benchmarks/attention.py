@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,17 @@ from benchmarks.cases import PRUNED, Case, make_mask, recorded_pruned
 from benchmarks.timing import Timed, quartiles, ratios, timed, times_of_rounds
 from fiak_ext import SparsePattern
 
-__all__ = ["DENSITIES", "DENSITY_CASES", "Contestant", "Effort", "by_density", "compare", "contestants", "scaling"]
+__all__ = [
+    "DENSITIES",
+    "DENSITY_CASES",
+    "Contestant",
+    "Effort",
+    "by_density",
+    "compare",
+    "contestants",
+    "overhead",
+    "scaling",
+]
 
 DENSITIES = tuple(percent / 100 for percent in (0, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100))
 DENSITY_CASES = ("deit_tiny_paper", "causal_lm_paper", "vit_785", "wide_heads_2048")
@@ -208,6 +219,35 @@ def compare(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
                             if baseline in times
                         },
                     }
+
+
+def overhead(calls: int = 2000) -> Iterator[dict[str, Any]]:
+    """What a call costs where there is next to nothing to compute: B1 H1 N4 D8, float32, plan made, caches warm.
+
+    Yields ``contestant`` and ``microseconds`` (quartiles of 15 loops of ``calls`` calls, interleaved).
+    """
+    case = Case("tiny", 1, 1, 1, 4, 4, 8, 8, is_causal=False, recorded="")
+    query, key, value, _ = _operands(case, torch.float32)
+    pattern = SparsePattern.from_mask(case.eligible()[None])
+    dense = peers.sdpa(case)
+    crow, col, plan = pattern.crow_indices, pattern.col_indices, pattern.plan
+    table: dict[str, Callable[[], Tensor]] = {
+        "csr_attention": lambda: torch.ops.fiak.csr_attention(query, key, value, crow, col, plan=plan),
+        "SparsePattern.attend": lambda: pattern.attend(query, key, value),
+        "prior_attention": lambda: torch.ops.fiak.prior_attention(query, key, value),
+        "sdpa": lambda: dense(query, key, value),
+    }
+
+    def loop(call: Callable[[], Tensor]) -> dict[str, float]:
+        with torch.no_grad():
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return {"forward": (time.perf_counter() - start) / calls}
+
+    rounds = times_of_rounds({name: partial(loop, call) for name, call in table.items()}, rounds=15, seconds=60)
+    for name, results in rounds.items():
+        yield {"contestant": name, "microseconds": quartiles([1e6 * result["forward"] for result in results])}
 
 
 def scaling(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effort) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,12 @@ def markdown(report: Results) -> str:
     if densities := report.get("density"):
         parts += ["## By density", "Forward, uniform masks; break-even is the density above which the peer is faster."]
         parts += [_densities(densities), "![speed-up against density](density.png)"]
+    if overhead := report.get("overhead"):
+        parts += [
+            "## Overhead of a call",
+            "B1 H1 N4 D8, float32, where the kernel has next to nothing to do, in microseconds.",
+            _table(["", "microseconds"], ([row["contestant"], _spread(row["microseconds"])] for row in overhead)),
+        ]
     if memory := report.get("memory"):
         parts += [
             "## Peak memory",

@@ -176,7 +176,7 @@ def test_the_command_writes_json_a_table_and_a_plot(
     monkeypatch.setattr(compare, "load_cases", lambda: CASES)
     monkeypatch.setattr(compare, "DENSITY_CASES", ("small",))
     threads = torch.get_num_threads()
-    sections = ["--section", "attention", "scaling", "density"]
+    sections = ["--section", "attention", "scaling", "density", "overhead"]
     compare.main([*sections, "--dtype", "float32", "bfloat16", "--quick", "--results", str(tmp_path)])
     assert torch.get_num_threads() == threads
     report = json.loads((tmp_path / "compare.json").read_text())
@@ -188,6 +188,7 @@ def test_the_command_writes_json_a_table_and_a_plot(
         assert row["milliseconds"] > 0 and row["rounds"] == 3
         assert all(len(ratio) == 3 and ratio[0] <= ratio[1] <= ratio[2] for ratio in row["ratios"].values())
     assert {row["threads"] for row in report["scaling"]} == {2}
+    assert {"csr_attention", "prior_attention", "sdpa"} <= {row["contestant"] for row in report["overhead"]}
     assert {row["case"] for row in report["density"]} == {"small"}
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "compare.md").read_text()
