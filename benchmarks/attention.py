@@ -197,9 +197,6 @@ def compare(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
                 calls[name] = run
             slow = [name for name in calls if table[name].is_slow]
             rounds = times_of_rounds(calls, rounds=effort.rounds, seconds=effort.seconds, slow=slow)
-            for name, why in missing.items():
-                direction = "forward+backward" if training else "forward"
-                yield {**common, "direction": direction, "contestant": name, "left_out": why}
             for direction in ("backward", "forward+backward") if training else ("forward",):
                 times = {name: [result[direction] for result in results] for name, results in rounds.items()}
                 for name in times:
@@ -219,6 +216,9 @@ def compare(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
                             if baseline in times
                         },
                     }
+            for name, why in missing.items():
+                direction = "forward+backward" if training else "forward"
+                yield {**common, "direction": direction, "contestant": name, "left_out": why}
 
 
 def overhead(calls: int = 2000) -> Iterator[dict[str, Any]]:

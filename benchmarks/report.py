@@ -76,7 +76,10 @@ def _attention(results: Sequence[Results]) -> list[str]:
             for row in rows
             for baseline, ratio in row.get("ratios", {}).items()
         }
-        left_out = {f"{row['contestant']} in {row['case']}: {row['left_out']}" for row in rows if "left_out" in row}
+        left_out: dict[str, list[str]] = {}
+        for row in rows:
+            if "left_out" in row:
+                left_out.setdefault(f"{row['contestant']} ({row['left_out']})", []).append(row["case"])
         parts += [
             f"## {direction[0].upper()}{direction[1:]}, {dtype}, {_threads(threads)}",
             _table(
@@ -88,7 +91,8 @@ def _attention(results: Sequence[Results]) -> list[str]:
             ),
         ]
         if left_out:
-            parts.append("Left out: " + "; ".join(sorted(left_out)) + ".")
+            listed = (f"{what} in {', '.join(of)}" for what, of in left_out.items())
+            parts.append("Left out: " + "; ".join(listed) + ".")
     densities = _unique(
         (row["case"], row["contestant"], row["density"]) for row in results if row.get("mask") == "recorded"
     )
