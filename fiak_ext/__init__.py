@@ -17,6 +17,7 @@ from fiak_ext._C import build_info
 from fiak_ext.compaction import compact
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
+from fiak_ext.packing import pack_linears
 from fiak_ext.pattern import SparsePattern
 from fiak_ext.pruning import PruningReport, calibrate, prune
 
@@ -32,6 +33,7 @@ __all__ = [
     "compact",
     "deit_tiny",
     "flops",
+    "pack_linears",
     "param_groups",
     "prune",
     "reference",

@@ -1,62 +1,297 @@
-"""The benchmarks compare what they say: equal outputs, patterns of the asked density, every contestant timed."""
+"""The benchmarks compare what they say: equal outputs, masks of the asked density, every contestant timed."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import compare
-from benchmarks.cases import Case, load_cases, random_mask
+from benchmarks import compare, models, peers
+from benchmarks.attention import Effort, contestants
+from benchmarks.cases import MASK_KINDS, Case, load_cases, load_mask, make_mask, recorded_heads, recorded_pruned
+from benchmarks.memory import peak_bytes
+from benchmarks.report import break_even, markdown, plot
+from benchmarks.timing import quartiles, times_of_rounds
+from fiak_ext import PriorAttention, SparsePattern
 
-SMALL = Case("small", 2, 4, 4, 17, 17, 8, 8, is_causal=False)
-SMALL_CAUSAL = Case("small_causal", 2, 4, 4, 17, 17, 8, 8, is_causal=True)
+SMALL = Case("small", 2, 4, 4, 17, 17, 8, 8, is_causal=False, recorded="vit_fashion_n197")
+SMALL_CAUSAL = Case("small_causal", 2, 4, 4, 17, 17, 8, 8, is_causal=True, recorded="lm_kjv_n128")
+DECODING = Case("decoding", 2, 4, 2, 3, 17, 8, 8, is_causal=False, recorded="lm_kjv_n128")
+CASES = [SMALL, SMALL_CAUSAL, DECODING]
+
+
+def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(case.batch, case.query_heads, case.queries, case.head_size, generator=generator)
+    key, value = torch.randn(2, case.batch, case.key_heads, case.keys, case.head_size, generator=generator)
+    return query, key, value
+
+
+# ---------------------------------------------------------------- cases and masks
 
 
 def test_the_case_table_has_what_the_paper_measures() -> None:
     cases = {case.name: case for case in load_cases()}
-    assert cases["deit_tiny_paper"] == Case("deit_tiny_paper", 16, 4, 4, 197, 197, 48, 48, is_causal=False)
-    assert cases["causal_lm_paper"] == Case("causal_lm_paper", 32, 8, 8, 256, 256, 16, 16, is_causal=True)
+    paper = Case("deit_tiny_paper", 16, 4, 4, 197, 197, 48, 48, is_causal=False, recorded="vit_fashion_n197")
+    assert cases["deit_tiny_paper"] == paper
+    lm = Case("causal_lm_paper", 32, 8, 8, 256, 256, 16, 16, is_causal=True, recorded="lm_kjv_n128")
+    assert cases["causal_lm_paper"] == lm
+    assert {case.queries for case in cases.values() if case.is_decoding} == {1, 2, 4, 8}
+    for case in cases.values():
+        assert 0.7 in recorded_pruned(case.recorded)
 
 
-@pytest.mark.parametrize("case", [SMALL, SMALL_CAUSAL], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("pruned", [0.0, 0.5, 0.9])
-def test_masks_keep_the_asked_share_of_eligible_pairs(case: Case, pruned: float) -> None:
-    mask = random_mask(case, pruned, torch.Generator().manual_seed(0))
-    eligible = torch.ones(case.queries, case.keys).tril().bool() if case.is_causal else torch.ones(1, dtype=torch.bool)
-    pairs = case.query_heads * int(eligible.expand(case.queries, case.keys).sum())
+def test_learned_like_masks_keep_exactly_the_asked_share_of_eligible_pairs(case: Case, pruned: float) -> None:
+    mask = make_mask("learned-like", case, pruned, torch.Generator().manual_seed(0))
+    pairs = case.query_heads * int(case.eligible().sum())
     assert int(mask.sum()) == round((1 - pruned) * pairs)
-    assert not (mask & ~eligible).any()
+    assert not (mask & ~case.eligible()).any()
 
 
-@pytest.mark.parametrize("case", [SMALL, SMALL_CAUSAL], ids=lambda case: case.name)
-def test_each_op_computes_what_its_equal_output_baseline_does(case: Case) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_uniform_masks_keep_about_the_asked_share_of_eligible_pairs(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, case.batch, case.query_heads, case.queries, case.head_size, generator=generator)
-    table = compare.contestants(case, torch.float32)
-    for name, contestant in table.items():
-        if not contestant.baselines:
-            continue
-        baseline = table[contestant.baselines[-1]]
-        expected = baseline.call(query, key, value, *baseline.parameters)
-        actual = contestant.call(query, key, value, *contestant.parameters)
-        rows = expected.isfinite()  # SDPA gives NaN where a row has no key
-        assert torch.allclose(actual[rows], expected[rows], rtol=1e-4, atol=1e-5), name
+    eligible = case.eligible().expand(case.query_heads, -1, -1)
+    assert torch.equal(make_mask("uniform", case, 0.0, generator), eligible)
+    assert not make_mask("uniform", case, 1.0, generator).any()
+    mask = make_mask("uniform", case, 0.7, generator)
+    assert not (mask & ~eligible).any()
+    assert mask[eligible].float().mean().item() == pytest.approx(0.3, abs=0.1)
 
 
-def test_the_command_times_every_contestant(
+def test_recorded_masks_have_their_share_of_every_layer() -> None:
+    for name, length, causal in (
+        ("vit_fashion_n197", 197, False),
+        ("lm_kjv_n128", 128, True),
+        ("minilm_n48", 48, False),
+    ):
+        eligible = torch.ones(length, length).tril().bool() if causal else torch.ones(length, length, dtype=torch.bool)
+        assert recorded_pruned(name)[:2] == (0.5, 0.7)
+        for pruned in recorded_pruned(name):
+            mask = load_mask(name, pruned)
+            assert mask.dtype == torch.bool and mask.shape[2:] == (length, length)
+            assert not (mask & ~eligible).any()
+            share = mask.sum((1, 2, 3)) / (mask.size(1) * eligible.sum())
+            assert torch.allclose(share, torch.full_like(share, 1 - pruned), atol=1e-3)
+
+
+def test_recorded_masks_at_their_own_size_are_the_recorded_ones() -> None:
+    case = next(case for case in load_cases() if case.name == "deit_tiny_paper")
+    mask = load_mask(case.recorded, 0.7)
+    assert torch.equal(make_mask("recorded", case, 0.7, torch.Generator()), mask[0])
+    assert torch.equal(recorded_heads(mask, case, 2), mask[2])
+    assert torch.equal(recorded_heads(mask, case, 3), mask[0])
+
+
+@pytest.mark.parametrize("name", ["vit_785", "causal_1024", "minilm", "decode_8"])
+def test_recorded_masks_are_tiled_to_longer_sequences(name: str) -> None:
+    case = next(case for case in load_cases() if case.name == name)
+    recorded = load_mask(case.recorded, 0.7)
+    length = recorded.size(2)
+    mask = make_mask("recorded", case, 0.7, torch.Generator())
+    assert mask.shape == (case.query_heads, case.queries, case.keys)
+    assert not (mask & ~case.eligible()).any()
+    share = float(mask.sum() / (case.query_heads * case.eligible().sum()))
+    assert share == pytest.approx(0.3, abs=0.02)
+    first = case.keys - case.queries
+    for head, query, key in torch.randint(10**6, (200, 3)).tolist():
+        head, query, key = head % case.query_heads, query % case.queries, key % case.keys
+        row, column = (first + query) % length, key % length
+        if name not in ("vit_785", "minilm") and column > row:
+            row, column = column, row
+        kept = recorded.flatten(0, 1)[head % (recorded.size(0) * recorded.size(1)), row, column]
+        assert bool(mask[head, query, key]) == bool(kept & case.eligible()[query, key])
+
+
+def test_unknown_masks_are_named() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of uniform, learned-like, recorded \(got 'striped'\)"):
+        make_mask("striped", SMALL, 0.5, torch.Generator())
+    with pytest.raises(FileNotFoundError, match="vit_fashion_n197_60"):
+        load_mask("vit_fashion_n197", 0.6)
+
+
+# ---------------------------------------------------------------- contestants
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_peers_with_a_mask_compute_what_csr_attention_does(case: Case, kind: str) -> None:
+    query, key, value = operands(case)
+    mask = make_mask(kind, case, 0.5, torch.Generator().manual_seed(0))
+    expected = SparsePattern.from_mask(mask).attend(query, key, value)
+    rows = mask.any(2)  # others are NaN or 0, by peer
+    for name, actual in {
+        "sdpa": peers.sdpa_bool_mask(case, mask)(query, key, value),
+        "eager": peers.eager(query, key, value, mask[None].float()),
+        "torch.sparse": peers.torch_sparse(case, mask)(query, key, value),
+    }.items():
+        assert torch.allclose(actual[:, rows], expected[:, rows], rtol=1e-4, atol=1e-5), name
+
+
+def test_flex_computes_what_csr_attention_does() -> None:
+    query, key, value = operands(SMALL_CAUSAL)
+    mask = make_mask("uniform", SMALL_CAUSAL, 0.5, torch.Generator().manual_seed(0))
+    expected = SparsePattern.from_mask(mask).attend(query, key, value)
+    torch.testing.assert_close(peers.flex(SMALL_CAUSAL, mask)(query, key, value), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_peers_with_a_prior_compute_what_prior_attention_does(case: Case) -> None:
+    query, key, value = operands(case)
+    table, _ = contestants(case, torch.float32, Effort(slow_peers=False))
+    prior = table["prior_attention"].parameters[0]
+    expected = table["prior_attention"].call(query, key, value, prior)
+    bias = table["sdpa float bias"]
+    torch.testing.assert_close(bias.call(query, key, value, *bias.parameters), expected)
+    torch.testing.assert_close(peers.eager(query, key, value, prior * case.eligible()), expected)
+    torch.testing.assert_close(
+        table["prior_attention without prior"].call(query, key, value), peers.sdpa(case)(query, key, value)
+    )
+
+
+def test_slow_calls_take_part_in_the_first_rounds_only() -> None:
+    counts = {"fast": 0, "slow": 0}
+
+    def run(name: str) -> dict[str, float]:
+        counts[name] += 1
+        return {"forward": float(counts[name])}
+
+    calls = {name: partial(run, name) for name in counts}
+    times = times_of_rounds(calls, rounds=5, seconds=60, slow=["slow"], slow_rounds=2)
+    assert counts == {"fast": 5, "slow": 2}
+    assert [time["forward"] for time in times["fast"]] == [1, 2, 3, 4, 5]
+    assert quartiles([3.0]) == [3.0] * 3
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_the_command_writes_json_a_table_and_a_plot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare, "load_cases", lambda: [SMALL])
+    monkeypatch.setattr(compare, "load_cases", lambda: CASES)
+    monkeypatch.setattr(compare, "DENSITY_CASES", ("small",))
     threads = torch.get_num_threads()
-    compare.main(["--rounds", "2", "--json", str(tmp_path / "out.json")])
-    torch.set_num_threads(threads)
-    report = json.loads((tmp_path / "out.json").read_text())
+    sections = ["--section", "attention", "scaling", "density", "overhead"]
+    compare.main([*sections, "--dtype", "float32", "bfloat16", "--quick", "--results", str(tmp_path)])
+    assert torch.get_num_threads() == threads
+    report = json.loads((tmp_path / "compare.json").read_text())
     assert report["machine"]["torch"] == torch.__version__
-    assert len(report["results"]) == 2 * len(compare.contestants(SMALL, torch.float32))
-    for result in report["results"]:
-        assert result["milliseconds"] > 0
-        assert all(len(quartiles) == 3 and quartiles[0] <= quartiles[2] for quartiles in result["ratios"].values())
-    printed = capsys.readouterr().out
-    assert "B2 H4 N17 D8" in printed
-    assert "csr_attention 70%" in printed
+    measured = {(row["case"], row["dtype"], row["threads"], row["direction"]) for row in report["attention"]}
+    directions = {"small": 3, "small_causal": 3, "decoding": 1}
+    assert len(measured) == 2 * 2 * sum(directions.values())
+    for row in report["attention"]:
+        assert row["milliseconds"] > 0 and row["rounds"] == 3
+        assert all(len(ratio) == 3 and ratio[0] <= ratio[1] <= ratio[2] for ratio in row["ratios"].values())
+    assert {row["threads"] for row in report["scaling"]} == {2}
+    assert {"csr_attention", "prior_attention", "sdpa"} <= {row["contestant"] for row in report["overhead"]}
+    assert {row["case"] for row in report["density"]} == {"small"}
+    assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "compare.md").read_text()
+    for text in (
+        "## Forward+backward, bfloat16, 2 threads",
+        "csr_attention uniform 70% / sdpa bool mask",
+        "break-even",
+    ):
+        assert text in table
+    assert str(Path.home()) not in table
+    assert "B2 H4/2 N3/17 D8" in capsys.readouterr().out
+
+
+def test_slow_peers_that_cannot_take_part_are_named() -> None:
+    table, left_out = contestants(SMALL, torch.bfloat16, Effort(mask_kinds=()))
+    assert {"flex", "eager exp * prior"} <= table.keys()
+    assert "float32" in left_out["torch.sparse"]
+    assert not table["flex"].has_backward
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ([(0.1, 4.0), (0.5, 2.0), (1.0, 0.5)], 0.5 + 0.5 / 1.5),
+        ([(0.1, 4.0), (1.0, 1.0)], None),
+        ([(0.1, 0.9), (1.0, 0.5)], 0.1),
+    ],
+)
+def test_break_even(curve: list[tuple[float, float]], expected: float | None) -> None:
+    assert break_even(curve) == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_report_of_one_section_is_a_table_of_it(tmp_path: Path) -> None:
+    machine = {
+        "cpu": {"model": "C", "selected_isa": "avx2"},
+        "torch": "2",
+        "fiak_ext": {"compiler": "G"},
+        "python": "3",
+    }
+    row = {"case": "c", "dtype": "float32", "threads": 1, "rounds": 3}
+    density = [
+        {**row, "density": x, "ratios": {"sdpa": [y, y, y], "sdpa bool mask": [y, y, y]}}
+        for x, y in ((0.0, 3.0), (1.0, 0.5))
+    ]
+    assert "| c | float32 | 1 | sdpa | 3.00 | 0.50 | 80% |" in markdown({"machine": machine, "density": density})
+    plot(density, tmp_path / "plot.png")
+    memory = [{"contestant": "prior_attention", "threads": 1, "bytes": 50_000_000}]
+    memory.append({"contestant": "sdpa float bias", "threads": 1, "bytes": 500_000_000})
+    assert "| prior_attention | 1 | 50 | 0.100 |" in markdown({"machine": machine, "memory": memory})
+
+
+# ---------------------------------------------------------------- whole models and memory
+
+TINY = models.Sizes(batch=2, image_size=40, patch_size=4, dim=24, depth=2, num_heads=3)
+
+
+def test_models_of_different_attention_agree_where_they_must() -> None:
+    contestants = models.build(TINY)
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        outputs = {name: model(images) for name, model in contestants.items()}
+    for name, same in (
+        ("unfused", "SDPA"),
+        ("unfused FiAK", "FiAK dense"),
+        ("SDPA, packed linears", "SDPA"),
+        ("FiAK 70% pruned, packed linears", "FiAK 70% pruned"),
+        ("FiAK dense", "SDPA"),  # priors start uniform
+    ):
+        torch.testing.assert_close(outputs[name], outputs[same])
+    assert not torch.allclose(outputs["FiAK 70% pruned"], outputs["SDPA"])
+    densities = [
+        module.pattern.density
+        for module in contestants["FiAK 70% pruned"].modules()
+        if isinstance(module, PriorAttention) and module.pattern is not None
+    ]
+    assert len(densities) == 2
+
+
+def test_all_recorded_heads_together_make_deit_tiny_70_percent_pruned() -> None:
+    for sizes in models.MODELS.values():
+        patterns = [
+            module.pattern.density
+            for module in models.build(sizes)["FiAK 70% pruned"].modules()
+            if isinstance(module, PriorAttention) and module.pattern is not None
+        ]
+        assert sum(patterns) / len(patterns) == pytest.approx(0.3, abs=1e-3)
+
+
+def test_models_are_timed_and_tabulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "MODELS", {"tiny": TINY})
+    compare.main(["--section", "models", "--threads", "1", "--quick", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "compare.json").read_text())["models"]
+    assert [row["contestant"] for row in rows] == list(models.build(TINY))
+    for row in rows:
+        assert row["modes"].keys() == {"eager"}
+        assert row["modes"]["eager"]["images_per_second"] > 0
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert row["shares"]["attention"] > 0 and row["shares"]["linears"] > 0
+    assert rows[0]["modes"]["eager"]["ratios"]["SDPA"] == [1, 1, 1]
+    assert "## Whole tiny, 2 images" in (tmp_path / "compare.md").read_text()
+
+
+def test_the_dense_prior_takes_an_eighth_of_the_memory_of_sdpa_with_a_bias() -> None:
+    needed = 48e6  # output and gradients
+    op, sdpa = (peak_bytes(name, 1) for name in ("prior_attention", "sdpa float bias"))
+    assert needed < op < sdpa / 8
