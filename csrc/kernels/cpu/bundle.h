@@ -41,23 +41,26 @@ struct Bundle {
 };
 
 /// Packed rows. Rows of more than kMaxChunks vectors are cut into parts, each a panel of its own: vector c of row n is
-/// at data + part * part_bytes + n * row_bytes(part) + c % kMaxChunks * kVectorBytes, where part = c / kMaxChunks.
+/// at data + part * part_bytes + (first + n) * row_bytes(part) + c % kMaxChunks * kVectorBytes, where part = c /
+/// kMaxChunks.
 struct BundlePanel {
   char* data;
-  int64_t chunks, part_bytes;
+  int64_t chunks, part_bytes, first;
 
   __attribute__((always_inline)) int64_t parts() const { return (chunks + kMaxChunks - 1) / kMaxChunks; }
   __attribute__((always_inline)) int64_t part_chunks(int64_t part) const {
     return smaller(kMaxChunks, chunks - part * kMaxChunks);
   }
   __attribute__((always_inline)) char* part(int64_t part) const { return data + part * part_bytes; }
+  /// The panel without its first n rows.
+  __attribute__((always_inline)) BundlePanel from(int64_t n) const { return {data, chunks, part_bytes, first + n}; }
   __attribute__((always_inline)) char* vector(int64_t n, int64_t c) const {
     const int64_t i = c / kMaxChunks;
-    return part(i) + (n * part_chunks(i) + c % kMaxChunks) * kVectorBytes;
+    return part(i) + ((first + n) * part_chunks(i) + c % kMaxChunks) * kVectorBytes;
   }
 };
 FIAK_INLINE BundlePanel bundle_panel(char* data, int64_t rows, int64_t chunks) {
-  return {data, chunks, rows * kMaxChunks * kVectorBytes};
+  return {data, chunks, rows * kMaxChunks * kVectorBytes, 0};
 }
 FIAK_INLINE int64_t bundle_panel_floats(int64_t rows, int64_t chunks) { return rows * chunks * kLanes; }
 
@@ -159,7 +162,7 @@ static void pack_rows(const Input& x, DType dtype, const Bundle& bundle, int64_t
         pack_whole_rows<kElements, 1>, pack_whole_rows<kElements, 2>, pack_whole_rows<kElements, 3>,
         pack_whole_rows<kElements, 4>, pack_whole_rows<kElements, 5>, pack_whole_rows<kElements, 6>,
         pack_whole_rows<kElements, 7>, pack_whole_rows<kElements, 8>};
-    return kPack[panel.chunks - 1](source, step, end - begin, panel.data);
+    return kPack[panel.chunks - 1](source, step, end - begin, panel.vector(0, 0));
   }
   const float* rows[kElements];
 #pragma GCC unroll 4

@@ -7,7 +7,6 @@
 // is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/sparse_rows.h"
-#include "kernels/cpu/sparse_rows_old.h"
 #include "kernels/cpu/tables.h"
 #include "kernels/philox.h"
 
@@ -35,38 +34,6 @@ int64_t lower_bound(const uint16_t* index, int64_t count, int64_t bound) {
     }
   }
   return low;
-}
-
-/// use(first, index, count, entry) for each run of a pattern row's entries whose columns are first + index[i] < keys.
-template <class Use>
-FIAK_INLINE void for_row_segments(const PlanView& plan, int64_t row, int64_t keys, Use&& use) {
-  const int64_t* segment = plan.row_segments + row * plan.key_blocks;
-  for (int64_t block = 0; block < plan.key_blocks; ++block) {
-    const int64_t first = block * kPlanBlock;
-    const uint16_t* index = plan.columns + segment[block];
-    int64_t count = segment[block + 1] - segment[block];
-    if (keys < plan.num_keys && keys - first < kPlanBlock) {
-      count = keys > first ? lower_bound(index, count, keys - first) : 0;
-    }
-    if (count > 0) use(first, index, count, segment[block]);
-  }
-}
-
-/// use(first, index, count, place) for each run of a pattern column's rows first + index[i] in [begin, end).
-template <class Use>
-FIAK_INLINE void for_column_segments(const PlanView& plan, int64_t column, int64_t begin, int64_t end, Use&& use) {
-  const int64_t* segment = plan.column_segments + column * plan.query_blocks;
-  for (int64_t block = 0; block < plan.query_blocks; ++block) {
-    const int64_t first = block * kPlanBlock;
-    int64_t from = segment[block], to = segment[block + 1];
-    if (begin > 0 || end < plan.num_queries) {
-      const uint16_t* index = plan.rows + from;
-      const int64_t count = to - from;
-      to = from + lower_bound(index, count, end - first);
-      from = from + lower_bound(index, count, begin - first);
-    }
-    if (from < to) use(first, plan.rows + from, to - from, from);
-  }
 }
 
 int64_t longest_row(const PlanView& plan, int64_t begin, int64_t end) {
@@ -185,8 +152,9 @@ class RowSteps {
     return rows * (longest / kKeys<kElements> + blocks.count);
   }
 
-  RowSteps(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch)
-      : args_(args), blocks_(blocks), room_(longest + kPlanPadding) {
+  /// `pick`: leave out entries outside the support.
+  RowSteps(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch, bool pick)
+      : args_(args), blocks_(blocks), pick_(pick), room_(longest + kPlanPadding) {
     const int64_t picked = args.values != nullptr ? rows * room_ : 0, steps = most_steps(blocks, rows, longest);
     index_ = reinterpret_cast<const uint16_t**>(scratch.floats(rows * 2));
     row_weights_ = reinterpret_cast<const float**>(scratch.floats(rows * 2));
@@ -230,6 +198,7 @@ class RowSteps {
   /// The first step of a group's block, and of what follows its last one.
   int64_t first(int64_t group, int64_t block) const { return bounds_[group * blocks_.count + block]; }
   const Step* step(int64_t i) const { return steps_ + i; }
+  Step& change(int64_t i) { return steps_[i]; }
   /// The weights of a step's entries; only where the call has values.
   const float* weights(int64_t i) const { return weights_[i]; }
 
@@ -257,7 +226,7 @@ class RowSteps {
     bool picking = false;
     if (values != nullptr) {
       row_weights_[r] = values + segment[0];
-      picking = !all_in_support(values + segment[0], all);
+      picking = pick_ && !all_in_support(values + segment[0], all);
       if (picking) {
         index_[r] = picked_ + r * room_;
         row_weights_[r] = picked_weights_ + r * room_;
@@ -291,6 +260,7 @@ class RowSteps {
 
   const CsrArgs& args_;
   const KeyBlocks& blocks_;
+  bool pick_;
   int64_t room_;
   const uint16_t** index_;     // [rows]
   const float** row_weights_;  // [rows]
@@ -375,7 +345,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       carved(bundle_panel_floats(group_rows, head_chunks)) + carved(bundle_panel_floats(keys, head_chunks)) +
       carved(bundle_panel_floats(keys, value_chunks)) +
       carved(pack_scratch(larger(args.head_size, args.value_size)))))};
-  Steps steps(args, blocks, pass_rows, longest, scratch);
+  Steps steps(args, blocks, pass_rows, longest, scratch, true);
   float* scores = scratch.floats(pass_rows * row_floats);
   float* row_maxima = scratch.floats(group_rows * kLanes);
   float* row_totals = scratch.floats(group_rows * kLanes);
@@ -505,187 +475,556 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   }
 }
 
-/// Backward for pattern rows [begin, end) of query head h: dQ, and added onto the weights' gradient.
-void backward_rows(const CsrArgs& args, const BackwardArgs& grads, const float* delta, int64_t b, int64_t h,
-                   int64_t begin, int64_t end, int64_t longest) {
-  const int64_t head = b % (args.plan.heads / args.query_heads) * args.query_heads + h;
-  const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b), offset = offset_of(args, b);
-  const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size);
-  const int64_t room = padded(longest) + kLanes;
-  const auto* values = static_cast<const float*>(args.values);
-  auto* grad_values = static_cast<float*>(grads.grad_weight);
-  const bool gaussian = args.score == Score::kGaussian;
-  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+/// The weights of backward that a register's entries have, and which of them are outside the support.
+struct EntryWeights {
+  Vec weights;
+  uint32_t outside;  // a bit for each entry
+};
+template <int kElements>
+FIAK_INLINE EntryWeights entry_weights(const float* weights, int64_t count) {
+  uint32_t outside = 0;
+  for (int64_t k = 0; k < count; ++k) outside |= static_cast<uint32_t>(!in_support(weights[k])) << k;
+  return {entry_register<kElements>(weights, count), outside};
+}
 
-  Carver scratch{
-      static_cast<char*>(thread_scratch(2 * carved(head_size) + carved(value_size) + 3 * carved(room) + carved(keys) +
-                                        carved(keys * head_size) + carved(keys * value_size)))};
-  float* query = scratch.floats(head_size);
-  float* sum = scratch.floats(head_size);
-  float* grad_output = scratch.floats(value_size);
-  float* scores = scratch.floats(room);
-  float* products = scratch.floats(room);
-  auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(room));
-  float* bias = scratch.floats(keys);
-  const Panel key =
-      pack_panel(args.key, args.dtype, b, key_head, keys, args.head_size, scratch.floats(keys * head_size));
-  const Panel value =
-      pack_panel(args.value, args.dtype, b, key_head, keys, args.value_size, scratch.floats(keys * value_size));
-  if (gaussian) gaussian_bias(args, key, keys, bias);
-
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t n = row - offset, at = (b * args.query_heads + h) * args.queries + n;
-    const float lse = static_cast<const float*>(grads.logsumexp)[at], row_delta = delta[at];
-    for (int64_t d = 0; d < head_size; d += kLanes) store(sum + d, zero());
-    if (lse != -kInfinity) {
-      load_row(row_address(args.query, args.dtype, b, h, n), args.dtype, args.head_size, static_cast<float>(args.scale),
-               query);
-      load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, grad_output);
-      for_row_segments(args.plan, head * args.plan.num_queries + row, keys,
-                       [&](int64_t first, const uint16_t* index, int64_t count, int64_t entry) {
-                         old_dots(query, key.row(first), key.stride, head_size, index, count, scores);
-                         old_dots(grad_output, value.row(first), value.stride, value_size, index, count, products);
-                         if (gaussian) {
-                           for (int64_t e = 0; e < count; ++e) scores[e] += bias[first + index[e]];
-                         }
-                         if (dropout.active()) {
-                           for (int64_t e = 0; e < count; ++e) {
-                             products[e] *= static_cast<float>(dropout.factor(b, h, row, first + index[e]));
-                           }
-                         }
-                         exp_row(scores, count, lse);
-                         for (int64_t e = 0; e < count; ++e) scores[e] *= products[e] - row_delta;
-                         if (grad_values != nullptr) {
-                           for (int64_t e = 0; e < count; ++e) grad_values[entry + e] += scores[e];
-                         }
-                         if (values != nullptr) {
-                           for (int64_t e = 0; e < count; ++e) products[e] = scores[e] * values[entry + e];
-                           int64_t kept = 0;
-                           for (int64_t e = 0; e < count; ++e) {
-                             picked[kept] = index[e];
-                             scores[kept] = products[e];
-                             kept += in_support(values[entry + e]);
-                           }
-                           index = picked;
-                           count = kept;
-                         }
-                         old_weighted_sum(scores, key.row(first), key.stride, head_size, index, count, sum);
-                       });
-    }
-    if (grads.grad_query.data != nullptr) {
-      store_row(sum, args.dtype, args.head_size, static_cast<float>(args.scale),
-                row_address(grads.grad_query, args.dtype, b, h, n));
-    }
+/// A register whose entries all have their element's number, values[e].
+template <int kElements>
+FIAK_INLINE void spread_elements(const float* values, float* target) {
+#pragma GCC unroll 4
+  for (int block = 0; block < kBlocks; ++block) {
+    _mm_store_ps(target + block * kBlock, _mm_set1_ps(values[block % kElements]));
   }
 }
 
-/// Backward for keys [begin, end) of one key head: dK and dV, summed over the query heads that read it.
-void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const float* delta, int64_t b, int64_t key_head,
-                      int64_t begin, int64_t end, int64_t longest) {
-  const PlanView& plan = args.plan;
-  const int64_t first_head = b % (plan.heads / args.query_heads) * args.query_heads;
-  const int64_t heads = shared_heads(args), keys = keys_of(args, b), offset = offset_of(args, b);
-  const int64_t head_size = padded(args.head_size), value_size = padded(args.value_size), queries = args.queries;
-  const int64_t room = padded(longest) + kLanes;
-  const auto* values = static_cast<const float*>(args.values);
-  const float scale = static_cast<float>(args.scale);
-  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
-
-  Carver scratch{static_cast<char*>(
-      thread_scratch(2 * carved(head_size) + 2 * carved(value_size) + 4 * carved(room) + 2 * carved(heads * 4) +
-                     heads * (carved(queries * head_size) + carved(queries * value_size))))};
-  float* key = scratch.floats(head_size);
-  float* key_sum = scratch.floats(head_size);
-  float* value = scratch.floats(value_size);
-  float* value_sum = scratch.floats(value_size);
-  float* attention = scratch.floats(room);
-  float* products = scratch.floats(room);
-  float* weights = scratch.floats(room);
-  auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(room));
-  static_assert(sizeof(Panel) <= 4 * sizeof(float), "two panels a head are carved below");
-  auto* query_panels = reinterpret_cast<Panel*>(scratch.floats(heads * 4));
-  auto* output_panels = reinterpret_cast<Panel*>(scratch.floats(heads * 4));
-  for (int64_t i = 0; i < heads; ++i) {
-    const int64_t h = key_head * heads + i;
-    query_panels[i] =
-        pack_panel(args.query, args.dtype, b, h, queries, args.head_size, scratch.floats(queries * head_size));
-    output_panels[i] =
-        pack_panel(grads.grad_output, args.dtype, b, h, queries, args.value_size, scratch.floats(queries * value_size));
-  }
-
-  for (int64_t j = begin; j < end; ++j) {
-    for (int64_t d = 0; d < head_size; d += kLanes) store(key_sum + d, zero());
-    for (int64_t d = 0; d < value_size; d += kLanes) store(value_sum + d, zero());
-    if (j < keys) {
-      load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_size, scale, key);
-      load_row(row_address(args.value, args.dtype, b, key_head, j), args.dtype, args.value_size, 1.0f, value);
-      // |k|^2 comes from the scaled key: -scale/2 |k|^2 = -|scale k|^2 / (2 scale), and 0 where scale is.
-      const float bias = args.score == Score::kGaussian && scale != 0 ? -0.5f / scale * dot(key, key, head_size) : 0.0f;
-      float score_sum = 0;
-      bool any = false;
-      for (int64_t i = 0; i < heads; ++i) {
-        const int64_t h = key_head * heads + i, head = first_head + h;
-        const Panel &query = query_panels[i], &grad_output = output_panels[i];
-        const int64_t at = (b * args.query_heads + h) * queries;
-        const float* lse = static_cast<const float*>(grads.logsumexp) + at;
-        const float* row_delta = delta + at;
-        const float* head_values =
-            values != nullptr ? values + plan.row_segments[head * plan.num_queries * plan.key_blocks] : nullptr;
-        for_column_segments(
-            plan, head * plan.num_keys + j, offset, offset + queries,
-            [&](int64_t first, const uint16_t* index, int64_t count, int64_t place) {
-              if (head_values != nullptr) {
-                int64_t kept = 0;
-                for (int64_t e = 0; e < count; ++e) {
-                  const float w = head_values[plan.positions[place + e]];
-                  picked[kept] = index[e];
-                  weights[kept] = w;
-                  kept += in_support(w) && lse[first - offset + index[e]] != -kInfinity;
-                }
-                index = picked;
-                count = kept;
-                if (count == 0) return;
-              }
-              any = true;
-              const float* queries_at = query.row(first - offset);
-              const float* outputs_at = grad_output.row(first - offset);
-              old_dots(key, queries_at, query.stride, head_size, index, count, attention);
-              old_dots(value, outputs_at, grad_output.stride, value_size, index, count, products);
-              for (int64_t e = 0; e < count; ++e) attention[e] += bias - lse[first - offset + index[e]];
-              exp_row(attention, count, 0.0f);
-              if (head_values != nullptr) {
-                for (int64_t e = 0; e < count; ++e) attention[e] *= weights[e];
-              }
-              if (!dropout.active()) {
-                old_weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
-                for (int64_t e = 0; e < count; ++e)
-                  products[e] = attention[e] * (products[e] - row_delta[first - offset + index[e]]);
-              } else {
-                for (int64_t e = 0; e < count; ++e) {
-                  const auto kept = static_cast<float>(dropout.factor(b, h, first + index[e], j));
-                  products[e] = attention[e] * (kept * products[e] - row_delta[first - offset + index[e]]);
-                  attention[e] *= kept;
-                }
-                old_weighted_sum(attention, outputs_at, grad_output.stride, value_size, index, count, value_sum);
-              }
-              old_weighted_sum(products, queries_at, query.stride, head_size, index, count, key_sum);
-              for (int64_t e = 0; e < count; ++e) score_sum += products[e];
-            });
-      }
-      if (args.score == Score::kGaussian && any && scale != 0) {
-        // d s_ij / d k_j = scale (q_i - k_j), and `key` holds scale k_j.
-        for (int64_t d = 0; d < head_size; ++d) key_sum[d] -= score_sum * (key[d] / scale);
+/// Backward runs in waves. A wave is a bundle, a few key heads, one query head of each and a chunk of its queries.
+/// First the columns' lists of steps are made; then the rows compute P and dS, dQ and the weights' gradient, and leave
+/// P and dS where their columns come to want them; then the columns add up dK and dV. P and dS of no more than a chunk
+/// exist at a time. Every sum has a fixed order (dQ: keys; dK, dV: query heads, then queries; weights: batch elements),
+/// so that how waves are cut, and how many threads share one, changes no bit.
+template <Storage kStorage, int kElements>
+class CsrBackward {
+ public:
+  CsrBackward(const CsrArgs& args, const BackwardArgs& grads, const float* delta)
+      : args_(args),
+        grads_(grads),
+        delta_(delta),
+        gaussian_(args.score == Score::kGaussian),
+        dropout_(make_dropout(args.dropout_p, args.seed)),
+        head_chunks_(row_chunks(columns_with(query_extra(), args.head_size, kStorage), kStorage, kElements)),
+        value_chunks_(row_chunks(args.value_size, kStorage, kElements)),
+        head_floats_(sum_vectors(head_chunks_, kStorage) * kLanes),
+        value_floats_(sum_vectors(value_chunks_, kStorage) * kLanes),
+        chunks_(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes) {
+    const PlanView& plan = args.plan;
+    for (int64_t head = 0; head < plan.heads; ++head) {
+      for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
+        const int64_t* rows = plan.row_segments + head * plan.num_queries * plan.key_blocks;
+        most_entries_ = larger(
+            most_entries_, rows[chunks_.end(chunk) * plan.key_blocks] - rows[chunks_.first(chunk) * plan.key_blocks]);
       }
     }
-    if (grads.grad_key.data != nullptr) {
-      store_row(key_sum, args.dtype, args.head_size, scale, row_address(grads.grad_key, args.dtype, b, key_head, j));
+    chunk_rows_ = smaller(chunks_.size, args.queries);
+    most_steps_ = most_entries_ / kKeys<kElements> + args.keys;
+  }
+
+  /// Memory for each key head of a wave.
+  int64_t slot_bytes() const {
+    return carved(bundle_panel_floats(args_.keys, head_chunks_)) +
+           carved(bundle_panel_floats(args_.keys, value_chunks_)) +
+           carved(bundle_panel_floats(chunk_rows_, head_chunks_)) +
+           carved(bundle_panel_floats(chunk_rows_, value_chunks_)) +
+           carved((args_.keys + kMaxElements) * head_floats_) + carved((args_.keys + kMaxElements) * value_floats_) +
+           carved(args_.keys * 2) + carved(args_.keys) + carved(most_steps_ * 4) + carved(args_.keys * kLanes / 2) +
+           carved((column_groups() + 1) * 2) + 2 * carved(most_steps_ * kLanes);
+  }
+
+  /// All of `bundle` for key heads [first, first + count), in count * slot_bytes() bytes at `memory`.
+  void run(const Bundle& bundle, int64_t first, int64_t count, const Parallel& parallel, char* memory) const {
+    const auto slot = [&](int64_t i) { return make_slot(memory + i * slot_bytes()); };
+    const int64_t heads = shared_heads(args_), keys = keys_of(args_, bundle.b[0]),
+                  offset = offset_of(args_, bundle.b[0]);
+    parallel_range(parallel, count * args_.keys, [&](int64_t begin, int64_t end) {
+      for_parts(begin, end, args_.keys,
+                [&](int64_t i, int64_t from, int64_t to) { start(slot(i), bundle, first + i, from, to); });
+    });
+    for (int64_t member = 0; member < heads; ++member) {
+      for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
+        const int64_t begin = larger(chunks_.first(chunk), offset);
+        const int64_t end = smaller(chunks_.end(chunk), offset + args_.queries);
+        if (begin >= end) continue;
+        const auto head = [&](int64_t i) { return (first + i) * heads + member; };
+        if (columns_wanted()) {
+          parallel_range(parallel, count, [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; ++i) list_columns(slot(i), bundle, head(i), keys, begin, end);
+          });
+        }
+        // Whole groups of rows, which a thread takes at once.
+        const int64_t groups = (end - begin + kQueriesAtOnce - 1) / kQueriesAtOnce;
+        parallel_range(parallel, count * groups, [&](int64_t from, int64_t to) {
+          for_parts(from, to, groups, [&](int64_t i, int64_t low, int64_t high) {
+            rows(slot(i), bundle, head(i), keys, begin, begin + low * kQueriesAtOnce,
+                 smaller(end, begin + high * kQueriesAtOnce));
+          });
+        });
+        if (!columns_wanted()) continue;
+        parallel_range(parallel, count * column_groups(), [&](int64_t from, int64_t to) {
+          for_parts(from, to, column_groups(),
+                    [&](int64_t i, int64_t low, int64_t high) { columns(slot(i), begin, low, high); });
+        });
+      }
     }
-    if (grads.grad_value.data != nullptr) {
-      store_row(value_sum, args.dtype, args.value_size, 1.0f,
-                row_address(grads.grad_value, args.dtype, b, key_head, j));
+    if (!columns_wanted()) return;
+    parallel_range(parallel, count * args_.keys, [&](int64_t begin, int64_t end) {
+      for_parts(begin, end, args_.keys,
+                [&](int64_t i, int64_t from, int64_t to) { finish(slot(i), bundle, first + i, keys, from, to); });
+    });
+  }
+
+ private:
+  static constexpr int64_t kColumnGroup = 32;  // columns that a thread takes at once
+
+  struct Slot {
+    BundlePanel key, value;          // all keys
+    BundlePanel query, grad_output;  // the queries of a chunk
+    float *grad_key, *grad_value;    // sums for all keys
+    int64_t* cursors;                // [keys]: the first entry of a column that no chunk has had yet
+    uint32_t* places;                // [keys]: where in `attention` a column's next entry goes, in floats
+    Step* steps;                     // of the columns
+    uint16_t* spare;
+    int64_t* bounds;                 // [column groups + 1]: the first step of a group
+    float *attention, *grad_scores;  // P and dS in registers for the steps
+  };
+
+  Extra query_extra() const { return gaussian_ ? Extra::kOne : Extra::kNone; }
+  bool columns_wanted() const { return grads_.grad_key.data != nullptr || grads_.grad_value.data != nullptr; }
+  int64_t column_groups() const { return (args_.keys + kColumnGroup - 1) / kColumnGroup; }
+  int64_t plan_head(const Bundle& bundle, int64_t h) const {
+    return bundle.b[0] % (args_.plan.heads / args_.query_heads) * args_.query_heads + h;
+  }
+
+  Slot make_slot(char* memory) const {
+    Carver carver{memory};
+    const auto panel = [&](int64_t rows, int64_t chunks) {
+      return bundle_panel(reinterpret_cast<char*>(carver.floats(bundle_panel_floats(rows, chunks))), rows, chunks);
+    };
+    Slot x;
+    x.key = panel(args_.keys, head_chunks_);
+    x.value = panel(args_.keys, value_chunks_);
+    x.query = panel(chunk_rows_, head_chunks_);
+    x.grad_output = panel(chunk_rows_, value_chunks_);
+    x.grad_key = carver.floats((args_.keys + kMaxElements) * head_floats_);
+    x.grad_value = carver.floats((args_.keys + kMaxElements) * value_floats_);
+    x.cursors = reinterpret_cast<int64_t*>(carver.floats(args_.keys * 2));
+    x.places = reinterpret_cast<uint32_t*>(carver.floats(args_.keys));
+    x.steps = reinterpret_cast<Step*>(carver.floats(most_steps_ * 4));
+    x.spare = reinterpret_cast<uint16_t*>(carver.floats(args_.keys * kLanes / 2));
+    x.bounds = reinterpret_cast<int64_t*>(carver.floats((column_groups() + 1) * 2));
+    x.attention = carver.floats(most_steps_ * kLanes);
+    x.grad_scores = carver.floats(most_steps_ * kLanes);
+    return x;
+  }
+
+  /// use(i, from, to) for the parts of [begin, end) in units of `size`.
+  template <class Use>
+  static void for_parts(int64_t begin, int64_t end, int64_t size, Use&& use) {
+    while (begin < end) {
+      const int64_t i = begin / size, stop = smaller(end, (i + 1) * size);
+      use(i, begin - i * size, stop - i * size);
+      begin = stop;
     }
   }
-}
+
+  /// Packs keys [begin, end) and their values; no sums yet.
+  void start(const Slot& x, const Bundle& bundle, int64_t key_head, int64_t begin, int64_t end) const {
+    const int64_t last = smaller(end, keys_of(args_, bundle.b[0]));
+    auto* scratch = static_cast<float*>(thread_scratch(pack_bytes()));
+    if (begin < last) {
+      pack_rows<kElements>(args_.key, args_.dtype, bundle, key_head, begin, last, args_.head_size, kStorage,
+                           gaussian_ ? Extra::kHalfSquare : Extra::kNone, x.key.from(begin), scratch);
+      pack_rows<kElements>(args_.value, args_.dtype, bundle, key_head, begin, last, args_.value_size, kStorage,
+                           Extra::kNone, x.value.from(begin), scratch);
+    }
+    std::memset(x.grad_key + begin * head_floats_, 0, (end - begin) * head_floats_ * sizeof(float));
+    std::memset(x.grad_value + begin * value_floats_, 0, (end - begin) * value_floats_ * sizeof(float));
+  }
+
+  /// The steps of all columns for pattern rows [begin, end), and a place for each entry.
+  void list_columns(const Slot& x, const Bundle& bundle, int64_t h, int64_t keys, int64_t begin, int64_t end) const {
+    const PlanView& plan = args_.plan;
+    const int64_t head = plan_head(bundle, h), block = begin / kPlanBlock, base = block * kPlanBlock;
+    const bool first = begin == offset_of(args_, bundle.b[0]);
+    Step* step = x.steps;
+    uint16_t* spare = x.spare;
+    for (int64_t j = 0; j < args_.keys; ++j) {
+      if (j % kColumnGroup == 0) x.bounds[j / kColumnGroup] = step - x.steps;
+      if (j >= keys) continue;
+      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks;
+      if (first || begin == base) {
+        x.cursors[j] =
+            segment[block] + count_below(plan.rows + segment[block], segment[block + 1] - segment[block], begin - base);
+      }
+      const uint16_t* rows = plan.rows + x.cursors[j];
+      const int64_t count = count_below(rows, segment[block + 1] - x.cursors[j], end - base);
+      x.cursors[j] += count;
+      const Step* from = step;
+      x.places[j] = static_cast<uint32_t>((from - x.steps) * kLanes);
+      step = append_steps<kElements>(rows, count, j % kColumnGroup, step, spare);
+      if (count % kKeys<kElements> != 0) {  // what stands behind a column's last entry
+        store(x.attention + (step - 1 - x.steps) * kLanes, zero());
+        store(x.grad_scores + (step - 1 - x.steps) * kLanes, zero());
+      }
+    }
+    x.bounds[column_groups()] = step - x.steps;
+  }
+
+  int64_t pack_bytes() const { return carved(pack_scratch(larger(args_.head_size, args_.value_size))); }
+
+  /// Pattern rows [begin, end) of the chunk that starts at `chunk`.
+  void rows(const Slot& x, const Bundle& bundle, int64_t h, int64_t keys, int64_t chunk, int64_t begin,
+            int64_t end) const {
+    using Steps = RowSteps<kElements>;
+    const PlanView& plan = args_.plan;
+    const int64_t head = plan_head(bundle, h), offset = offset_of(args_, bundle.b[0]);
+    const int64_t first_row = head * plan.num_queries;
+    const int64_t longest = longest_row(plan, first_row + begin, first_row + end);
+    const KeyBlocks blocks(keys, larger(head_chunks_, value_chunks_) * kVectorBytes);
+    const int64_t row_floats = Steps::most_steps(blocks, 1, longest) * kLanes;
+    const int64_t pass_rows = larger(1, smaller(smaller(end - begin, kScoreBuffer / 2 / row_floats), kMaxPassRows));
+    Carver scratch{static_cast<char*>(
+        thread_scratch(Steps::bytes(args_, blocks, pass_rows, longest) + 2 * carved(pass_rows * row_floats) +
+                       2 * carved(pass_rows * kLanes) + carved((pass_rows + kMaxElements) * head_floats_) +
+                       carved(pass_rows * kElements) + carved(args_.keys) +
+                       carved(pass_rows * row_floats / 2 + kLanes) + pack_bytes()))};
+    Steps steps(args_, blocks, pass_rows, longest, scratch, false);
+    float* scores = scratch.floats(pass_rows * row_floats);
+    float* products = scratch.floats(pass_rows * row_floats);
+    float* shifts = scratch.floats(pass_rows * kLanes);
+    float* deltas = scratch.floats(pass_rows * kLanes);
+    float* sums = scratch.floats((pass_rows + kMaxElements) * head_floats_);
+    float* factors = scratch.floats(pass_rows * kElements);
+    auto* places = reinterpret_cast<uint32_t*>(scratch.floats(args_.keys));
+    auto* spare = reinterpret_cast<uint16_t*>(scratch.floats(pass_rows * row_floats / 2 + kLanes));
+    float* pack = scratch.floats(pack_scratch(larger(args_.head_size, args_.value_size)));
+    for (int64_t i = 0; i < pass_rows * kElements; ++i) factors[i] = static_cast<float>(args_.scale);
+
+    if (columns_wanted()) first_places(x, head, keys, chunk, begin, places);
+    const BundlePanel query = x.query.from(begin - chunk), grad_output = x.grad_output.from(begin - chunk);
+    pack_rows<kElements>(args_.query, args_.dtype, bundle, h, begin - offset, end - offset, args_.head_size, kStorage,
+                         query_extra(), query, pack);
+    pack_rows<kElements>(grads_.grad_output, args_.dtype, bundle, h, begin - offset, end - offset, args_.value_size,
+                         kStorage, Extra::kNone, grad_output, pack);
+
+    for (int64_t pass = begin; pass < end; pass += pass_rows) {
+      const int64_t count = smaller(pass_rows, end - pass), n = pass - offset;
+      uint16_t* free_spare = spare;
+      steps.take(first_row + pass, count, count);
+      for (int64_t r = 0; r < count; ++r) {
+        float shift[kElements], row_delta[kElements];
+        for (int e = 0; e < kElements; ++e) {
+          const int64_t at = (bundle.b[e] * args_.query_heads + h) * args_.queries + n + r;
+          const float lse = static_cast<const float*>(grads_.logsumexp)[at];
+          shift[e] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no entry counts where there is no support
+          row_delta[e] = delta_[at];
+        }
+        spread_elements<kElements>(shift, shifts + r * kLanes);
+        spread_elements<kElements>(row_delta, deltas + r * kLanes);
+      }
+      DotsTask task{};
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
+        task.begin = steps.step(steps.first(0, block));
+        task.end = steps.step(steps.first(0, block + 1));
+        task.out = scores + steps.first(0, block) * kLanes;
+        task.scale = static_cast<float>(args_.scale * kLog2E);
+        task.fill = -kInfinity;
+        dots<kStorage, kElements>(task, query.from(pass - begin), x.key, base);
+      }
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
+        task.begin = steps.step(steps.first(0, block));
+        task.end = steps.step(steps.first(0, block + 1));
+        task.out = products + steps.first(0, block) * kLanes;
+        task.scale = 1.0f;
+        task.fill = 0.0f;
+        dots<kStorage, kElements>(task, grad_output.from(pass - begin), x.value, base);
+      }
+      if (args_.values == nullptr && !dropout_.active()) {
+        const int64_t last = steps.first(1, 0);
+        for (int64_t i = 0; i < last; ++i) {
+          const int64_t row = steps.step(i)->row * kLanes;
+          const Vec p = exp2(sub(load(scores + i * kLanes), load(shifts + row)));
+          store(scores + i * kLanes, p);
+          store(products + i * kLanes, mul(p, sub(load(products + i * kLanes), load(deltas + row))));
+        }
+      }
+      for (int64_t i = 0; i < count * head_floats_; i += kLanes) store(sums + i, zero());
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
+        int64_t first = steps.first(0, block), last = steps.first(0, block + 1);
+        SumsTask sum{};
+        if (args_.values != nullptr || dropout_.active()) {
+          last =
+              weigh(steps, bundle, h, pass, first, last, base, scores, products, shifts, deltas, free_spare, places, x);
+        } else if (columns_wanted()) {
+          for (int64_t i = first; i < last; ++i) {
+            leave(x, places + base, *steps.step(i), scores + i * kLanes, products + i * kLanes);
+          }
+        }
+        sum.begin = steps.step(first);
+        sum.end = steps.step(last);
+        sum.weights = products + first * kLanes;
+        sum.sums = sums;
+        sum.sums_stride = head_floats_;
+        if (grads_.grad_query.data != nullptr) weighted_sums<kStorage, kElements>(sum, x.key, base);
+      }
+      if (grads_.grad_query.data != nullptr) {
+        unpack_rows<kStorage, kElements>(sums, head_floats_, factors, pass_rows, grads_.grad_query, args_.dtype, bundle,
+                                         h, n, count, args_.head_size, pack);
+      }
+    }
+  }
+
+  /// Where the columns' entries of the chunk go that are of pattern row `row` or later.
+  void first_places(const Slot& x, int64_t head, int64_t keys, int64_t chunk, int64_t row, uint32_t* places) const {
+    const PlanView& plan = args_.plan;
+    const int64_t block = chunk / kPlanBlock, base = block * kPlanBlock;
+    for (int64_t j = 0; j < keys; ++j) {
+      places[j] = x.places[j];
+      if (row == chunk) continue;
+      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + block;
+      const int64_t first = lower_bound(plan.rows + segment[0], segment[1] - segment[0], chunk - base);
+      const int64_t done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
+      places[j] +=
+          static_cast<uint32_t>(done / kKeys<kElements> * kLanes + lane_of<kElements>(done % kKeys<kElements>, 0));
+    }
+  }
+
+  /// Leaves a step's P and dS where the columns want them.
+  __attribute__((always_inline)) static void leave(const Slot& x, uint32_t* places, const Step& step, const float* p,
+                                                   const float* ds) {
+    for (int64_t k = 0; k < step.count; ++k) leave_entry(x, places, step.index[k], k, p, ds);
+  }
+  __attribute__((always_inline)) static void leave_entry(const Slot& x, uint32_t* places, int64_t j, int64_t k,
+                                                         const float* p, const float* ds) {
+    const uint32_t place = places[j];
+    // The next entry of an element stands in the next lane of its block, or in its next block.
+    places[j] = place + 1 + (place % kBlock == kBlock - 1 ? kBlock * (kElements - 1) : 0);
+    const int64_t lane = lane_of<kElements>(k, 0);
+#pragma GCC unroll 4
+    for (int e = 0; e < kElements; ++e) {
+      x.attention[place + e * kBlock] = p[lane + e * kBlock];
+      x.grad_scores[place + e * kBlock] = ds[lane + e * kBlock];
+    }
+  }
+
+  /// P, dS and the weights' gradient for steps [first, last) with values or dropout. Steps without support are taken
+  /// out of the list, and entries without support out of the others, because nothing may touch their rows; returns the
+  /// new end of the list.
+  int64_t weigh(RowSteps<kElements>& steps, const Bundle& bundle, int64_t h, int64_t pass, int64_t first, int64_t last,
+                int64_t base, float* scores, float* products, const float* shifts, const float* deltas,
+                uint16_t*& spare, uint32_t* places, const Slot& x) const {
+    const auto* values = static_cast<const float*>(args_.values);
+    auto* grad_values = static_cast<float*>(grads_.grad_weight);
+    int64_t kept = first;
+    for (int64_t i = first; i < last; ++i) {
+      const Step step = *steps.step(i);
+      float *s = scores + i * kLanes, *a = products + i * kLanes;
+      float *p = scores + kept * kLanes, *ds = products + kept * kLanes;
+      const Vec shift = load(shifts + step.row * kLanes);
+      alignas(64) float factors[kLanes];
+      if (dropout_.active()) {
+        store(factors, zero());
+        for (int64_t k = 0; k < step.count; ++k) {
+          for (int e = 0; e < kElements; ++e) {
+            factors[lane_of<kElements>(k, e)] =
+                static_cast<float>(dropout_.factor(bundle.b[e], h, pass + step.row, base + step.index[k]));
+          }
+        }
+        store(a, mul(load(a), load(factors)));
+      }
+      const Vec unweighted = exp2(sub(load(s), shift));
+      Vec grad = mul(unweighted, sub(load(a), load(deltas + step.row * kLanes)));
+      Vec attention = unweighted;
+      uint32_t outside = 0;
+      if (values != nullptr) {
+        const float* weights = steps.weights(i);
+        if (grad_values != nullptr) {
+          alignas(64) float each[kLanes];
+          store(each, grad);
+          float* target = grad_values + (weights - values);
+          for (int64_t k = 0; k < step.count; ++k) {
+            float sum = 0;
+            for (int e = 0; e < kElements; ++e) {
+              // Of a row without support nothing counts, not even NaN.
+              const int64_t lane = lane_of<kElements>(k, e);
+              if (shifts[step.row * kLanes + e * kBlock] != kInfinity) sum += each[lane];
+            }
+            target[k] += sum;
+          }
+        }
+        const EntryWeights w = entry_weights<kElements>(weights, step.count);
+        outside = w.outside;
+        grad = mul(grad, w.weights);
+        attention = mul(attention, w.weights);
+      }
+      if (dropout_.active()) attention = mul(attention, load(factors));
+      store(p, attention);
+      store(ds, grad);
+      Step& target = steps.change(kept);
+      target = step;
+      if (outside != 0) {
+        const uint32_t all = (1u << step.count) - 1;
+        if (outside == all) {
+          if (columns_wanted()) leave_outside(x, places + base, step);
+          continue;
+        }
+        const uint16_t inside = step.index[__builtin_ctz(~outside)];
+        for (int64_t k = 0; k < kKeys<kElements>; ++k) {
+          const bool out = k >= step.count || (outside >> k & 1) != 0;
+          spare[k] = out ? inside : step.index[k];
+          for (int e = 0; out && e < kElements; ++e) p[lane_of<kElements>(k, e)] = ds[lane_of<kElements>(k, e)] = 0.0f;
+        }
+        target.index = spare;
+        spare += kLanes;
+      }
+      ++kept;
+      if (!columns_wanted()) continue;
+      for (int64_t k = 0; k < step.count; ++k) {
+        if ((outside >> k & 1) != 0) {
+          leave_outside_entry(x, places + base, step.index[k]);
+        } else {
+          leave_entry(x, places + base, step.index[k], k, p, ds);
+        }
+      }
+    }
+    return kept;
+  }
+
+  /// P is -1 where the columns must not touch a row.
+  static void leave_outside(const Slot& x, uint32_t* places, const Step& step) {
+    for (int64_t k = 0; k < step.count; ++k) leave_outside_entry(x, places, step.index[k]);
+  }
+  static void leave_outside_entry(const Slot& x, uint32_t* places, int64_t j) {
+    alignas(64) float outside[kLanes];
+    store(outside, broadcast(-1.0f));
+    leave_entry(x, places, j, 0, outside, outside);
+  }
+
+  /// Takes entries outside the support out of the columns' steps [first, last); returns the new end of the list.
+  int64_t drop_outside(const Slot& x, int64_t first, int64_t last, uint16_t* spare) const {
+    int64_t kept = first;
+    for (int64_t i = first; i < last; ++i) {
+      const Step step = x.steps[i];
+      const float* p = x.attention + i * kLanes;
+      uint32_t outside = 0;
+      for (int64_t k = 0; k < step.count; ++k) {
+        outside |= static_cast<uint32_t>(p[lane_of<kElements>(k, 0)] == -1.0f) << k;
+      }
+      if (outside == (1u << step.count) - 1) continue;
+      Vec attention = load(p), grad = load(x.grad_scores + i * kLanes);
+      x.steps[kept] = step;
+      if (outside != 0) {
+        alignas(64) float a[kLanes], g[kLanes];
+        store(a, attention);
+        store(g, grad);
+        const uint16_t inside = step.index[__builtin_ctz(~outside)];
+        for (int64_t k = 0; k < kKeys<kElements>; ++k) {
+          const bool out = k >= step.count || (outside >> k & 1) != 0;
+          spare[k] = out ? inside : step.index[k];
+          for (int e = 0; out && e < kElements; ++e) a[lane_of<kElements>(k, e)] = g[lane_of<kElements>(k, e)] = 0.0f;
+        }
+        attention = load(a);
+        grad = load(g);
+        x.steps[kept].index = spare;
+        spare += kLanes;
+      }
+      store(x.attention + kept * kLanes, attention);
+      store(x.grad_scores + kept * kLanes, grad);
+      ++kept;
+    }
+    return kept;
+  }
+
+  /// Adds the chunk that starts at pattern row `chunk` to dK and dV of column groups [begin, end).
+  void columns(const Slot& x, int64_t chunk, int64_t begin, int64_t end) const {
+    const int64_t row = chunk / kPlanBlock * kPlanBlock - chunk;  // of the panels, where index 0 would be
+    const auto* values = static_cast<const float*>(args_.values);
+    auto* spare = static_cast<uint16_t*>(
+        thread_scratch(values != nullptr ? (x.bounds[end] - x.bounds[begin]) * kLanes * 2 + 8 * (end - begin) : 0));
+    // The end of each group's steps, where some are taken out.
+    auto* ends = reinterpret_cast<int64_t*>(spare + (x.bounds[end] - x.bounds[begin]) * kLanes);
+    for (int64_t group = begin; values != nullptr && group < end; ++group) {
+      ends[group - begin] =
+          drop_outside(x, x.bounds[group], x.bounds[group + 1], spare + (x.bounds[group] - x.bounds[begin]) * kLanes);
+    }
+    const auto add_up = [&](const float* weights, const BundlePanel& panel, float* sums, int64_t stride) {
+      for (int64_t group = begin; group < end; ++group) {
+        SumsTask task{};
+        task.begin = x.steps + x.bounds[group];
+        task.end = x.steps + (values != nullptr ? ends[group - begin] : x.bounds[group + 1]);
+        task.weights = weights + x.bounds[group] * kLanes;
+        task.sums = sums + group * kColumnGroup * stride;
+        task.sums_stride = stride;
+        weighted_sums<kStorage, kElements>(task, panel, row);
+      }
+    };
+    if (grads_.grad_value.data != nullptr) add_up(x.attention, x.grad_output, x.grad_value, value_floats_);
+    if (grads_.grad_key.data != nullptr) add_up(x.grad_scores, x.query, x.grad_key, head_floats_);
+  }
+
+  /// Stores dK and dV of keys [begin, end).
+  void finish(const Slot& x, const Bundle& bundle, int64_t key_head, int64_t keys, int64_t begin, int64_t end) const {
+    const int64_t count = end - begin, room = padded(args_.head_size);
+    Carver scratch{static_cast<char*>(thread_scratch(2 * carved(count * kElements) + 2 * carved(room) +
+                                                     2 * carved(head_floats_ * kMaxElements) + pack_bytes()))};
+    float* ones = scratch.floats(count * kElements);
+    float* scales = scratch.floats(count * kElements);
+    float* sum = scratch.floats(room);
+    float* key = scratch.floats(room);
+    float* pack = scratch.floats(pack_scratch(larger(args_.head_size, args_.value_size)));
+    for (int64_t i = 0; i < count * kElements; ++i) {
+      ones[i] = 1.0f;
+      scales[i] = static_cast<float>(args_.scale);
+    }
+    if (grads_.grad_value.data != nullptr) {
+      unpack_rows<kStorage, kElements>(x.grad_value + begin * value_floats_, value_floats_, ones, count,
+                                       grads_.grad_value, args_.dtype, bundle, key_head, begin, count, args_.value_size,
+                                       pack);
+    }
+    if (grads_.grad_key.data == nullptr) return;
+    if (!gaussian_) {
+      return unpack_rows<kStorage, kElements>(x.grad_key + begin * head_floats_, head_floats_, scales, count,
+                                              grads_.grad_key, args_.dtype, bundle, key_head, begin, count,
+                                              args_.head_size, pack);
+    }
+    // d s_ij / d k_j = scale (q_i - k_j): the sum of q's extra column, of ones, is the sum of dS.
+    for (int e = 0; e < kElements; ++e) {
+      for (int64_t j = begin; j < end; ++j) {
+        const float* packed = x.grad_key + j * head_floats_;
+        for (int64_t t = 0; t * kLanes < room; ++t) store(sum + t * kLanes, sums_of<kStorage, kElements>(packed, t, e));
+        alignas(64) float last[kLanes];
+        store(last, sums_of<kStorage, kElements>(packed, args_.head_size / kLanes, e));
+        const float score_sum = last[args_.head_size % kLanes];
+        if (j < keys && score_sum != 0.0f) {
+          load_row(row_address(args_.key, args_.dtype, bundle.b[e], key_head, j), args_.dtype, args_.head_size, 1.0f,
+                   key);
+          for (int64_t d = 0; d < args_.head_size; ++d) sum[d] -= score_sum * key[d];
+        }
+        store_row(sum, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
+                  row_address(grads_.grad_key, args_.dtype, bundle.b[e], key_head, j));
+      }
+    }
+  }
+
+  const CsrArgs& args_;
+  const BackwardArgs& grads_;
+  const float* delta_;
+  const bool gaussian_;
+  const Dropout dropout_;
+  const int64_t head_chunks_, value_chunks_, head_floats_, value_floats_;
+  const KeyBlocks chunks_;  // of queries
+  int64_t chunk_rows_ = 0, most_entries_ = 0, most_steps_ = 0;
+};
 
 /// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by entries.
 /// Bundles are outside: the heads of one batch element often lie side by side. next h is -1 where there is no next.
@@ -734,33 +1073,55 @@ int64_t bundled_elements(const CsrArgs& args, Storage storage) {
   return 1;
 }
 
-/// rows(b, h, begin, end, longest) over the pattern rows of all queries, split by entries. Batch elements are outside.
-template <class Rows>
-void for_batch_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
-  for_bundle_rows(args, parallel, 1,
-                  [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle&,
-                      int64_t) { rows(bundle.b[0], h, begin, end, longest); });
-}
-
-/// rows(b, h, begin, end, longest) over all pattern rows that the batch uses, split by the pattern's entries: a thread
-/// alone has a row of the pattern, for the whole batch.
-template <class Rows>
-void for_pattern_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
-  const PlanView& plan = args.plan;
-  const int64_t groups = plan.heads / args.query_heads;
-  const auto work = [&](int64_t row) { return plan.row_segments[row * plan.key_blocks] + kRowCost * row; };
-  parallel_balanced(parallel, plan.heads * plan.num_queries, work, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t head = begin / plan.num_queries, first = head * plan.num_queries;
-      const int64_t stop = smaller(end, first + plan.num_queries), longest = longest_row(plan, begin, stop);
-      for (int64_t b = head / args.query_heads; b < args.batch; b += groups) {
-        const int64_t offset = offset_of(args, b);
-        const int64_t from = larger(begin - first, offset), to = smaller(stop - first, offset + args.queries);
-        if (from < to) rows(b, head % args.query_heads, from, to, longest);
+/// All waves with bundles of kElements.
+template <Storage kStorage, int kElements>
+void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const float* delta, const Parallel& parallel,
+                      const Bundles& bundles, int64_t elements) {
+  const CsrBackward<kStorage, kElements> backward(args, grads, delta);
+  const auto mine = [&](const Bundle& bundle) { return bundle.elements == elements; };
+  int64_t count = 0;
+  for (int64_t i = 0; i < bundles.count; ++i) count += mine(bundles.at(i));
+  if (count == 0) return;
+  // A bundle and key head is one thread's where there are enough of them; a weight's gradient sums over bundles.
+  const int64_t units = count * args.key_heads, threads = larger(1, parallel.threads);
+  const bool alone =
+      grads.grad_weight == nullptr && units >= threads && (units + threads - 1) / threads * threads * 10 <= units * 11;
+  const SharedScratch memory((alone ? threads : args.key_heads) * backward.slot_bytes() + 64);
+  char* slots = static_cast<char*>(memory.data());
+  slots += (64 - reinterpret_cast<uintptr_t>(slots) % 64) % 64;
+  if (!alone) {
+    for (int64_t i = 0; i < bundles.count; ++i) {
+      if (mine(bundles.at(i))) backward.run(bundles.at(i), 0, args.key_heads, parallel, slots);
+    }
+    return;
+  }
+  const int64_t all = bundles.count * args.key_heads;
+  parallel_range(parallel, threads, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      int64_t unit = 0;
+      for (int64_t i = 0; i < all; ++i) {
+        const Bundle bundle = bundles.at(i / args.key_heads);
+        if (!mine(bundle)) continue;
+        if (unit * threads / units == thread) {
+          backward.run(bundle, i % args.key_heads, 1, Parallel{}, slots + thread * backward.slot_bytes());
+        }
+        ++unit;
       }
-      begin = stop;
     }
   });
+}
+
+template <Storage kStorage>
+void backward(const CsrArgs& args, const BackwardArgs& grads, const float* delta, const Parallel& parallel) {
+  const Bundles bundles(args, bundled_elements(args, kStorage));
+  if (args.batch == 0 || args.key_heads == 0) return;
+  if (bundles.elements == kMaxElements) {
+    backward_bundles<kStorage, kMaxElements>(args, grads, delta, parallel, bundles, kMaxElements);
+  }
+  if (kMaxElements > 2 && bundles.elements == 2) {
+    backward_bundles<kStorage, 2>(args, grads, delta, parallel, bundles, 2);
+  }
+  backward_bundles<kStorage, 1>(args, grads, delta, parallel, bundles, 1);
 }
 
 }  // namespace
@@ -794,44 +1155,10 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
   compute_delta(args, grads, parallel, delta);
 
   if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, plan.nnz * sizeof(float));
-  const auto rows = [&](int64_t b, int64_t h, int64_t begin, int64_t end, int64_t longest, auto...) {
-    backward_rows(args, grads, delta, b, h, begin, end, longest);
-  };
-  if (grads.grad_weight != nullptr) {
-    for_pattern_rows(args, parallel, rows);
-  } else if (grads.grad_query.data != nullptr) {
-    for_batch_rows(args, parallel, rows);
-  }
-
-  if (grads.grad_key.data != nullptr || grads.grad_value.data != nullptr) {
-    const int64_t heads = shared_heads(args), groups = plan.heads / larger(1, args.query_heads);
-    const auto segment = [&](int64_t head, int64_t j) {
-      return plan.column_segments[(head * plan.num_keys + j) * plan.query_blocks];
-    };
-    // A unit is a key of a key head; its entries are those of all query heads that read it.
-    const auto work = [&](int64_t unit) {
-      const int64_t head = unit / plan.num_keys * heads, j = unit % plan.num_keys;
-      int64_t entries = segment(head, 0) + kRowCost * unit;
-      for (int64_t i = 0; i < heads && j > 0; ++i) entries += segment(head + i, j) - segment(head + i, 0);
-      return entries;
-    };
-    parallel_balanced(parallel, groups * args.key_heads * plan.num_keys, work, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t unit = begin / plan.num_keys, first = unit * plan.num_keys;
-        const int64_t stop = smaller(end, first + plan.num_keys);
-        int64_t longest = 0;
-        for (int64_t i = 0; i < heads; ++i) {
-          for (int64_t j = begin - first; j < stop - first; ++j) {
-            longest = larger(longest, segment(unit * heads + i, j + 1) - segment(unit * heads + i, j));
-          }
-        }
-        for (int64_t b = unit / args.key_heads; b < args.batch; b += groups) {
-          backward_columns(args, grads, delta, b, unit % args.key_heads, begin - first, stop - first, longest);
-        }
-        begin = stop;
-      }
-    });
-  }
+#if defined(FIAK_ISA_AVX512_BF16)
+  if (args.dtype == DType::kBFloat16) return backward<Storage::kBFloat16>(args, grads, delta, parallel);
+#endif
+  backward<Storage::kFloat32>(args, grads, delta, parallel);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

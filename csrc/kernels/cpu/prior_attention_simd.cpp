@@ -56,7 +56,7 @@ void load_block(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin
 #endif
     if (!kPairs) load_row(row, dtype, size, factor, target + i * stride);
   }
-  std::memset(target + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
+  for (int64_t i = count * stride; i < tile_rows(count) * stride; i += kLanes) store(target + i, zero());
 }
 
 /// The transpose of rows [0, count): the depth runs along the rows. `rows` holds tile_rows(count) * padded(units(size))

@@ -343,9 +343,9 @@ FIAK_INLINE Vec exp(Vec x) {
   return scale_by_power_of_two(p, n);
 }
 
-/// 2^x for x <= 0 to about one unit in the last place, by the polynomial of Cephes' exp2f: fewer steps than exp, for
+/// 2^x for x <= 128 to about one unit in the last place, by the polynomial of Cephes' exp2f: fewer steps than exp, for
 /// those who can scale x beforehand. 2^-inf is 0; NaN stays NaN.
-FIAK_INLINE Vec exp2_of_nonpositive(Vec x) {
+FIAK_INLINE Vec exp2_below_128(Vec x) {
   x = max(broadcast(-151.0f), x);
   const Vec n = round_to_whole(x), r = sub(x, n);
   Vec p = broadcast(1.535336188319500e-4f);
@@ -357,6 +357,8 @@ FIAK_INLINE Vec exp2_of_nonpositive(Vec x) {
   p = fmadd(p, r, broadcast(1.0f));
   return scale_by_power_of_two(p, n);
 }
+/// 2^x for any x; infinite from 128 on.
+FIAK_INLINE Vec exp2(Vec x) { return exp2_below_128(min(broadcast(130.0f), x)); }
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 /// log(x) for finite x > 0 that are not subnormal, to about one unit in the last place: Cephes' logf.

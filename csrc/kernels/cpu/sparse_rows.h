@@ -383,7 +383,7 @@ FIAK_INLINE void weighted_sums(SumsTask task, const BundlePanel& panel, int64_t 
 /// overlap with nothing that waits for them.
 FIAK_INLINE void exp2_steps(float* scores, const float* maxima, const Step* begin, const Step* end) {
   for (const Step* step = begin; step < end; ++step, scores += kLanes) {
-    store(scores, exp2_of_nonpositive(sub(load(scores), load(maxima + step->row * kLanes))));
+    store(scores, exp2_below_128(sub(load(scores), load(maxima + step->row * kLanes))));
   }
 }
 
