@@ -29,8 +29,8 @@ FIAK_INLINE void gaussian_bias(const AttentionArgs& args, const Panel& key, int6
 }
 
 /// delta_i = sum_j a_ij dA_ij = dO_i . O_i for every query, [batch, query_heads, queries].
-static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads, const Parallel& parallel,
-                          float* delta) {
+[[maybe_unused]] static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads,
+                                           const Parallel& parallel, float* delta) {
   parallel_range(parallel, args.batch * args.query_heads, [&](int64_t begin, int64_t end) {
     const int64_t size = padded(args.value_size);
     Carver scratch{static_cast<char*>(thread_scratch(2 * carved(size)))};

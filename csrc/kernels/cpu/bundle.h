@@ -138,6 +138,9 @@ static void pack_whole_rows(const char* const* source, int64_t step, int64_t cou
 #pragma GCC unroll 4
     for (int e = 0; e < kElements; ++e) {
       row[e] = reinterpret_cast<const float*>(rows[e]);
+      // Rows of a head are apart, which the processor's own prefetching does not see; beyond the last row this may
+      // touch what nobody reads, which is harmless.
+      prefetch_row(rows[e] + 8 * step, kChunks * kVectorBytes / kElements);
       rows[e] += step;
     }
 #pragma GCC unroll 8
@@ -219,6 +222,7 @@ static void unpack_rows(const float* sums, int64_t sums_stride, const float* fac
   for (int e = 0; e < kElements; ++e) {
     char* target = row_address(x, dtype, bundle.b[e], h, begin);
     for (int64_t n = 0; n < count; ++n, target += step) {
+      prefetch_row_for_writing(target + 4 * step, size * element_size(dtype));
       const float* row = sums + n * sums_stride;
       const Vec factor = broadcast(factors[e * factor_stride + n]);
       float* out = in_place ? reinterpret_cast<float*>(target) : scratch;

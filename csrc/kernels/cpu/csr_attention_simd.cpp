@@ -89,9 +89,9 @@ struct Bundles {
 struct KeyBlocks {
   int64_t keys, size, count;
 
-  KeyBlocks(int64_t keys, int64_t row_bytes) : keys(keys), size(keys), count(1) {
-    if (keys * row_bytes <= kWholePanelBytes) return;
-    size = larger(kMinBlock, kBlockBytes / row_bytes);
+  KeyBlocks(int64_t keys, int64_t row_bytes, int64_t most = kPlanBlock) : keys(keys), size(keys), count(1) {
+    if (keys * row_bytes <= kWholePanelBytes && keys <= most) return;
+    size = smaller(most, larger(kMinBlock, kBlockBytes / row_bytes));
     if (keys > kPlanBlock) {
       while ((size & (size - 1)) != 0) size &= size - 1;  // a power of two divides the blocks of the plan
     } else {
@@ -152,9 +152,8 @@ class RowSteps {
     return rows * (longest / kKeys<kElements> + blocks.count);
   }
 
-  /// `pick`: leave out entries outside the support.
-  RowSteps(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch, bool pick)
-      : args_(args), blocks_(blocks), pick_(pick), room_(longest + kPlanPadding) {
+  RowSteps(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch)
+      : args_(args), blocks_(blocks), room_(longest + kPlanPadding) {
     const int64_t picked = args.values != nullptr ? rows * room_ : 0, steps = most_steps(blocks, rows, longest);
     index_ = reinterpret_cast<const uint16_t**>(scratch.floats(rows * 2));
     row_weights_ = reinterpret_cast<const float**>(scratch.floats(rows * 2));
@@ -198,7 +197,6 @@ class RowSteps {
   /// The first step of a group's block, and of what follows its last one.
   int64_t first(int64_t group, int64_t block) const { return bounds_[group * blocks_.count + block]; }
   const Step* step(int64_t i) const { return steps_ + i; }
-  Step& change(int64_t i) { return steps_[i]; }
   /// The weights of a step's entries; only where the call has values.
   const float* weights(int64_t i) const { return weights_[i]; }
 
@@ -226,7 +224,7 @@ class RowSteps {
     bool picking = false;
     if (values != nullptr) {
       row_weights_[r] = values + segment[0];
-      picking = pick_ && !all_in_support(values + segment[0], all);
+      picking = !all_in_support(values + segment[0], all);
       if (picking) {
         index_[r] = picked_ + r * room_;
         row_weights_[r] = picked_weights_ + r * room_;
@@ -260,7 +258,6 @@ class RowSteps {
 
   const CsrArgs& args_;
   const KeyBlocks& blocks_;
-  bool pick_;
   int64_t room_;
   const uint16_t** index_;     // [rows]
   const float** row_weights_;  // [rows]
@@ -345,7 +342,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       carved(bundle_panel_floats(group_rows, head_chunks)) + carved(bundle_panel_floats(keys, head_chunks)) +
       carved(bundle_panel_floats(keys, value_chunks)) +
       carved(pack_scratch(larger(args.head_size, args.value_size)))))};
-  Steps steps(args, blocks, pass_rows, longest, scratch, true);
+  Steps steps(args, blocks, pass_rows, longest, scratch);
   float* scores = scratch.floats(pass_rows * row_floats);
   float* row_maxima = scratch.floats(group_rows * kLanes);
   float* row_totals = scratch.floats(group_rows * kLanes);
@@ -496,25 +493,25 @@ FIAK_INLINE void spread_elements(const float* values, float* target) {
   }
 }
 
-/// Backward runs in waves. A wave is a bundle, a few key heads, one query head of each and a chunk of its queries.
-/// First the columns' lists of steps are made; then the rows compute P and dS, dQ and the weights' gradient, and leave
-/// P and dS where their columns come to want them; then the columns add up dK and dV. P and dS of no more than a chunk
-/// exist at a time. Every sum has a fixed order (dQ: keys; dK, dV: query heads, then queries; weights: batch elements),
-/// so that how waves are cut, and how many threads share one, changes no bit.
+/// Backward runs in waves. A wave is a bundle, a few key heads, one query head of each, a chunk of its queries and a
+/// block of its keys. First the columns' lists of steps are made; then the rows compute P and dS, dQ and the weights'
+/// gradient, and leave P and dS where their columns come to want them; then the columns add up dK and dV. All that a
+/// wave of one head touches stays in the L2 cache. Every sum has a fixed order (dQ: keys; dK, dV: query heads, then
+/// queries; weights: batch elements), so that how waves are cut, and how many threads share one, changes no bit.
 template <Storage kStorage, int kElements>
 class CsrBackward {
  public:
-  CsrBackward(const CsrArgs& args, const BackwardArgs& grads, const float* delta)
+  CsrBackward(const CsrArgs& args, const BackwardArgs& grads)
       : args_(args),
         grads_(grads),
-        delta_(delta),
         gaussian_(args.score == Score::kGaussian),
         dropout_(make_dropout(args.dropout_p, args.seed)),
         head_chunks_(row_chunks(columns_with(query_extra(), args.head_size, kStorage), kStorage, kElements)),
         value_chunks_(row_chunks(args.value_size, kStorage, kElements)),
         head_floats_(sum_vectors(head_chunks_, kStorage) * kLanes),
         value_floats_(sum_vectors(value_chunks_, kStorage) * kLanes),
-        chunks_(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes) {
+        chunks_(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes, kMostTileSize),
+        blocks_(args.keys, larger(head_chunks_, value_chunks_) * kVectorBytes, kMostTileSize) {
     const PlanView& plan = args.plan;
     for (int64_t head = 0; head < plan.heads; ++head) {
       for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
@@ -524,7 +521,8 @@ class CsrBackward {
       }
     }
     chunk_rows_ = smaller(chunks_.size, args.queries);
-    most_steps_ = most_entries_ / kKeys<kElements> + args.keys;
+    most_entries_ = smaller(most_entries_, chunk_rows_ * blocks_.size);
+    most_steps_ = most_entries_ / kKeys<kElements> + larger(blocks_.size, chunk_rows_);
   }
 
   /// Memory for each key head of a wave.
@@ -534,8 +532,10 @@ class CsrBackward {
            carved(bundle_panel_floats(chunk_rows_, head_chunks_)) +
            carved(bundle_panel_floats(chunk_rows_, value_chunks_)) +
            carved((args_.keys + kMaxElements) * head_floats_) + carved((args_.keys + kMaxElements) * value_floats_) +
-           carved(args_.keys * 2) + carved(args_.keys) + carved(most_steps_ * 4) + carved(args_.keys * kLanes / 2) +
-           carved((column_groups() + 1) * 2) + 2 * carved(most_steps_ * kLanes);
+           carved((chunk_rows_ + kMaxElements) * head_floats_) + carved(chunk_rows_ * kLanes) + carved(args_.keys * 2) +
+           carved(chunk_rows_ * 2) + carved(blocks_.size) + carved(most_steps_ * 4) +
+           carved(blocks_.size * kLanes / 2) + carved((column_groups(blocks_.size) + 1) * 2) +
+           2 * carved(most_steps_ * kLanes);
   }
 
   /// All of `bundle` for key heads [first, first + count), in count * slot_bytes() bytes at `memory`.
@@ -553,24 +553,35 @@ class CsrBackward {
         const int64_t end = smaller(chunks_.end(chunk), offset + args_.queries);
         if (begin >= end) continue;
         const auto head = [&](int64_t i) { return (first + i) * heads + member; };
-        if (columns_wanted()) {
-          parallel_range(parallel, count, [&](int64_t from, int64_t to) {
-            for (int64_t i = from; i < to; ++i) list_columns(slot(i), bundle, head(i), keys, begin, end);
-          });
-        }
         // Whole groups of rows, which a thread takes at once.
         const int64_t groups = (end - begin + kQueriesAtOnce - 1) / kQueriesAtOnce;
-        parallel_range(parallel, count * groups, [&](int64_t from, int64_t to) {
-          for_parts(from, to, groups, [&](int64_t i, int64_t low, int64_t high) {
-            rows(slot(i), bundle, head(i), keys, begin, begin + low * kQueriesAtOnce,
-                 smaller(end, begin + high * kQueriesAtOnce));
+        const auto for_rows = [&](auto&& use) {
+          parallel_range(parallel, count * groups, [&](int64_t from, int64_t to) {
+            for_parts(from, to, groups, [&](int64_t i, int64_t low, int64_t high) {
+              use(i, begin + low * kQueriesAtOnce, smaller(end, begin + high * kQueriesAtOnce));
+            });
           });
-        });
-        if (!columns_wanted()) continue;
-        parallel_range(parallel, count * column_groups(), [&](int64_t from, int64_t to) {
-          for_parts(from, to, column_groups(),
-                    [&](int64_t i, int64_t low, int64_t high) { columns(slot(i), begin, low, high); });
-        });
+        };
+        for_rows([&](int64_t i, int64_t low, int64_t high) { start_rows(slot(i), bundle, head(i), begin, low, high); });
+        for (int64_t block = 0; block < blocks_.count; ++block) {
+          const Tile tile{begin, end, blocks_.first(block), smaller(keys, blocks_.end(block))};
+          if (tile.key >= tile.key_end) continue;
+          if (columns_wanted()) {
+            parallel_range(parallel, count, [&](int64_t from, int64_t to) {
+              for (int64_t i = from; i < to; ++i) list_columns(slot(i), bundle, head(i), tile);
+            });
+          }
+          for_rows([&](int64_t i, int64_t low, int64_t high) { rows(slot(i), bundle, head(i), tile, low, high); });
+          if (!columns_wanted()) continue;
+          const int64_t column_parts = column_groups(tile.key_end - tile.key);
+          parallel_range(parallel, count * column_parts, [&](int64_t from, int64_t to) {
+            for_parts(from, to, column_parts,
+                      [&](int64_t i, int64_t low, int64_t high) { columns(slot(i), tile, low, high); });
+          });
+        }
+        if (grads_.grad_query.data == nullptr) continue;
+        for_rows(
+            [&](int64_t i, int64_t low, int64_t high) { finish_rows(slot(i), bundle, head(i), begin, low, high); });
       }
     }
     if (!columns_wanted()) return;
@@ -582,13 +593,23 @@ class CsrBackward {
 
  private:
   static constexpr int64_t kColumnGroup = 32;  // columns that a thread takes at once
+  static constexpr int64_t kMostTileSize =
+      320;  // queries and keys of a wave, so that its P and dS stay in the L2 cache
+
+  /// Pattern rows [row, row_end) and keys [key, key_end), both within one block of the plan.
+  struct Tile {
+    int64_t row, row_end, key, key_end;
+  };
 
   struct Slot {
     BundlePanel key, value;          // all keys
     BundlePanel query, grad_output;  // the queries of a chunk
     float *grad_key, *grad_value;    // sums for all keys
-    int64_t* cursors;                // [keys]: the first entry of a column that no chunk has had yet
-    uint32_t* places;                // [keys]: where in `attention` a column's next entry goes, in floats
+    float* grad_query;               // sums for the queries of a chunk
+    float* deltas;                   // dO . O of the queries of a chunk, a register each
+    int64_t* column_cursors;         // [keys]: the first entry of a column that no chunk has had yet
+    int64_t* row_cursors;            // [queries of a chunk]: the first entry of a row that no block has had yet
+    uint32_t* places;                // [keys of a block]: where in `attention` a column's first entry goes, in floats
     Step* steps;                     // of the columns
     uint16_t* spare;
     int64_t* bounds;                 // [column groups + 1]: the first step of a group
@@ -597,7 +618,7 @@ class CsrBackward {
 
   Extra query_extra() const { return gaussian_ ? Extra::kOne : Extra::kNone; }
   bool columns_wanted() const { return grads_.grad_key.data != nullptr || grads_.grad_value.data != nullptr; }
-  int64_t column_groups() const { return (args_.keys + kColumnGroup - 1) / kColumnGroup; }
+  static int64_t column_groups(int64_t keys) { return (keys + kColumnGroup - 1) / kColumnGroup; }
   int64_t plan_head(const Bundle& bundle, int64_t h) const {
     return bundle.b[0] % (args_.plan.heads / args_.query_heads) * args_.query_heads + h;
   }
@@ -614,11 +635,14 @@ class CsrBackward {
     x.grad_output = panel(chunk_rows_, value_chunks_);
     x.grad_key = carver.floats((args_.keys + kMaxElements) * head_floats_);
     x.grad_value = carver.floats((args_.keys + kMaxElements) * value_floats_);
-    x.cursors = reinterpret_cast<int64_t*>(carver.floats(args_.keys * 2));
-    x.places = reinterpret_cast<uint32_t*>(carver.floats(args_.keys));
+    x.grad_query = carver.floats((chunk_rows_ + kMaxElements) * head_floats_);
+    x.deltas = carver.floats(chunk_rows_ * kLanes);
+    x.column_cursors = reinterpret_cast<int64_t*>(carver.floats(args_.keys * 2));
+    x.row_cursors = reinterpret_cast<int64_t*>(carver.floats(chunk_rows_ * 2));
+    x.places = reinterpret_cast<uint32_t*>(carver.floats(blocks_.size));
     x.steps = reinterpret_cast<Step*>(carver.floats(most_steps_ * 4));
-    x.spare = reinterpret_cast<uint16_t*>(carver.floats(args_.keys * kLanes / 2));
-    x.bounds = reinterpret_cast<int64_t*>(carver.floats((column_groups() + 1) * 2));
+    x.spare = reinterpret_cast<uint16_t*>(carver.floats(blocks_.size * kLanes / 2));
+    x.bounds = reinterpret_cast<int64_t*>(carver.floats((column_groups(blocks_.size) + 1) * 2));
     x.attention = carver.floats(most_steps_ * kLanes);
     x.grad_scores = carver.floats(most_steps_ * kLanes);
     return x;
@@ -648,167 +672,185 @@ class CsrBackward {
     std::memset(x.grad_value + begin * value_floats_, 0, (end - begin) * value_floats_ * sizeof(float));
   }
 
-  /// The steps of all columns for pattern rows [begin, end), and a place for each entry.
-  void list_columns(const Slot& x, const Bundle& bundle, int64_t h, int64_t keys, int64_t begin, int64_t end) const {
+  /// The steps of a tile's columns, and a place for each entry.
+  void list_columns(const Slot& x, const Bundle& bundle, int64_t h, const Tile& tile) const {
     const PlanView& plan = args_.plan;
-    const int64_t head = plan_head(bundle, h), block = begin / kPlanBlock, base = block * kPlanBlock;
-    const bool first = begin == offset_of(args_, bundle.b[0]);
+    const int64_t head = plan_head(bundle, h), part = tile.row / kPlanBlock, base = part * kPlanBlock;
+    const bool first = tile.row == offset_of(args_, bundle.b[0]) || tile.row == base;
     Step* step = x.steps;
     uint16_t* spare = x.spare;
-    for (int64_t j = 0; j < args_.keys; ++j) {
-      if (j % kColumnGroup == 0) x.bounds[j / kColumnGroup] = step - x.steps;
-      if (j >= keys) continue;
-      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks;
-      if (first || begin == base) {
-        x.cursors[j] =
-            segment[block] + count_below(plan.rows + segment[block], segment[block + 1] - segment[block], begin - base);
+    for (int64_t j = tile.key; j < tile.key_end; ++j) {
+      const int64_t column = j - tile.key;
+      if (column % kColumnGroup == 0) x.bounds[column / kColumnGroup] = step - x.steps;
+      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
+      if (first) {
+        x.column_cursors[j] =
+            segment[0] + count_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
       }
-      const uint16_t* rows = plan.rows + x.cursors[j];
-      const int64_t count = count_below(rows, segment[block + 1] - x.cursors[j], end - base);
-      x.cursors[j] += count;
-      const Step* from = step;
-      x.places[j] = static_cast<uint32_t>((from - x.steps) * kLanes);
-      step = append_steps<kElements>(rows, count, j % kColumnGroup, step, spare);
+      const uint16_t* index = plan.rows + x.column_cursors[j];
+      const int64_t count = count_below(index, segment[1] - x.column_cursors[j], tile.row_end - base);
+      x.column_cursors[j] += count;
+      x.places[column] = static_cast<uint32_t>((step - x.steps) * kLanes);
+      step = append_steps<kElements>(index, count, column % kColumnGroup, step, spare);
       if (count % kKeys<kElements> != 0) {  // what stands behind a column's last entry
         store(x.attention + (step - 1 - x.steps) * kLanes, zero());
         store(x.grad_scores + (step - 1 - x.steps) * kLanes, zero());
       }
     }
-    x.bounds[column_groups()] = step - x.steps;
+    x.bounds[column_groups(tile.key_end - tile.key)] = step - x.steps;
   }
 
   int64_t pack_bytes() const { return carved(pack_scratch(larger(args_.head_size, args_.value_size))); }
 
-  /// Pattern rows [begin, end) of the chunk that starts at `chunk`.
-  void rows(const Slot& x, const Bundle& bundle, int64_t h, int64_t keys, int64_t chunk, int64_t begin,
-            int64_t end) const {
-    using Steps = RowSteps<kElements>;
+  /// Packs pattern rows [begin, end) of the chunk that starts at `chunk`; no sums yet.
+  void start_rows(const Slot& x, const Bundle& bundle, int64_t h, int64_t chunk, int64_t begin, int64_t end) const {
+    const PlanView& plan = args_.plan;
+    const int64_t offset = offset_of(args_, bundle.b[0]), first = begin - chunk;
+    const int64_t room = padded(args_.value_size);
+    Carver carver{static_cast<char*>(thread_scratch(pack_bytes() + 2 * carved(room) + carved(kElements)))};
+    float* scratch = carver.floats(pack_bytes() / 4);
+    float* grad_output = carver.floats(room);
+    float* output = carver.floats(room);
+    pack_rows<kElements>(args_.query, args_.dtype, bundle, h, begin - offset, end - offset, args_.head_size, kStorage,
+                         query_extra(), x.query.from(first), scratch);
+    pack_rows<kElements>(grads_.grad_output, args_.dtype, bundle, h, begin - offset, end - offset, args_.value_size,
+                         kStorage, Extra::kNone, x.grad_output.from(first), scratch);
+    const int64_t* segments = plan.row_segments + (plan_head(bundle, h) * plan.num_queries + begin) * plan.key_blocks;
+    for (int64_t r = 0; r < end - begin; ++r) x.row_cursors[first + r] = segments[r * plan.key_blocks];
+    float* sums = x.grad_query + first * head_floats_;
+    for (int64_t i = 0; i < (end - begin) * head_floats_; i += kLanes) store(sums + i, zero());
+    for (int64_t n = begin - offset; n < end - offset; ++n) {
+      float delta[kElements];
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t ahead = smaller(n + 8, end - offset - 1);
+        prefetch_row(row_address(grads_.output, args_.dtype, bundle.b[e], h, ahead),
+                     args_.value_size * element_size(args_.dtype));
+        load_row(row_address(grads_.grad_output, args_.dtype, bundle.b[e], h, n), args_.dtype, args_.value_size, 1.0f,
+                 grad_output);
+        load_row(row_address(grads_.output, args_.dtype, bundle.b[e], h, n), args_.dtype, args_.value_size, 1.0f,
+                 output);
+        delta[e] = dot(grad_output, output, room);
+      }
+      spread_elements<kElements>(delta, x.deltas + (n + offset - chunk) * kLanes);
+    }
+  }
+
+  void finish_rows(const Slot& x, const Bundle& bundle, int64_t h, int64_t chunk, int64_t begin, int64_t end) const {
+    const int64_t count = end - begin;
+    Carver scratch{static_cast<char*>(thread_scratch(carved(count * kElements) + pack_bytes()))};
+    float* factors = scratch.floats(count * kElements);
+    for (int64_t i = 0; i < count * kElements; ++i) factors[i] = static_cast<float>(args_.scale);
+    unpack_rows<kStorage, kElements>(x.grad_query + (begin - chunk) * head_floats_, head_floats_, factors, count,
+                                     grads_.grad_query, args_.dtype, bundle, h, begin - offset_of(args_, bundle.b[0]),
+                                     count, args_.head_size, scratch.floats(pack_bytes() / 4));
+  }
+
+  /// Pattern rows [begin, end) of a tile.
+  void rows(const Slot& x, const Bundle& bundle, int64_t h, const Tile& tile, int64_t begin, int64_t end) const {
     const PlanView& plan = args_.plan;
     const int64_t head = plan_head(bundle, h), offset = offset_of(args_, bundle.b[0]);
-    const int64_t first_row = head * plan.num_queries;
-    const int64_t longest = longest_row(plan, first_row + begin, first_row + end);
-    const KeyBlocks blocks(keys, larger(head_chunks_, value_chunks_) * kVectorBytes);
-    const int64_t row_floats = Steps::most_steps(blocks, 1, longest) * kLanes;
-    const int64_t pass_rows = larger(1, smaller(smaller(end - begin, kScoreBuffer / 2 / row_floats), kMaxPassRows));
-    Carver scratch{static_cast<char*>(
-        thread_scratch(Steps::bytes(args_, blocks, pass_rows, longest) + 2 * carved(pass_rows * row_floats) +
-                       2 * carved(pass_rows * kLanes) + carved((pass_rows + kMaxElements) * head_floats_) +
-                       carved(pass_rows * kElements) + carved(args_.keys) +
-                       carved(pass_rows * row_floats / 2 + kLanes) + pack_bytes()))};
-    Steps steps(args_, blocks, pass_rows, longest, scratch, false);
-    float* scores = scratch.floats(pass_rows * row_floats);
-    float* products = scratch.floats(pass_rows * row_floats);
+    const int64_t part = tile.key / kPlanBlock, base = part * kPlanBlock, columns = tile.key_end - tile.key;
+    const auto* values = static_cast<const float*>(args_.values);
+    const int64_t row_steps = (columns + kKeys<kElements> - 1) / kKeys<kElements>;  // at most
+    const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / 2 / (row_steps * kLanes)));
+    const int64_t most = pass_rows * row_steps;
+    Carver scratch{static_cast<char*>(thread_scratch(carved(most * 4) + carved(values != nullptr ? most * 2 : 0) +
+                                                     carved(pass_rows * kLanes / 2) + 2 * carved(most * kLanes) +
+                                                     carved(pass_rows * kLanes) + carved(columns) +
+                                                     carved(values != nullptr ? most * kLanes / 2 : 0)))};
+    auto* steps = reinterpret_cast<Step*>(scratch.floats(most * 4));
+    auto** weights = reinterpret_cast<const float**>(scratch.floats(values != nullptr ? most * 2 : 0));
+    auto* spare = reinterpret_cast<uint16_t*>(scratch.floats(pass_rows * kLanes / 2));
+    float* scores = scratch.floats(most * kLanes);
+    float* products = scratch.floats(most * kLanes);
     float* shifts = scratch.floats(pass_rows * kLanes);
-    float* deltas = scratch.floats(pass_rows * kLanes);
-    float* sums = scratch.floats((pass_rows + kMaxElements) * head_floats_);
-    float* factors = scratch.floats(pass_rows * kElements);
-    auto* places = reinterpret_cast<uint32_t*>(scratch.floats(args_.keys));
-    auto* spare = reinterpret_cast<uint16_t*>(scratch.floats(pass_rows * row_floats / 2 + kLanes));
-    float* pack = scratch.floats(pack_scratch(larger(args_.head_size, args_.value_size)));
-    for (int64_t i = 0; i < pass_rows * kElements; ++i) factors[i] = static_cast<float>(args_.scale);
-
-    if (columns_wanted()) first_places(x, head, keys, chunk, begin, places);
-    const BundlePanel query = x.query.from(begin - chunk), grad_output = x.grad_output.from(begin - chunk);
-    pack_rows<kElements>(args_.query, args_.dtype, bundle, h, begin - offset, end - offset, args_.head_size, kStorage,
-                         query_extra(), query, pack);
-    pack_rows<kElements>(grads_.grad_output, args_.dtype, bundle, h, begin - offset, end - offset, args_.value_size,
-                         kStorage, Extra::kNone, grad_output, pack);
+    auto* places = reinterpret_cast<uint32_t*>(scratch.floats(columns));
+    auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(values != nullptr ? most * kLanes / 2 : 0));
+    if (columns_wanted()) first_places(x, head, tile, begin, places);
+    const int64_t first_index = tile.key - base;
 
     for (int64_t pass = begin; pass < end; pass += pass_rows) {
-      const int64_t count = smaller(pass_rows, end - pass), n = pass - offset;
+      const int64_t count = smaller(pass_rows, end - pass), first = pass - tile.row;
+      const float* deltas = x.deltas + first * kLanes;
+      Step* last = steps;
       uint16_t* free_spare = spare;
-      steps.take(first_row + pass, count, count);
       for (int64_t r = 0; r < count; ++r) {
-        float shift[kElements], row_delta[kElements];
+        const int64_t* segment = plan.row_segments + (head * plan.num_queries + pass + r) * plan.key_blocks + part;
+        int64_t& cursor = x.row_cursors[first + r];
+        const int64_t entries = count_below(plan.columns + cursor, segment[1] - cursor, tile.key_end - base);
+        Step* from = last;
+        last = append_steps<kElements>(plan.columns + cursor, entries, r, last, free_spare);
+        for (Step* step = from; values != nullptr && step < last; ++step) {
+          weights[step - steps] = values + cursor + (step - from) * kKeys<kElements>;
+        }
+        cursor += entries;
+        float shift[kElements];
         for (int e = 0; e < kElements; ++e) {
-          const int64_t at = (bundle.b[e] * args_.query_heads + h) * args_.queries + n + r;
+          const int64_t at = (bundle.b[e] * args_.query_heads + h) * args_.queries + pass + r - offset;
           const float lse = static_cast<const float*>(grads_.logsumexp)[at];
           shift[e] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no entry counts where there is no support
-          row_delta[e] = delta_[at];
         }
         spread_elements<kElements>(shift, shifts + r * kLanes);
-        spread_elements<kElements>(row_delta, deltas + r * kLanes);
       }
       DotsTask task{};
-      for (int64_t block = 0; block < blocks.count; ++block) {
-        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
-        task.begin = steps.step(steps.first(0, block));
-        task.end = steps.step(steps.first(0, block + 1));
-        task.out = scores + steps.first(0, block) * kLanes;
-        task.scale = static_cast<float>(args_.scale * kLog2E);
-        task.fill = -kInfinity;
-        dots<kStorage, kElements>(task, query.from(pass - begin), x.key, base);
-      }
-      for (int64_t block = 0; block < blocks.count; ++block) {
-        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
-        task.begin = steps.step(steps.first(0, block));
-        task.end = steps.step(steps.first(0, block + 1));
-        task.out = products + steps.first(0, block) * kLanes;
-        task.scale = 1.0f;
-        task.fill = 0.0f;
-        dots<kStorage, kElements>(task, grad_output.from(pass - begin), x.value, base);
-      }
-      if (args_.values == nullptr && !dropout_.active()) {
-        const int64_t last = steps.first(1, 0);
-        for (int64_t i = 0; i < last; ++i) {
-          const int64_t row = steps.step(i)->row * kLanes;
+      task.begin = steps;
+      task.end = last;
+      task.out = scores;
+      task.scale = static_cast<float>(args_.scale * kLog2E);
+      task.fill = -kInfinity;
+      dots<kStorage, kElements>(task, x.query.from(first), x.key, base);
+      task.out = products;
+      task.scale = 1.0f;
+      task.fill = 0.0f;
+      dots<kStorage, kElements>(task, x.grad_output.from(first), x.value, base);
+      if (values == nullptr && !dropout_.active()) {
+        for (int64_t i = 0; i < last - steps; ++i) {
+          const int64_t row = steps[i].row * kLanes;
           const Vec p = exp2(sub(load(scores + i * kLanes), load(shifts + row)));
           store(scores + i * kLanes, p);
           store(products + i * kLanes, mul(p, sub(load(products + i * kLanes), load(deltas + row))));
         }
-      }
-      for (int64_t i = 0; i < count * head_floats_; i += kLanes) store(sums + i, zero());
-      for (int64_t block = 0; block < blocks.count; ++block) {
-        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
-        int64_t first = steps.first(0, block), last = steps.first(0, block + 1);
-        SumsTask sum{};
-        if (args_.values != nullptr || dropout_.active()) {
-          last =
-              weigh(steps, bundle, h, pass, first, last, base, scores, products, shifts, deltas, free_spare, places, x);
-        } else if (columns_wanted()) {
-          for (int64_t i = first; i < last; ++i) {
-            leave(x, places + base, *steps.step(i), scores + i * kLanes, products + i * kLanes);
+        for (int64_t i = 0; columns_wanted() && i < last - steps; ++i) {
+          for (int64_t k = 0; k < steps[i].count; ++k) {
+            leave(x, places[steps[i].index[k] - first_index], k, scores + i * kLanes, products + i * kLanes);
           }
         }
-        sum.begin = steps.step(first);
-        sum.end = steps.step(last);
-        sum.weights = products + first * kLanes;
-        sum.sums = sums;
-        sum.sums_stride = head_floats_;
-        if (grads_.grad_query.data != nullptr) weighted_sums<kStorage, kElements>(sum, x.key, base);
+      } else {
+        last = weigh(x, steps, last, weights, bundle, h, pass, base, scores, products, shifts, deltas, picked, places,
+                     first_index);
       }
-      if (grads_.grad_query.data != nullptr) {
-        unpack_rows<kStorage, kElements>(sums, head_floats_, factors, pass_rows, grads_.grad_query, args_.dtype, bundle,
-                                         h, n, count, args_.head_size, pack);
-      }
+      if (grads_.grad_query.data == nullptr) continue;
+      SumsTask sum{};
+      sum.begin = steps;
+      sum.end = last;
+      sum.weights = products;
+      sum.sums = x.grad_query + first * head_floats_;
+      sum.sums_stride = head_floats_;
+      weighted_sums<kStorage, kElements>(sum, x.key, base);
     }
   }
 
-  /// Where the columns' entries of the chunk go that are of pattern row `row` or later.
-  void first_places(const Slot& x, int64_t head, int64_t keys, int64_t chunk, int64_t row, uint32_t* places) const {
+  /// Where the entries of a tile's columns go that are of pattern row `row` or later.
+  void first_places(const Slot& x, int64_t head, const Tile& tile, int64_t row, uint32_t* places) const {
     const PlanView& plan = args_.plan;
-    const int64_t block = chunk / kPlanBlock, base = block * kPlanBlock;
-    for (int64_t j = 0; j < keys; ++j) {
-      places[j] = x.places[j];
-      if (row == chunk) continue;
-      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + block;
-      const int64_t first = lower_bound(plan.rows + segment[0], segment[1] - segment[0], chunk - base);
+    const int64_t part = tile.row / kPlanBlock, base = part * kPlanBlock;
+    for (int64_t j = tile.key; j < tile.key_end; ++j) {
+      uint32_t& place = places[j - tile.key];
+      place = x.places[j - tile.key];
+      if (row == tile.row) continue;
+      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
+      const int64_t first = lower_bound(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
       const int64_t done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
-      places[j] +=
-          static_cast<uint32_t>(done / kKeys<kElements> * kLanes + lane_of<kElements>(done % kKeys<kElements>, 0));
+      place += static_cast<uint32_t>(done / kKeys<kElements> * kLanes + lane_of<kElements>(done % kKeys<kElements>, 0));
     }
   }
 
-  /// Leaves a step's P and dS where the columns want them.
-  __attribute__((always_inline)) static void leave(const Slot& x, uint32_t* places, const Step& step, const float* p,
+  /// Leaves P and dS of entry k of a step where its column's next entry stands.
+  __attribute__((always_inline)) static void leave(const Slot& x, uint32_t& next, int64_t k, const float* p,
                                                    const float* ds) {
-    for (int64_t k = 0; k < step.count; ++k) leave_entry(x, places, step.index[k], k, p, ds);
-  }
-  __attribute__((always_inline)) static void leave_entry(const Slot& x, uint32_t* places, int64_t j, int64_t k,
-                                                         const float* p, const float* ds) {
-    const uint32_t place = places[j];
+    const uint32_t place = next;
     // The next entry of an element stands in the next lane of its block, or in its next block.
-    places[j] = place + 1 + (place % kBlock == kBlock - 1 ? kBlock * (kElements - 1) : 0);
+    next = place + 1 + (place % kBlock == kBlock - 1 ? kBlock * (kElements - 1) : 0);
     const int64_t lane = lane_of<kElements>(k, 0);
 #pragma GCC unroll 4
     for (int e = 0; e < kElements; ++e) {
@@ -817,17 +859,19 @@ class CsrBackward {
     }
   }
 
-  /// P, dS and the weights' gradient for steps [first, last) with values or dropout. Steps without support are taken
+  /// P, dS and the weights' gradient for the steps where there are values or dropout. Steps without support are taken
   /// out of the list, and entries without support out of the others, because nothing may touch their rows; returns the
-  /// new end of the list.
-  int64_t weigh(RowSteps<kElements>& steps, const Bundle& bundle, int64_t h, int64_t pass, int64_t first, int64_t last,
-                int64_t base, float* scores, float* products, const float* shifts, const float* deltas,
-                uint16_t*& spare, uint32_t* places, const Slot& x) const {
+  /// new end of the list. `picked` has room for the indices of every step.
+  Step* weigh(const Slot& x, Step* steps, Step* last, const float* const* entry_values, const Bundle& bundle, int64_t h,
+              int64_t pass, int64_t base, float* scores, float* products, const float* shifts, const float* deltas,
+              uint16_t* picked, uint32_t* places, int64_t first_index) const {
     const auto* values = static_cast<const float*>(args_.values);
     auto* grad_values = static_cast<float*>(grads_.grad_weight);
-    int64_t kept = first;
-    for (int64_t i = first; i < last; ++i) {
-      const Step step = *steps.step(i);
+    alignas(64) float outside_mark[kLanes];  // P is -1 where the columns must not touch a row
+    store(outside_mark, broadcast(-1.0f));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < last - steps; ++i) {
+      const Step step = steps[i];
       float *s = scores + i * kLanes, *a = products + i * kLanes;
       float *p = scores + kept * kLanes, *ds = products + kept * kLanes;
       const Vec shift = load(shifts + step.row * kLanes);
@@ -847,7 +891,7 @@ class CsrBackward {
       Vec attention = unweighted;
       uint32_t outside = 0;
       if (values != nullptr) {
-        const float* weights = steps.weights(i);
+        const float* weights = entry_values[i];
         if (grad_values != nullptr) {
           alignas(64) float each[kLanes];
           store(each, grad);
@@ -870,44 +914,25 @@ class CsrBackward {
       if (dropout_.active()) attention = mul(attention, load(factors));
       store(p, attention);
       store(ds, grad);
-      Step& target = steps.change(kept);
-      target = step;
-      if (outside != 0) {
-        const uint32_t all = (1u << step.count) - 1;
-        if (outside == all) {
-          if (columns_wanted()) leave_outside(x, places + base, step);
-          continue;
-        }
+      steps[kept] = step;
+      const uint32_t all = (1u << step.count) - 1;
+      if (outside != 0 && outside != all) {
         const uint16_t inside = step.index[__builtin_ctz(~outside)];
         for (int64_t k = 0; k < kKeys<kElements>; ++k) {
           const bool out = k >= step.count || (outside >> k & 1) != 0;
-          spare[k] = out ? inside : step.index[k];
+          picked[k] = out ? inside : step.index[k];
           for (int e = 0; out && e < kElements; ++e) p[lane_of<kElements>(k, e)] = ds[lane_of<kElements>(k, e)] = 0.0f;
         }
-        target.index = spare;
-        spare += kLanes;
+        steps[kept].index = picked;
+        picked += kLanes;
       }
-      ++kept;
-      if (!columns_wanted()) continue;
-      for (int64_t k = 0; k < step.count; ++k) {
-        if ((outside >> k & 1) != 0) {
-          leave_outside_entry(x, places + base, step.index[k]);
-        } else {
-          leave_entry(x, places + base, step.index[k], k, p, ds);
-        }
+      if (outside != all) ++kept;
+      for (int64_t k = 0; columns_wanted() && k < step.count; ++k) {
+        const bool out = (outside >> k & 1) != 0;
+        leave(x, places[step.index[k] - first_index], out ? 0 : k, out ? outside_mark : p, out ? outside_mark : ds);
       }
     }
-    return kept;
-  }
-
-  /// P is -1 where the columns must not touch a row.
-  static void leave_outside(const Slot& x, uint32_t* places, const Step& step) {
-    for (int64_t k = 0; k < step.count; ++k) leave_outside_entry(x, places, step.index[k]);
-  }
-  static void leave_outside_entry(const Slot& x, uint32_t* places, int64_t j) {
-    alignas(64) float outside[kLanes];
-    store(outside, broadcast(-1.0f));
-    leave_entry(x, places, j, 0, outside, outside);
+    return steps + kept;
   }
 
   /// Takes entries outside the support out of the columns' steps [first, last); returns the new end of the list.
@@ -945,9 +970,9 @@ class CsrBackward {
     return kept;
   }
 
-  /// Adds the chunk that starts at pattern row `chunk` to dK and dV of column groups [begin, end).
-  void columns(const Slot& x, int64_t chunk, int64_t begin, int64_t end) const {
-    const int64_t row = chunk / kPlanBlock * kPlanBlock - chunk;  // of the panels, where index 0 would be
+  /// Adds a tile to dK and dV of its column groups [begin, end).
+  void columns(const Slot& x, const Tile& tile, int64_t begin, int64_t end) const {
+    const int64_t row = tile.row / kPlanBlock * kPlanBlock - tile.row;  // of the panels, where index 0 would be
     const auto* values = static_cast<const float*>(args_.values);
     auto* spare = static_cast<uint16_t*>(
         thread_scratch(values != nullptr ? (x.bounds[end] - x.bounds[begin]) * kLanes * 2 + 8 * (end - begin) : 0));
@@ -963,7 +988,7 @@ class CsrBackward {
         task.begin = x.steps + x.bounds[group];
         task.end = x.steps + (values != nullptr ? ends[group - begin] : x.bounds[group + 1]);
         task.weights = weights + x.bounds[group] * kLanes;
-        task.sums = sums + group * kColumnGroup * stride;
+        task.sums = sums + (tile.key + group * kColumnGroup) * stride;
         task.sums_stride = stride;
         weighted_sums<kStorage, kElements>(task, panel, row);
       }
@@ -1018,11 +1043,10 @@ class CsrBackward {
 
   const CsrArgs& args_;
   const BackwardArgs& grads_;
-  const float* delta_;
   const bool gaussian_;
   const Dropout dropout_;
   const int64_t head_chunks_, value_chunks_, head_floats_, value_floats_;
-  const KeyBlocks chunks_;  // of queries
+  const KeyBlocks chunks_, blocks_;  // of queries and of keys
   int64_t chunk_rows_ = 0, most_entries_ = 0, most_steps_ = 0;
 };
 
@@ -1075,9 +1099,9 @@ int64_t bundled_elements(const CsrArgs& args, Storage storage) {
 
 /// All waves with bundles of kElements.
 template <Storage kStorage, int kElements>
-void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const float* delta, const Parallel& parallel,
-                      const Bundles& bundles, int64_t elements) {
-  const CsrBackward<kStorage, kElements> backward(args, grads, delta);
+void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel, const Bundles& bundles,
+                      int64_t elements) {
+  const CsrBackward<kStorage, kElements> backward(args, grads);
   const auto mine = [&](const Bundle& bundle) { return bundle.elements == elements; };
   int64_t count = 0;
   for (int64_t i = 0; i < bundles.count; ++i) count += mine(bundles.at(i));
@@ -1112,16 +1136,16 @@ void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const floa
 }
 
 template <Storage kStorage>
-void backward(const CsrArgs& args, const BackwardArgs& grads, const float* delta, const Parallel& parallel) {
+void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
   const Bundles bundles(args, bundled_elements(args, kStorage));
   if (args.batch == 0 || args.key_heads == 0) return;
   if (bundles.elements == kMaxElements) {
-    backward_bundles<kStorage, kMaxElements>(args, grads, delta, parallel, bundles, kMaxElements);
+    backward_bundles<kStorage, kMaxElements>(args, grads, parallel, bundles, kMaxElements);
   }
   if (kMaxElements > 2 && bundles.elements == 2) {
-    backward_bundles<kStorage, 2>(args, grads, delta, parallel, bundles, 2);
+    backward_bundles<kStorage, 2>(args, grads, parallel, bundles, 2);
   }
-  backward_bundles<kStorage, 1>(args, grads, delta, parallel, bundles, 1);
+  backward_bundles<kStorage, 1>(args, grads, parallel, bundles, 1);
 }
 
 }  // namespace
@@ -1150,15 +1174,11 @@ void csr_forward(const CsrArgs& args, const ForwardResult& result, const Paralle
 
 void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
   const PlanView& plan = args.plan;
-  const SharedScratch shared(args.batch * args.query_heads * args.queries * sizeof(float));
-  auto* delta = static_cast<float*>(shared.data());
-  compute_delta(args, grads, parallel, delta);
-
   if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, plan.nnz * sizeof(float));
 #if defined(FIAK_ISA_AVX512_BF16)
-  if (args.dtype == DType::kBFloat16) return backward<Storage::kBFloat16>(args, grads, delta, parallel);
+  if (args.dtype == DType::kBFloat16) return backward<Storage::kBFloat16>(args, grads, parallel);
 #endif
-  backward<Storage::kFloat32>(args, grads, delta, parallel);
+  backward<Storage::kFloat32>(args, grads, parallel);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA
