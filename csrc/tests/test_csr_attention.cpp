@@ -44,7 +44,7 @@ Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys,
 
 TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
   Random random(20);
-  for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>(2, 70000), {70000, 3}}) {
+  for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>(2, 70000), {70000, 3}, {700, 650}}) {
     const Problem problem = long_problem(random, dtype(), queries, keys, 0.05);
     Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
     problem.backward(scalar(), threads(1), exact);
@@ -55,6 +55,14 @@ TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
     for (const auto member : {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key,
                               &Results::grad_value, &Results::grad_weight}) {
       expect_close(actual.*member, exact.*member, yardstick.*member, problem.describe());
+    }
+    for (const int64_t count : {1, 3, 16}) {
+      Results several = problem.forward(kernels(), dtype(), threads(count));
+      problem.backward(kernels(), threads(count), several);
+      for (const auto member : {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key,
+                                &Results::grad_value, &Results::grad_weight}) {
+        expect_identical(several.*member, actual.*member, problem.describe() + " on " + std::to_string(count));
+      }
     }
   }
 }
