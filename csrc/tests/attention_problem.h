@@ -46,6 +46,9 @@ Problem random_prior_problem(Random& random, DType dtype);
 Problem random_csr_problem(Random& random, DType dtype);
 /// Of more queries and keys than kernels take at once.
 Problem random_long_prior_problem(Random& random, DType dtype);
+/// Of few queries and up to thousands of keys.
+Problem random_prior_decode_problem(Random& random, DType dtype);
+Problem random_csr_decode_problem(Random& random, DType dtype);
 using MakeProblem = Problem (*)(Random&, DType);
 
 /// A test of one instruction set's kernels in one dtype.
@@ -61,7 +64,7 @@ class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>> {
   void gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds = 40) const;
   void leaves_out_unwanted_gradients(MakeProblem make) const;
   void keeps_nan_in_its_place(MakeProblem make, int rounds = 60) const;
-  void ignores_huge_scores_outside_the_support(MakeProblem make) const;
+  void ignores_huge_scores_outside_the_support(MakeProblem make, int rounds = 60) const;
 };
 
 std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);

@@ -17,6 +17,15 @@ TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupport) {
   ignores_huge_scores_outside_the_support(random_csr_problem);
 }
 
+TEST_P(CsrAttention, MatchesScalarFloat64OfFewQueries) { matches_scalar_float64(random_csr_decode_problem, 25); }
+TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreadsOfFewQueries) {
+  gives_the_same_bits_on_any_number_of_threads(random_csr_decode_problem, 10);
+}
+TEST_P(CsrAttention, KeepsNanInItsPlaceOfFewQueries) { keeps_nan_in_its_place(random_csr_decode_problem, 4); }
+TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupportOfFewQueries) {
+  ignores_huge_scores_outside_the_support(random_csr_decode_problem, 6);
+}
+
 /// A call whose pattern spans several of the plan's blocks of 65536.
 Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys, double density) {
   Problem problem;

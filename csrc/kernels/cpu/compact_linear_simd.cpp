@@ -1,4 +1,6 @@
 // compact_linear, vectorised: the kept rows are gathered in blocks and multiplied by the head's slice of the weight.
+// bfloat16 runs on pairs where the instruction set has them (gemm.h): sums are float32, nothing is rounded before the
+// results.
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/scratch.h"
@@ -17,35 +19,110 @@ int64_t kept_rows(const CompactLinearArgs& args, int64_t h) {
   return kept;
 }
 
-/// The head's slice of the weight, [head_size, in_features].
-Panel weight_panel(const CompactLinearArgs& args, int64_t h, float* scratch) {
-  const Input weight{args.weight, 0, args.head_size * args.weight_stride, args.weight_stride};
-  return make_panel(weight, args.dtype, 0, h, args.head_size, args.in_features, scratch);
+/// The weight as one [head_size, in_features] operand for each head.
+Input weight_of(const CompactLinearArgs& args) {
+  return {args.weight, 0, args.head_size * args.weight_stride, args.weight_stride};
 }
 
-/// Gathers the kept rows [first, first + count) of the input, zero rows up to whole tiles.
-void gather(const CompactLinearArgs& args, int64_t b, const int64_t* keep, int64_t count, float* target) {
+// Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
+// the depth.
+
+template <bool kPairs>
+constexpr int64_t units(int64_t numbers) {
+  return kPairs ? (numbers + 1) / 2 : numbers;
+}
+
+/// A row along which the depth runs: whole vectors.
+template <bool kPairs>
+FIAK_INLINE void load_units(const char* row, DType dtype, int64_t size, float* target) {
+  if constexpr (!kPairs) return load_row(row, dtype, size, 1.0f, target);
+#if defined(FIAK_ISA_AVX512_BF16)
+  for (int64_t d = 0; d < size; d += 2 * kLanes) {
+    store(target + d / 2, load_pairs_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
+  }
+#endif
+}
+
+/// Two rows across which the depth runs, or with kPairs == false only the first; `second` may be null.
+template <bool kPairs>
+FIAK_INLINE void load_across(const char* first, [[maybe_unused]] const char* second, DType dtype, int64_t size,
+                             float* target) {
+  if constexpr (!kPairs) return load_row(first, dtype, size, 1.0f, target);
+#if defined(FIAK_ISA_AVX512_BF16)
+  for (int64_t d = 0; d < size; d += kLanes) {
+    const int64_t width = smaller(kLanes, size - d);
+    const Vec pairs = load_pairs_of(first + 2 * d, (second != nullptr ? second : first) + 2 * d, width);
+    store(target + d, second != nullptr ? pairs : low_half(pairs));
+  }
+#endif
+}
+
+/// The transpose of the head's slice of the weight: the depth runs along in_features. `rows` holds head_size rows of
+/// padded units.
+template <bool kPairs>
+Columns weight_columns(const CompactLinearArgs& args, int64_t h, float* rows, float* target) {
+  if constexpr (!kPairs) {
+    const Panel panel = make_panel(weight_of(args), args.dtype, 0, h, args.head_size, args.in_features, rows);
+    return transpose(panel, args.head_size, args.in_features, target);
+  }
+  const Panel panel{rows, padded(units<kPairs>(args.in_features))};
+  for (int64_t d = 0; d < args.head_size; ++d) {
+    load_units<kPairs>(row_address(weight_of(args), args.dtype, 0, h, d), args.dtype, args.in_features,
+                       rows + d * panel.stride);
+  }
+  return transpose(panel, args.head_size, units<kPairs>(args.in_features), target);
+}
+
+/// The head's slice of the weight, with the depth across its rows: units(head_size) rows.
+template <bool kPairs>
+Panel weight_panel(const CompactLinearArgs& args, int64_t h, float* scratch) {
+  if constexpr (!kPairs)
+    return make_panel(weight_of(args), args.dtype, 0, h, args.head_size, args.in_features, scratch);
   const int64_t stride = padded(args.in_features);
+  for (int64_t d = 0; d < args.head_size; d += 2) {
+    const char* row = row_address(weight_of(args), args.dtype, 0, h, d);
+    load_across<kPairs>(row, d + 1 < args.head_size ? row + 2 * args.weight_stride : nullptr, args.dtype,
+                        args.in_features, scratch + d / 2 * stride);
+  }
+  return {scratch, stride};
+}
+
+/// Gathers the kept rows [first, first + count) of the input, zero rows up to whole tiles: the depth runs along them.
+template <bool kPairs>
+void gather(const CompactLinearArgs& args, int64_t b, const int64_t* keep, int64_t count, float* target) {
+  const int64_t stride = padded(units<kPairs>(args.in_features));
   for (int64_t i = 0; i < count; ++i) {
-    load_row(row_address(args.input, args.dtype, b, 0, keep[i]), args.dtype, args.in_features, 1.0f,
-             target + i * stride);
+    load_units<kPairs>(row_address(args.input, args.dtype, b, 0, keep[i]), args.dtype, args.in_features,
+                       target + i * stride);
   }
   std::memset(target + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
 }
 
-}  // namespace
+/// Makes pairs of rows 2 i and 2 i + 1 of [count, kTileRows] numbers, which bfloat16 holds; in place.
+template <bool kPairs>
+void pair_rows(float* rows, int64_t count) {
+  if constexpr (!kPairs) return;
+  for (int64_t k = 0; k < count; k += 2) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const uint32_t low = float_to_bits(rows[k * kTileRows + r]) >> 16;
+      const uint32_t high = k + 1 < count ? float_to_bits(rows[(k + 1) * kTileRows + r]) & 0xffff0000u : 0;
+      rows[k / 2 * kTileRows + r] = bits_to_float(low | high);
+    }
+  }
+}
 
-void compact_linear_forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
+template <bool kPairs>
+void forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
   // Heads outside: a thread transposes a head's weight once and runs its share of the batch.
   parallel_range(parallel, args.heads * args.batch, [&](int64_t begin, int64_t end) {
-    const int64_t features = padded(args.in_features), head_size = padded(args.head_size);
+    const int64_t depth = units<kPairs>(args.in_features), stride = padded(depth), head_size = padded(args.head_size);
     const int64_t width = tile_columns(args.head_size);
-    Carver scratch{static_cast<char*>(thread_scratch(carved(args.head_size * features) + carved(features * width) +
-                                                     carved(kBlockRows * features) + carved(kBlockRows * width) +
-                                                     carved(head_size)))};
-    float* weight_scratch = scratch.floats(args.head_size * features);
-    float* columns_scratch = scratch.floats(features * width);
-    float* rows = scratch.floats(kBlockRows * features);
+    Carver scratch{static_cast<char*>(thread_scratch(carved(args.head_size * padded(args.in_features)) +
+                                                     carved(depth * width) + carved(kBlockRows * stride) +
+                                                     carved(kBlockRows * width) + carved(head_size)))};
+    float* weight_scratch = scratch.floats(args.head_size * padded(args.in_features));
+    float* columns_scratch = scratch.floats(depth * width);
+    float* rows = scratch.floats(kBlockRows * stride);
     float* out = scratch.floats(kBlockRows * width);
     float* bias = scratch.floats(head_size);
     Columns weight{};
@@ -53,7 +130,7 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
     for (int64_t i = begin; i < end; ++i) {
       const int64_t h = i / args.batch, b = i % args.batch;
       if (i == begin || b == 0) {
-        weight = transpose(weight_panel(args, h, weight_scratch), args.head_size, features, columns_scratch);
+        weight = weight_columns<kPairs>(args, h, weight_scratch, columns_scratch);
         kept = kept_rows(args, h);
         if (args.bias != nullptr) {
           load_row(static_cast<const char*>(args.bias) + h * args.head_size * element_size(args.dtype), args.dtype,
@@ -62,8 +139,8 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
       }
       for (int64_t first = 0; first < args.kept; first += kBlockRows) {
         const int64_t count = larger(0, smaller(kBlockRows, kept - first));
-        gather(args, b, args.keep + h * args.kept + first, count, rows);
-        matrix_product<false>(rows, features, 1, weight, tile_rows(count), head_size, features, out, width);
+        gather<kPairs>(args, b, args.keep + h * args.kept + first, count, rows);
+        matrix_product<false, kPairs>(rows, stride, 1, weight, tile_rows(count), head_size, depth, out, width);
         for (int64_t k = 0; k < count; ++k) {
           if (args.bias != nullptr) {
             for (int64_t d = 0; d < head_size; d += kLanes) {
@@ -81,9 +158,11 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
   });
 }
 
-void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
+template <bool kPairs>
+void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
   const int64_t features = padded(args.in_features), head_size = padded(args.head_size);
   const int64_t element = element_size(args.dtype);
+  const int64_t depth = units<kPairs>(args.head_size), stride = padded(depth);
 
   if (grads.grad_input != nullptr) {
     parallel_range(parallel, args.batch, [&](int64_t begin, int64_t end) {
@@ -97,18 +176,18 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
       for (int64_t b = begin; b < end; ++b) {
         std::memset(sums, 0, args.rows * features * sizeof(float));
         for (int64_t h = 0; h < args.heads; ++h) {
-          const Columns weight = columns_of(weight_panel(args, h, weight_scratch));
+          const Columns weight = columns_of(weight_panel<kPairs>(args, h, weight_scratch));
           const int64_t* keep = args.keep + h * args.kept;
           const int64_t kept = kept_rows(args, h);
           for (int64_t first = 0; first < kept; first += kBlockRows) {
             const int64_t count = smaller(kBlockRows, kept - first);
             for (int64_t k = 0; k < count; ++k) {
-              load_row(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_size, 1.0f,
-                       grad_rows + k * head_size);
+              load_units<kPairs>(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype,
+                                 args.head_size, grad_rows + k * stride);
             }
-            std::memset(grad_rows + count * head_size, 0, (tile_rows(count) - count) * head_size * sizeof(float));
-            matrix_product<false>(grad_rows, head_size, 1, weight, tile_rows(count), features, args.head_size, product,
-                                  features);
+            std::memset(grad_rows + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
+            matrix_product<false, kPairs>(grad_rows, stride, 1, weight, tile_rows(count), features, depth, product,
+                                          features);
             for (int64_t k = 0; k < count; ++k) {
               float* sum = sums + keep[first + k] * features;
               for (int64_t x = 0; x < features; x += kLanes) {
@@ -144,7 +223,13 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
         for (int64_t b = 0; b < args.batch; ++b) {
           for (int64_t first = 0; first < kept; first += kBlockRows) {
             const int64_t count = smaller(kBlockRows, kept - first);
-            gather(args, b, args.keep + h * args.kept + first, count, rows);
+            const int64_t* keep = args.keep + h * args.kept + first;
+            constexpr int64_t kStep = kPairs ? 2 : 1;
+            for (int64_t k = 0; k < count; k += kStep) {
+              const auto row = [&](int64_t i) { return row_address(args.input, args.dtype, b, 0, keep[i]); };
+              load_across<kPairs>(row(k), kPairs && k + 1 < count ? row(k + 1) : nullptr, args.dtype, args.in_features,
+                                  rows + units<kPairs>(k) * features);
+            }
             for (int64_t k = 0; k < count; ++k) {
               load_row(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_size, 1.0f,
                        grad_row);
@@ -153,8 +238,9 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
                 bias[r] += slice[k * kTileRows + r];
               }
             }
-            matrix_product<true>(slice, 1, kTileRows, Columns{rows, features, kTileWidth}, kTileRows, features, count,
-                                 sums, features);
+            pair_rows<kPairs>(slice, count);
+            matrix_product<true, kPairs>(slice, 1, kTileRows, Columns{rows, features, kTileWidth}, kTileRows, features,
+                                         units<kPairs>(count), sums, features);
           }
         }
         for (int64_t r = 0; r < wide; ++r) {
@@ -170,6 +256,18 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
       }
     });
   }
+}
+
+}  // namespace
+
+void compact_linear_forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
+  if (kHasPairs && args.dtype == DType::kBFloat16) return forward<kHasPairs>(args, output, parallel);
+  forward<false>(args, output, parallel);
+}
+
+void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
+  if (kHasPairs && args.dtype == DType::kBFloat16) return backward<kHasPairs>(args, grads, parallel);
+  backward<false>(args, grads, parallel);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

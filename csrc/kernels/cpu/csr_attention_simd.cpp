@@ -6,6 +6,7 @@
 // prefetches into the L2 cache what the next one reads. Threads split the work by entries; where the weights' gradient
 // is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
 #include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/decode.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/tables.h"
 #include "kernels/philox.h"
@@ -1166,6 +1167,7 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
 }
 
 void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  if (is_decoding(args)) return csr_decode(args, result, parallel);
 #if defined(FIAK_ISA_AVX512_BF16)
   if (args.dtype == DType::kBFloat16) return forward<Storage::kBFloat16>(args, result, parallel);
 #endif

@@ -6,6 +6,7 @@
 // dS = w dw, dQ = dS K, dK = dS^T Q, dV = P^T dO. bfloat16 runs on pairs where the instruction set has them: P and dS
 // are rounded to bfloat16, sums are float32.
 #include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/decode.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/tables.h"
 #include "kernels/philox.h"
@@ -782,6 +783,7 @@ void backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& 
 }  // namespace
 
 void prior_forward(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  if (is_decoding(args)) return prior_decode(args, result, parallel);
   // The batch runs inside the heads, so that a head's weights stay in the cache.
   parallel_blocks(parallel, args.query_heads * args.batch, args.queries, kBlockRows,
                   [&](int64_t i, int64_t begin, int64_t end) {
