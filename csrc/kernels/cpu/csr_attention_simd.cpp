@@ -1,4 +1,5 @@
-// csr_attention, vectorised: one query's entries at a time, on the rows of K and V that they name.
+// csr_attention, vectorised: one query's entries at a time, on the rows of K and V that they name; forward, heads that
+// keep most of their pairs run on the dense kernel (csr_dense.h) instead.
 //
 // Two passes over many queries, first on the keys and then on the values, so that each has the L1 cache for itself.
 // Within the first, a few queries' scores are exponentiated in one stream: exp's long dependency chains then overlap
@@ -6,6 +7,7 @@
 // prefetches into the L2 cache what the next one reads. Threads split the work by entries; where the weights' gradient
 // is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
 #include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/csr_dense.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/sparse_rows_old.h"
 #include "kernels/cpu/tables.h"
@@ -687,19 +689,26 @@ void backward_columns(const CsrArgs& args, const BackwardArgs& grads, const floa
   }
 }
 
-/// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by entries.
-/// Bundles are outside: the heads of one batch element often lie side by side. next h is -1 where there is no next.
+/// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by `costs`, or
+/// by entries. Bundles are outside: the heads of one batch element often lie side by side. next h is -1 where there is
+/// no next.
 template <class Rows>
-void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elements, Rows&& rows) {
+void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elements, const HeadCosts* costs,
+                     Rows&& rows) {
   const PlanView& plan = args.plan;
   const Bundles bundles(args, elements);
-  const int64_t pattern_rows = plan.heads * plan.num_queries, heads = args.query_heads;
+  const int64_t heads = args.query_heads;
   // Rows that only some elements use are not worth a search for balance.
   const bool whole = args.query_offsets == nullptr && args.queries == plan.num_queries;
   const int64_t bundle_rows = heads * args.queries;
   const auto work = [&](int64_t unit) {
     if (!whole) return unit;
     const int64_t bundle = unit / bundle_rows, row = unit % bundle_rows;
+    if (costs != nullptr) {
+      const int64_t of_group = bundles.count / bundles.groups;
+      return static_cast<int64_t>(costs->before(bundle / of_group, bundle % of_group, bundles.full, of_group,
+                                                row / args.queries, row % args.queries));
+    }
     const int64_t each = plan.nnz / bundles.groups + kRowCost * bundle_rows;
     if (bundle == bundles.count) return bundles.elements_before(bundle) * each;
     const int64_t group_row = bundles.at(bundle).b[0] % bundles.groups * bundle_rows;
@@ -707,7 +716,6 @@ void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elem
                             plan.row_segments[group_row * plan.key_blocks] + kRowCost * row;
     return bundles.elements_before(bundle) * each + bundles.at(bundle).elements * smaller(entries, each);
   };
-  (void)pattern_rows;
   parallel_balanced(parallel, bundles.count * bundle_rows, work, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t i = begin / args.queries, h = i % heads;
@@ -737,7 +745,7 @@ int64_t bundled_elements(const CsrArgs& args, Storage storage) {
 /// rows(b, h, begin, end, longest) over the pattern rows of all queries, split by entries. Batch elements are outside.
 template <class Rows>
 void for_batch_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows) {
-  for_bundle_rows(args, parallel, 1,
+  for_bundle_rows(args, parallel, 1, nullptr,
                   [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle&,
                       int64_t) { rows(bundle.b[0], h, begin, end, longest); });
 }
@@ -763,14 +771,34 @@ void for_pattern_rows(const CsrArgs& args, const Parallel& parallel, Rows&& rows
   });
 }
 
+/// forward_rows on the dense kernel, whose blocks of queries start at multiples of their size: of a block, whoever has
+/// its first query computes all, so that no split among threads changes a bit.
+void forward_dense(const CsrArgs& args, const ForwardResult& result, const Bundle& bundle, int64_t h, int64_t begin,
+                   int64_t end, const Bundle& next, int64_t next_h) {
+  const int64_t offset = offset_of(args, bundle.b[0]);
+  const auto block = [&](int64_t row) { return smaller(args.queries, row_blocks(row - offset) * kBlockRows); };
+  if (block(begin) == block(end)) return;
+  for (int e = 0; e < bundle.elements; ++e) {
+    const HeadPlace at{bundle.b[e], h};
+    const HeadPlace after = e + 1 < bundle.elements ? HeadPlace{bundle.b[e + 1], h}
+                            : next_h >= 0           ? HeadPlace{next.b[0], next_h}
+                                                    : HeadPlace{0, args.query_heads};
+    dense_forward_rows(args, result, KeptHead(args, at), at, block(begin), block(end), after);
+  }
+}
+
 }  // namespace
 
 template <Storage kStorage>
 void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
-  for_bundle_rows(args, parallel, bundled_elements(args, kStorage),
+  const int64_t elements = bundled_elements(args, kStorage);
+  const HeadCosts costs(args, static_cast<int>(elements), kStorage == Storage::kBFloat16);
+  for_bundle_rows(args, parallel, elements, &costs,
                   [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle& next,
                       int64_t next_h) {
-                    if (bundle.elements == 1) {
+                    if (costs.is_dense(bundle.b[0], h)) {
+                      forward_dense(args, result, bundle, h, begin, end, next, next_h);
+                    } else if (bundle.elements == 1) {
                       forward_rows<kStorage, 1>(args, result, bundle, h, begin, end, longest, next, next_h);
                     } else if (bundle.elements == 2) {
                       forward_rows<kStorage, 2>(args, result, bundle, h, begin, end, longest, next, next_h);
