@@ -105,13 +105,13 @@ TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
         const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
         cpu::CsrHead sparse = full;
         sparse.nnz *= 0.1;
-        EXPECT_LT(cpu::dense_cycles(full, isa), cpu::entries_cycles(full, isa)) << size << " " << length;
-        EXPECT_GT(cpu::dense_cycles(sparse, isa), cpu::entries_cycles(sparse, isa)) << size << " " << length;
+        EXPECT_LT(cpu::dense_cost(full, isa), cpu::entries_cost(full, isa)) << size << " " << length;
+        EXPECT_GT(cpu::dense_cost(sparse, isa), cpu::entries_cost(sparse, isa)) << size << " " << length;
       }
     }
     // One query of a long context: transposing its keys would cost more than its products.
     const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / (24 * 16), 64, 64, 1};
-    EXPECT_GT(cpu::dense_cycles(decode, isa), cpu::entries_cycles(decode, isa));
+    EXPECT_GT(cpu::dense_cost(decode, isa), cpu::entries_cost(decode, isa));
   }
 }
 

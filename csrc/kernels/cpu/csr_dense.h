@@ -86,11 +86,11 @@ class HeadCosts {
       const auto nnz = static_cast<double>(first_entry(head + 1) - first_entry(head));
       const auto tiles = choice ? static_cast<double>(plan_.tiles[head]) : 0.0;
       CsrHead shape{args.queries, args.keys, share * nnz, share * tiles, args.head_size, args.value_size, elements};
-      const double entries = entries_cycles(shape, isa), dense = dense_cycles(shape, isa);
+      const double entries = entries_cost(shape, isa), dense = dense_cost(shape, isa);
       shape.elements = 1;
       dense_[head] = choice && (wanted == CsrKernel::kAuto ? dense < entries : wanted == CsrKernel::kDense);
       bundles_[head + 1] = bundles_[head] + (dense_[head] ? dense : entries);
-      singles_[head + 1] = singles_[head] + (dense_[head] ? dense_cycles(shape, isa) : entries_cycles(shape, isa));
+      singles_[head + 1] = singles_[head] + (dense_[head] ? dense_cost(shape, isa) : entries_cost(shape, isa));
     }
   }
   bool is_dense(int64_t b, int64_t h) const { return dense_[b % groups() * heads_ + h] != 0; }
@@ -99,18 +99,18 @@ class HeadCosts {
   /// and `count` are all; groups follow each other. Rows of a head share its cost by their entries.
   double before(int64_t group, int64_t k, int64_t full, int64_t count, int64_t h, int64_t row) const {
     const int64_t first = group * heads_;
-    double cycles = static_cast<double>(full) * bundles_[first] + static_cast<double>(count - full) * singles_[first];
-    if (first == plan_.heads) return cycles;
+    double cost = static_cast<double>(full) * bundles_[first] + static_cast<double>(count - full) * singles_[first];
+    if (first == plan_.heads) return cost;
     const double bundle = bundles_[first + heads_] - bundles_[first],
                  single = singles_[first + heads_] - singles_[first];
-    cycles += static_cast<double>(smaller(k, full)) * bundle + static_cast<double>(larger(0, k - full)) * single;
+    cost += static_cast<double>(smaller(k, full)) * bundle + static_cast<double>(larger(0, k - full)) * single;
     const double* costs = k < full ? bundles_ : singles_;
-    cycles += costs[first + h] - costs[first];
-    if (row == 0) return cycles;
+    cost += costs[first + h] - costs[first];
+    if (row == 0) return cost;
     const int64_t head = first + h, begin = first_entry(head);
     const int64_t at = plan_.row_segments[(head * plan_.num_queries + row) * plan_.key_blocks];
     const int64_t all = first_entry(head + 1) - begin + plan_.num_queries;
-    return cycles + (costs[head + 1] - costs[head]) * static_cast<double>(at - begin + row) / static_cast<double>(all);
+    return cost + (costs[head + 1] - costs[head]) * static_cast<double>(at - begin + row) / static_cast<double>(all);
   }
 
  private:
