@@ -5,10 +5,20 @@ in ``pytest.skip("hardware: no CUDA device")``. These are named at the end of th
 """
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
 _HARDWARE = "hardware:"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_compiler_cache() -> Iterator[None]:
+    """Code that torch.compile made with another build of the ops, whose results had other sizes, must not come back."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+        yield
 
 
 def _skips(terminalreporter: pytest.TerminalReporter) -> list[tuple[str, str]]:

@@ -242,18 +242,19 @@ Sizes decode_sizes(Random& random) {
   return {random.chance(0.8) ? random.integer(1, 9) : random.integer(10, 17), keys, 40};
 }
 
-Problem with_pattern(Random& random, Problem problem) {
+/// Adds the rest of a call of csr_attention to a problem, with the pattern that make(heads, rows) gives.
+template <class MakePattern>
+Problem with_pattern(Random& random, Problem problem, double values, MakePattern&& make) {
   const AttentionArgs& args = problem.args;
   const int64_t groups = random_groups(random, args.batch);
-  int64_t rows = args.queries;
+  int64_t rows = std::max<int64_t>(args.queries, 1);  // a pattern without rows has no heads: the op calls no kernel
   if (random.chance(0.3)) {
     rows += random.integer(0, 20);
     for (int64_t b = 0; b < args.batch; ++b) problem.query_offsets.push_back(random.integer(0, rows - args.queries));
   }
-  problem.pattern = std::make_shared<Pattern>(random, groups * args.query_heads, rows, args.keys,
-                                              random.chance(0.1) ? 0 : random.real(0, 1), random.chance(0.3));
+  problem.pattern = std::make_shared<Pattern>(make(groups * args.query_heads, rows));
   const Pattern& pattern = *problem.pattern;
-  problem.has_weight = random.chance(0.5);
+  problem.has_weight = random.chance(values);
   problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? pattern.nnz() : 0);
   fill_weights(random, problem.weight);
 
@@ -277,18 +278,57 @@ Problem with_pattern(Random& random, Problem problem) {
   return problem;
 }
 
+/// A pattern whose heads differ: some full, some random, causal, near the diagonal or in blocks, with empty rows.
+Pattern structured_pattern(Random& random, int64_t heads, int64_t rows, int64_t keys) {
+  std::vector<int64_t> crow{0}, col;
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t kind = random.integer(0, 5), band = random.integer(1, 200), block = random.integer(8, 100);
+    const double density = kind == 0 ? 1 : random.real(0, 1);
+    std::vector<char> blocks((rows / block + 1) * (keys / block + 1));
+    for (char& kept : blocks) kept = random.chance(0.4);
+    for (int64_t row = 0; row < rows; ++row) {
+      const bool empty = kind != 0 && random.chance(0.05);
+      for (int64_t j = 0; j < keys && !empty; ++j) {
+        if (kind == 1 && j > row) continue;
+        if (kind == 2 && (j > row || j + band < row)) continue;
+        if (kind >= 4 && blocks[row / block * (keys / block + 1) + j / block] == 0) continue;
+        if (density == 1 || kind == 5 || random.chance(density)) col.push_back(j);
+      }
+      crow.push_back(static_cast<int64_t>(col.size()));
+    }
+  }
+  return Pattern(heads, rows, keys, crow, col);
+}
+
+Problem with_random_pattern(Random& random, const Problem& problem) {
+  return with_pattern(random, problem, 0.5, [&](int64_t heads, int64_t rows) {
+    const double density = random.chance(0.1) ? 0 : random.real(0, 1);
+    return Pattern(random, heads, rows, problem.args.keys, density, random.chance(0.3));
+  });
+}
+
 }  // namespace
 
-Problem random_csr_problem(Random& random, DType dtype) { return with_pattern(random, random_problem(random, dtype)); }
+Problem random_csr_problem(Random& random, DType dtype) {
+  return with_random_pattern(random, random_problem(random, dtype));
+}
 
 Problem random_csr_decode_problem(Random& random, DType dtype) {
   const Sizes sizes = decode_sizes(random);
-  return with_pattern(random, random_problem(random, dtype, &sizes));
+  return with_random_pattern(random, random_problem(random, dtype, &sizes));
 }
 
 Problem random_prior_decode_problem(Random& random, DType dtype) {
   const Sizes sizes = decode_sizes(random);
   return with_prior(random, random_problem(random, dtype, &sizes));
+}
+
+Problem random_long_csr_problem(Random& random, DType dtype) {
+  const Sizes sizes{random.integer(1, 260), random.integer(40, random.chance(0.4) ? 1300 : 260), 20};
+  const Problem problem = random_problem(random, dtype, &sizes);
+  return with_pattern(random, problem, 0, [&](int64_t heads, int64_t rows) {
+    return structured_pattern(random, heads, rows, problem.args.keys);
+  });
 }
 
 void KernelTest::SetUp() {

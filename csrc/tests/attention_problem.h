@@ -44,6 +44,9 @@ struct Problem {
 /// Sizes from 0 upward, every option on or off. Keys behind kv_lens, and columns that nobody keeps, are NaN.
 Problem random_prior_problem(Random& random, DType dtype);
 Problem random_csr_problem(Random& random, DType dtype);
+/// Without values, of more queries and keys than kernels take at once; patterns of every density up to 100%, causal, in
+/// bands and in blocks.
+Problem random_long_csr_problem(Random& random, DType dtype);
 /// Of more queries and keys than kernels take at once.
 Problem random_long_prior_problem(Random& random, DType dtype);
 /// Of few queries and up to thousands of keys.

@@ -1,20 +1,49 @@
 #include <cmath>
+#include <cstdlib>
+#include <stdexcept>
 
+#include "kernels/cpu/cost_model.h"
 #include "tests/attention_problem.h"
 
 namespace fiak::tests {
 namespace {
 
-class CsrAttention : public KernelTest {};
+class CsrAttention : public KernelTest {
+ protected:
+  /// The check with each forward kernel wherever it can run, and with their choice.
+  template <class Check>
+  void with_each_kernel(Check&& check) {
+    for (const char* kernel : {"entries", "dense", "auto"}) {
+      setenv("FIAK_CSR_KERNEL", kernel, 1);
+      SCOPED_TRACE(kernel);
+      check();
+      if (HasFatalFailure()) break;
+    }
+    unsetenv("FIAK_CSR_KERNEL");
+  }
+};
 
-TEST_P(CsrAttention, MatchesScalarFloat64) { matches_scalar_float64(random_csr_problem); }
+TEST_P(CsrAttention, MatchesScalarFloat64) {
+  with_each_kernel([&] { matches_scalar_float64(random_csr_problem); });
+}
+TEST_P(CsrAttention, MatchesScalarFloat64OnLongPatterns) {
+  with_each_kernel([&] { matches_scalar_float64(random_long_csr_problem, 8); });
+}
 TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreads) {
-  gives_the_same_bits_on_any_number_of_threads(random_csr_problem);
+  with_each_kernel([&] {
+    gives_the_same_bits_on_any_number_of_threads(random_csr_problem, 20);
+    gives_the_same_bits_on_any_number_of_threads(random_long_csr_problem, 8);
+  });
 }
 TEST_P(CsrAttention, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_csr_problem); }
-TEST_P(CsrAttention, KeepsNanInItsPlace) { keeps_nan_in_its_place(random_csr_problem); }
+TEST_P(CsrAttention, KeepsNanInItsPlace) {
+  with_each_kernel([&] {
+    keeps_nan_in_its_place(random_csr_problem, 30);
+    keeps_nan_in_its_place(random_long_csr_problem, 4);
+  });
+}
 TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupport) {
-  ignores_huge_scores_outside_the_support(random_csr_problem);
+  with_each_kernel([&] { ignores_huge_scores_outside_the_support(random_csr_problem); });
 }
 
 TEST_P(CsrAttention, MatchesScalarFloat64OfFewQueries) { matches_scalar_float64(random_csr_decode_problem, 25); }
@@ -77,6 +106,31 @@ TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
 }
 
 FIAK_FOR_ALL_KERNELS(CsrAttention);
+
+TEST(CsrKernelChoice, RefusesUnknownNames) {
+  setenv("FIAK_CSR_KERNEL", "fast", 1);
+  EXPECT_THROW(cpu::selected_csr_kernel(), std::invalid_argument);
+  unsetenv("FIAK_CSR_KERNEL");
+  EXPECT_EQ(cpu::selected_csr_kernel(), cpu::CsrKernel::kAuto);
+}
+
+TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
+  for (const cpu::Isa isa : {cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16}) {
+    for (const int64_t size : {16, 48, 64, 128}) {
+      for (const int64_t length : {64, 197, 1024, 4096}) {
+        const auto pairs = static_cast<double>(length * length);
+        const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
+        cpu::CsrHead sparse = full;
+        sparse.nnz *= 0.1;
+        EXPECT_LT(cpu::dense_cost(full, isa), cpu::entries_cost(full, isa)) << size << " " << length;
+        EXPECT_GT(cpu::dense_cost(sparse, isa), cpu::entries_cost(sparse, isa)) << size << " " << length;
+      }
+    }
+    // One query of a long context: transposing its keys would cost more than its products.
+    const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / (24 * 16), 64, 64, 1};
+    EXPECT_GT(cpu::dense_cost(decode, isa), cpu::entries_cost(decode, isa));
+  }
+}
 
 TEST(CsrAttentionFloat64, EqualsPriorAttentionOfTheDenseWeights) {
   Random random(21);

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <set>
+#include <utility>
 
 #include "tests/support.h"
 
@@ -136,13 +138,50 @@ void expect_plan_of(const Pattern& pattern, const PlanView& plan) {
   ASSERT_EQ(place, pattern.nnz());
 }
 
+/// Expects the bits, where there are enough entries for them, to be the pattern's, and nothing behind a row's last key.
+void expect_bits_of(const Pattern& pattern, const PlanView& plan) {
+  const bool wanted = plan.num_keys > 0 && pattern.nnz() * 16 >= plan.heads * plan.num_queries * plan.num_keys;
+  ASSERT_EQ(plan.bits != nullptr, wanted);
+  ASSERT_EQ(plan.tiles != nullptr, wanted);
+  if (!wanted) return;
+  ASSERT_EQ(plan.row_words, (plan.num_keys + 63) / 64);
+  for (int64_t head = 0; head < plan.heads; ++head) {
+    std::set<std::pair<int64_t, int64_t>> tiles;
+    for (int64_t query = 0; query < plan.num_queries; ++query) {
+      const int64_t row = head * plan.num_queries + query;
+      const std::set<int64_t> kept(&pattern.col[pattern.crow[row]], &pattern.col[pattern.crow[row + 1]]);
+      for (int64_t j = 0; j < plan.row_words * 64; ++j) {
+        ASSERT_EQ(plan.bits[row * plan.row_words + j / 64] >> j % 64 & 1, kept.count(j));
+        if (kept.count(j) != 0) tiles.emplace(query / 24, j / 16);
+      }
+    }
+    ASSERT_EQ(plan.tiles[head], static_cast<int64_t>(tiles.size()));
+  }
+}
+
 TEST(Plan, HoldsThePatternAndItsTranspose) {
   Random random(2);
   for (int round = 0; round < 200; ++round) {
     const Pattern pattern(random, random.integer(0, 4), random.integer(0, 40), random.integer(0, 40), random.real(0, 1),
                           random.chance(0.3));
     expect_plan_of(pattern, pattern.plan());
+    expect_bits_of(pattern, pattern.plan());
   }
+}
+
+TEST(Plan, HasBitsFromOneInSixteenOn) {
+  Random random(7);
+  for (int round = 0; round < 50; ++round) {
+    const Pattern pattern(random, random.integer(1, 3), random.integer(20, 60), random.integer(60, 200),
+                          random.real(0.04, 0.09));
+    expect_bits_of(pattern, pattern.plan());
+  }
+  EXPECT_NE(Pattern(1, 1, 16, {0, 1}, {15}).plan().bits, nullptr);
+  EXPECT_EQ(Pattern(1, 1, 17, {0, 1}, {15}).plan().bits, nullptr);
+  Random wide(8);
+  const Pattern blocks(wide, 1, 2, kPlanBlock + 70, 0.1);
+  expect_plan_of(blocks, blocks.plan());
+  expect_bits_of(blocks, blocks.plan());
 }
 
 TEST(Plan, SplitsLongRowsAndColumnsIntoBlocks) {
@@ -203,16 +242,21 @@ TEST(CheckPlan, ComparesTheBodyOnlyWhenAsked) {
   const PlanLayout layout = plan_layout(8, 8, 8, pattern.nnz());
   std::vector<int64_t> plan(layout.bytes / 8);
   build_plan(pattern.indices(true), 8, 8, plan.data());
-  ++plan[layout.column_segments / 8 + 3];
-  EXPECT_EQ(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, false), "");
-  EXPECT_REFUSED(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, true),
-                 "plan must be what csr_plan makes");
+  for (const int64_t word : {layout.column_segments / 8 + 3, layout.bits / 8 + 2, layout.tiles / 8}) {
+    ++plan[word];
+    EXPECT_EQ(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, false), "");
+    EXPECT_REFUSED(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, true),
+                   "plan must be what csr_plan makes");
+    --plan[word];
+  }
 }
 
 TEST(PlanLayout, IsSmall) {
-  // Two bytes an entry for forward and six more for the transpose, beside offsets.
+  // Two bytes an entry for forward and six more for the transpose, beside offsets; and bits.
   const PlanLayout layout = plan_layout(4 * 197, 197, 197, 46000);
-  EXPECT_LE(layout.bytes, 46000 * 8 + 8 * 2 * 4 * 198 + 1024);
+  EXPECT_LE(layout.bytes, 46000 * 8 + 8 * 2 * 4 * 198 + 4 * 197 * 256 / 8 + 1024);
+  const PlanLayout sparse = plan_layout(4 * 197, 197, 197, 4 * 197 * 197 / 16);
+  EXPECT_LE(sparse.bytes, 4 * 197 * 197 / 2 + 8 * 2 * 4 * 198 + 1024);
 }
 
 }  // namespace

@@ -167,9 +167,11 @@ SymInt plan_bytes(const SymInt& num_rows, const SymInt& num_queries, const SymIn
   const auto blocks = [](const SymInt& size) { return ((size + kPlanBlock - 1) / kPlanBlock).max(1); };
   // max(1) only avoids a division by zero: there are no rows where there are no queries.
   const SymInt heads = num_rows / num_queries.max(1);
+  const SymInt has_bits = (nnz * kPlanBitsShare - num_rows * num_keys + 1).max(0).min(1);
   return aligned(sizeof(PlanHeader)) + aligned((num_rows * blocks(num_keys) + 1) * 8) +
          aligned((nnz + kPlanPadding) * 2) + aligned((heads * num_keys * blocks(num_queries) + 1) * 8) +
-         aligned((nnz + kPlanPadding) * 2) + aligned(nnz * 4);
+         aligned((nnz + kPlanPadding) * 2) + aligned(nnz * 4) +
+         has_bits * (aligned(num_rows * ((num_keys + 63) / 64) * 8) + aligned(heads * 8));
 }
 
 Tensor plan_meta(const Tensor& crow_indices, const Tensor& col_indices, SymInt num_queries, SymInt num_keys) {

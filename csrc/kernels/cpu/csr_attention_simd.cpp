@@ -1,4 +1,5 @@
-// csr_attention, vectorised: one query's entries at a time, on the rows of K and V that they name.
+// csr_attention, vectorised: one query's entries at a time, on the rows of K and V that they name; forward, heads that
+// keep most of their pairs run on the dense kernel (csr_dense.h) instead.
 //
 // Two passes over many queries, first on the keys and then on the values, so that each has the L1 cache for itself.
 // Within the first, a few queries' scores are exponentiated in one stream: exp's long dependency chains then overlap
@@ -6,6 +7,7 @@
 // prefetches into the L2 cache what the next one reads. Threads split the work by entries; where the weights' gradient
 // is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
 #include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/csr_dense.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/tables.h"
@@ -14,7 +16,6 @@
 namespace fiak::cpu::FIAK_ISA {
 namespace {
 
-constexpr int64_t kRowCost = 16;             // what a row costs beside its entries, in entries
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
 constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
 constexpr int64_t kMaxPassRows = 4096;
@@ -78,11 +79,6 @@ struct Bundles {
     const int64_t first = k < full ? k * elements : full * elements + (k - full);
     for (int64_t e = 0; e < bundle.elements; ++e) bundle.b[e] = group + (first + e) * groups;
     return bundle;
-  }
-  /// Batch elements in the bundles before i.
-  int64_t elements_before(int64_t i) const {
-    const int64_t each = larger(1, count / groups), k = i % each;
-    return i / each * per_group + (k < full ? k * elements : full * elements + (k - full));
   }
 };
 
@@ -1051,27 +1047,25 @@ class CsrBackward {
   int64_t chunk_rows_ = 0, most_entries_ = 0, most_steps_ = 0;
 };
 
-/// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by entries.
-/// Bundles are outside: the heads of one batch element often lie side by side. next h is -1 where there is no next.
+/// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by `costs`.
+/// Bundles are outside: the heads of one batch element often lie side by side. next h is -1 where there is
+/// no next.
 template <class Rows>
-void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elements, Rows&& rows) {
+void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elements, const HeadCosts& costs,
+                     Rows&& rows) {
   const PlanView& plan = args.plan;
   const Bundles bundles(args, elements);
-  const int64_t pattern_rows = plan.heads * plan.num_queries, heads = args.query_heads;
+  const int64_t heads = args.query_heads;
   // Rows that only some elements use are not worth a search for balance.
   const bool whole = args.query_offsets == nullptr && args.queries == plan.num_queries;
   const int64_t bundle_rows = heads * args.queries;
   const auto work = [&](int64_t unit) {
     if (!whole) return unit;
     const int64_t bundle = unit / bundle_rows, row = unit % bundle_rows;
-    const int64_t each = plan.nnz / bundles.groups + kRowCost * bundle_rows;
-    if (bundle == bundles.count) return bundles.elements_before(bundle) * each;
-    const int64_t group_row = bundles.at(bundle).b[0] % bundles.groups * bundle_rows;
-    const int64_t entries = plan.row_segments[(group_row + row) * plan.key_blocks] -
-                            plan.row_segments[group_row * plan.key_blocks] + kRowCost * row;
-    return bundles.elements_before(bundle) * each + bundles.at(bundle).elements * smaller(entries, each);
+    const int64_t of_group = bundles.count / bundles.groups;
+    return static_cast<int64_t>(costs.before(bundle / of_group, bundle % of_group, bundles.full, of_group,
+                                             row / args.queries, row % args.queries));
   };
-  (void)pattern_rows;
   parallel_balanced(parallel, bundles.count * bundle_rows, work, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t i = begin / args.queries, h = i % heads;
@@ -1149,14 +1143,32 @@ void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& pa
   backward_bundles<kStorage, 1>(args, grads, parallel, bundles, 1);
 }
 
-}  // namespace
+/// forward_rows on the dense kernel, whose blocks of queries start at multiples of their size: of a block, whoever has
+/// its first query computes all, so that no split among threads changes a bit.
+void forward_dense(const CsrArgs& args, const ForwardResult& result, const Bundle& bundle, int64_t h, int64_t begin,
+                   int64_t end, const Bundle& next, int64_t next_h) {
+  const int64_t offset = offset_of(args, bundle.b[0]);
+  const auto block = [&](int64_t row) { return smaller(args.queries, row_blocks(row - offset) * kBlockRows); };
+  if (block(begin) == block(end)) return;
+  for (int e = 0; e < bundle.elements; ++e) {
+    const HeadPlace at{bundle.b[e], h};
+    const HeadPlace after = e + 1 < bundle.elements ? HeadPlace{bundle.b[e + 1], h}
+                            : next_h >= 0           ? HeadPlace{next.b[0], next_h}
+                                                    : HeadPlace{0, args.query_heads};
+    dense_forward_rows(args, result, KeptHead(args, at), at, block(begin), block(end), after);
+  }
+}
 
 template <Storage kStorage>
 void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
-  for_bundle_rows(args, parallel, bundled_elements(args, kStorage),
+  const int64_t elements = bundled_elements(args, kStorage);
+  const HeadCosts costs(args, static_cast<int>(elements), kStorage == Storage::kBFloat16);
+  for_bundle_rows(args, parallel, elements, costs,
                   [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle& next,
                       int64_t next_h) {
-                    if (bundle.elements == 1) {
+                    if (costs.is_dense(bundle.b[0], h)) {
+                      forward_dense(args, result, bundle, h, begin, end, next, next_h);
+                    } else if (bundle.elements == 1) {
                       forward_rows<kStorage, 1>(args, result, bundle, h, begin, end, longest, next, next_h);
                     } else if (bundle.elements == 2) {
                       forward_rows<kStorage, 2>(args, result, bundle, h, begin, end, longest, next, next_h);
@@ -1165,6 +1177,8 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
                     }
                   });
 }
+
+}  // namespace
 
 void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
   if (is_decoding(args)) return csr_decode(args, result, parallel);

@@ -1,32 +1,14 @@
-// prior_attention, vectorised: blocks of queries against all keys, as matrix products with the weighted softmax
-// between.
+// prior_attention, vectorised: dense attention (dense_rows.h) with weights.
 //
-// Forward: S = scale Q K^T (K transposed once for each head), P = w exp(S - max), O = P V; the maximum, the sum of P
-// and O are carried from one block of keys to the next. Backward: S again, dA = dO V^T, dw = exp(S - lse) (dA - delta),
-// dS = w dw, dQ = dS K, dK = dS^T Q, dV = P^T dO. bfloat16 runs on pairs where the instruction set has them: P and dS
-// are rounded to bfloat16, sums are float32.
-#include "kernels/cpu/attention_simd.h"
+// Backward: S = scale Q K^T again, dA = dO V^T, dw = exp(S - lse) (dA - delta), dS = w dw, dQ = dS K, dK = dS^T Q, dV =
+// P^T dO. bfloat16 runs on pairs where the instruction set has them: P and dS are rounded to bfloat16, sums are
+// float32.
 #include "kernels/cpu/decode.h"
-#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/dense_rows.h"
 #include "kernels/cpu/tables.h"
-#include "kernels/philox.h"
 
 namespace fiak::cpu::FIAK_ISA {
 namespace {
-
-constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any height
-static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
-constexpr int64_t kBlockKeys = 384;  // keys of a block at most: its scores stay in the L2 cache
-static_assert(kBlockKeys % kTileWidth == 0);
-constexpr float kSmallestNormal = 0x1p-126f;
-constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
-
-int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
-/// Keys of a block: all of them, or about equal shares that start at whole tiles.
-int64_t block_keys(int64_t keys) {
-  const int64_t count = larger(1, (keys + kBlockKeys - 1) / kBlockKeys);
-  return tile_columns((keys + count - 1) / count);
-}
 
 const float* weights_of(const PriorArgs& args, int64_t b, int64_t h, int64_t n) {
   if (args.prior == nullptr) return nullptr;
@@ -34,336 +16,32 @@ const float* weights_of(const PriorArgs& args, int64_t b, int64_t h, int64_t n) 
          h * args.prior_head_stride + n * args.prior_row_stride;
 }
 
-// Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
-// the depth.
-
-template <bool kPairs>
-constexpr int64_t units(int64_t numbers) {
-  return kPairs ? (numbers + 1) / 2 : numbers;
-}
-
-/// Loads rows [begin, begin + count) of x times `factor` (1 for pairs), whole vectors wide, and zero rows up to whole
-/// tiles. Pairs lie along the row.
-template <bool kPairs>
-void load_block(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t count, int64_t size,
-                float factor, float* target) {
-  const int64_t stride = padded(units<kPairs>(size));
-  for (int64_t i = 0; i < count; ++i) {
-    const char* row = row_address(x, dtype, b, h, begin + i);
-#if defined(FIAK_ISA_AVX512_BF16)
-    for (int64_t d = 0; kPairs && d < size; d += 2 * kLanes) {
-      store(target + i * stride + d / 2, load_pairs_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
-    }
-#endif
-    if (!kPairs) load_row(row, dtype, size, factor, target + i * stride);
+/// What the queries of a head attend to (dense_forward).
+class PriorHead {
+ public:
+  PriorHead(const PriorArgs& args, int64_t b, int64_t h) : args_(args), b_(b), h_(h), keys_(keys_of(args, b)) {}
+  __attribute__((always_inline)) int64_t end(int64_t n) const {
+    return args_.is_causal ? smaller(keys_, n + 1) : keys_;
   }
-  for (int64_t i = count * stride; i < tile_rows(count) * stride; i += kLanes) store(target + i, zero());
-}
-
-/// The transpose of rows [0, count): the depth runs along the rows. `rows` holds tile_rows(count) * padded(units(size))
-/// units, `target` units(size) * tile_columns(count).
-template <bool kPairs>
-Columns load_columns(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size, float* rows,
-                     float* target) {
-  const char* first = row_address(x, dtype, b, h, 0);
-  Panel panel{rows, padded(units<kPairs>(size))};
-  if (dtype == DType::kFloat32) {
-    panel = {reinterpret_cast<const float*>(first), x.row_stride};
-  } else if (kPairs && size % 2 == 0 && x.row_stride % 2 == 0) {
-    panel = {reinterpret_cast<const float*>(first), x.row_stride / 2};
-  } else {
-    load_block<kPairs>(x, dtype, b, h, 0, count, size, 1.0f, rows);
+  template <class Call>
+  __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
+    const float* weights = weights_of(args_, b_, h_, n);
+    return weights == nullptr ? call(AllKeys{}) : call(WeightedKeys{weights + j});
   }
-  return transpose(panel, count, units<kPairs>(size), target);
-}
-
-/// Rows [0, count) along which the result runs: the depth runs across them. `target` holds units(count) * padded(size).
-template <bool kPairs>
-Panel load_depth(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size, float* target) {
-  if constexpr (!kPairs) return make_panel(x, dtype, b, h, count, size, target);
-#if defined(FIAK_ISA_AVX512_BF16)
-  const int64_t stride = padded(size);
-  for (int64_t n = 0; n < count; n += 2) {
-    const char* first = row_address(x, dtype, b, h, n);
-    const char* second = n + 1 < count ? row_address(x, dtype, b, h, n + 1) : first;
-    for (int64_t d = 0; d < size; d += kLanes) {
-      const int64_t width = smaller(kLanes, size - d);
-      const Vec pairs = load_pairs_of(first + 2 * d, second + 2 * d, width);
-      store(target + n / 2 * stride + d, n + 1 < count ? pairs : low_half(pairs));
-    }
+  __attribute__((always_inline)) int64_t spans(int64_t, int64_t, int64_t from, int64_t keys, KeySpan* spans) const {
+    spans[0] = {from, keys, 0};
+    return 1;
   }
-  return {target, stride};
-#endif
-}
-
-/// Whether every number is finite.
-template <bool kPairs>
-bool all_finite(const Panel& rows, int64_t count, int64_t size) {
-  Vec difference = zero();  // x - x is NaN for NaN and infinity
-  for (int64_t n = 0; n < count; ++n) {
-    for (int64_t d = 0; d < size; d += kLanes) {
-      const Vec x = load(rows.row(n) + d);
-      difference = add(difference, sub(x, x));
-#if defined(FIAK_ISA_AVX512_BF16)
-      if constexpr (kPairs) difference = add(difference, sub(first_of_pairs(x), first_of_pairs(x)));
-#endif
-    }
+  __attribute__((always_inline)) void fetch(int64_t n, int64_t j, int64_t keys) const {
+    if (args_.prior == nullptr || n + kRowsAhead >= args_.queries) return;
+    prefetch_row(reinterpret_cast<const char*>(weights_of(args_, b_, h_, n + kRowsAhead) + j), keys * 4);
   }
-  return reduce_add(difference) == 0.0f;
-}
+  __attribute__((always_inline)) int64_t row(int64_t n) const { return n; }
 
-/// out (+)= a b, where numbers of b that are not finite do not pass factors of 0 in a.
-template <bool kAdd, bool kPairs>
-void guarded_product(bool finite, const float* a, int64_t a_row, int64_t a_column, const Panel& b, int64_t rows,
-                     int64_t columns, int64_t depth, float* out, int64_t out_row) {
-  if (finite) {
-    matrix_product<kAdd, kPairs>(a, a_row, a_column, columns_of(b), rows, columns, depth, out, out_row);
-    return;
-  }
-  for (int64_t r = 0; r < rows && !kAdd; ++r) std::memset(out + r * out_row, 0, columns * sizeof(float));
-  product_of_nonzeros<kPairs>(a, a_row, a_column, b, rows, columns, depth, out, out_row);
-}
-
-// The support of a row of weights, from some key on. kept(j, n): which of keys j to j + n - 1, n <= kLanes, are inside;
-// weighted(j, n, x): x times their weights, 0 outside.
-
-struct AllKeys {
-  __attribute__((always_inline)) Mask kept(int64_t, int64_t n) const { return first_lanes(n); }
-  __attribute__((always_inline)) Vec weighted(int64_t, int64_t n, Vec x) const { return keep(first_lanes(n), x); }
+ private:
+  const PriorArgs& args_;
+  int64_t b_, h_, keys_;
 };
-
-struct WeightedKeys {
-  const float* weights;
-  __attribute__((always_inline)) Vec weight(int64_t j, int64_t n) const {
-    return n == kLanes ? load(weights + j) : load_first(weights + j, n);
-  }
-  __attribute__((always_inline)) Mask kept(int64_t j, int64_t n) const {
-    return not_below_zero(first_lanes(n), weight(j, n));
-  }
-  __attribute__((always_inline)) Vec weighted(int64_t j, int64_t n, Vec x) const {
-    return keep(kept(j, n), mul(x, weight(j, n)));
-  }
-};
-
-/// visit(j, n) for whole vectors of keys [0, count) and what is left.
-template <class Visit>
-FIAK_INLINE void for_vectors(int64_t count, Visit&& visit) {
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) visit(j, int64_t{kLanes});
-  if (j < count) visit(j, count - j);
-}
-
-/// The largest score of the support among keys [0, count), -inf if there is none.
-template <class Support>
-float row_maximum(const float* scores, const Support& support, int64_t count) {
-  Vec maxima = broadcast(-kInfinity);
-  for_vectors(
-      count, [&](int64_t j, int64_t n)
-                 __attribute__((always_inline)) { maxima = keep_max(support.kept(j, n), load(scores + j), maxima); });
-  return reduce_max(maxima);
-}
-
-template <class Support>
-bool is_empty(const Support& support, int64_t count) {
-  Vec inside = zero();
-  for_vectors(
-      count, [&](int64_t j, int64_t n)
-                 __attribute__((always_inline)) { inside = max(inside, keep(support.kept(j, n), broadcast(1.0f))); });
-  return reduce_max(inside) == 0.0f;
-}
-
-/// scores[0, count) = w exp(scores - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
-/// padded(count of the block). Returns the sum before `kept`.
-template <bool kPairs, class Support>
-float weigh_row(float* scores, const Support& support, int64_t count, int64_t columns, float shift, const float* kept) {
-  const Vec s = broadcast(shift);
-  Vec sums = zero();
-  const auto weigh = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    Vec e = support.weighted(j, n, exp(sub(load(scores + j), s)));
-    sums = add(sums, e);
-    if (kept != nullptr) e = mul(e, load(kept + j));
-    return e;
-  };
-  if constexpr (!kPairs) {
-    for_vectors(
-        count, [&](int64_t j, int64_t n) __attribute__((always_inline)) { store(scores + j, weigh(j, n)); });
-    for (int64_t j = padded(count); j < columns; j += kLanes) store(scores + j, zero());
-  }
-#if defined(FIAK_ISA_AVX512_BF16)
-  if constexpr (kPairs) {  // in place: a vector of pairs comes from the two vectors of scores that start twice as far
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
-      const Vec low = weigh(j, kLanes);
-      store(scores + j / 2, pairs_in_order(low, weigh(j + kLanes, kLanes)));
-    }
-    if (j < count) {
-      const Vec low = count - j >= kLanes ? weigh(j, kLanes) : weigh(j, count - j);
-      const Vec high = count - j > kLanes ? weigh(j + kLanes, count - j - kLanes) : zero();
-      store(scores + j / 2, pairs_in_order(low, high));
-      j += 2 * kLanes;
-    }
-    for (; j < columns; j += 2 * kLanes) store(scores + j / 2, zero());
-  }
-#endif
-  return reduce_add(sums);
-}
-
-/// A row's largest score and sum so far: key blocks are added one after another, scaled to the largest score.
-struct RowState {
-  float maximum, total;
-};
-
-/// Takes in the largest score of another block; `sums` are scaled to it.
-void raise_maximum(float maximum, bool first, RowState& state, float* sums, int64_t value_size) {
-  if (first) {
-    state = {maximum, 0.0f};
-  } else if (maximum > state.maximum) {
-    const Vec factor = exp(broadcast(state.maximum - maximum));
-    for (int64_t d = 0; d < value_size; d += kLanes) store(sums + d, mul(load(sums + d), factor));
-    state.total *= reduce_max(factor);
-    state.maximum = maximum;
-  }
-}
-
-/// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2; `row` holds padded(head_size) numbers.
-void key_bias(const PriorArgs& args, int64_t b, int64_t key_head, int64_t count, float* row, float* bias) {
-  for (int64_t j = 0; j < count; ++j) {
-    load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_size, 1.0f, row);
-    bias[j] = -0.5f * static_cast<float>(args.scale) * dot(row, row, padded(args.head_size));
-  }
-}
-
-/// Fetches rows [begin, end) of a head into the L2 cache. Inlined: GCC drops calls of functions that only prefetch.
-FIAK_INLINE void prefetch_rows(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t end,
-                               int64_t size) {
-  for (int64_t n = begin; n < end; ++n) prefetch_row(row_address(x, dtype, b, h, n), size * element_size(dtype));
-}
-
-/// Fetches what block `first` of this head and the next head will read: cold operands would cost as much as products.
-FIAK_INLINE void prefetch_next(const PriorArgs& args, const ForwardResult& result, int64_t b, int64_t h,
-                               int64_t first) {
-  const int64_t block_end = smaller(args.queries, first + kBlockRows);
-  for (int64_t n = first; n < block_end; ++n) {
-    prefetch_row_for_writing(row_address(result.output, args.dtype, b, h, n),
-                             args.value_size * element_size(args.dtype));
-  }
-  prefetch_rows(args.query, args.dtype, b, h, block_end, smaller(args.queries, block_end + kBlockRows), args.head_size);
-  if (++b == args.batch) {
-    b = 0;
-    if (++h == args.query_heads) return;
-  }
-  // Its keys and values are spread over this head's blocks.
-  const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b), each = keys / blocks(args.queries) + 1;
-  const int64_t begin = smaller(keys, first / kBlockRows * each), end = smaller(keys, begin + each);
-  prefetch_rows(args.key, args.dtype, b, key_head, begin, end, args.head_size);
-  prefetch_rows(args.value, args.dtype, b, key_head, begin, end, args.value_size);
-  if (block_end == args.queries) {
-    prefetch_rows(args.query, args.dtype, b, h, 0, smaller(args.queries, kBlockRows), args.head_size);
-  }
-}
-
-/// Queries [begin, end) of query head h for batch element b; begin is a multiple of kBlockRows.
-template <bool kPairs>
-void forward_rows(const PriorArgs& args, const ForwardResult& result, int64_t b, int64_t h, int64_t begin,
-                  int64_t end) {
-  const int64_t key_head = h / shared_heads(args), all_keys = keys_of(args, b);
-  const int64_t keys = args.is_causal ? smaller(all_keys, end) : all_keys;
-  const int64_t depth = units<kPairs>(args.head_size), row_size = padded(args.head_size);
-  const int64_t value_size = padded(args.value_size), width = block_keys(all_keys);
-  const bool gaussian = args.score == Score::kGaussian;
-  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
-
-  Carver scratch{static_cast<char*>(
-      thread_scratch(carved(kBlockRows * padded(depth)) + carved(kBlockRows * value_size) + carved(kBlockRows * width) +
-                     carved(width) + carved(keys) + carved(tile_rows(keys) * row_size) +
-                     carved(depth * tile_columns(keys)) + carved(units<kPairs>(all_keys) * value_size)))};
-  float* query = scratch.floats(kBlockRows * padded(depth));
-  float* sums = scratch.floats(kBlockRows * value_size);
-  float* scores = scratch.floats(kBlockRows * width);
-  float* kept = scratch.floats(width);
-  float* bias = scratch.floats(keys);
-  float* key_rows = scratch.floats(tile_rows(keys) * row_size);
-  if (gaussian) key_bias(args, b, key_head, keys, query, bias);
-  const Columns key = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_size, key_rows,
-                                           scratch.floats(depth * tile_columns(keys)));
-  // All of the element's values decide, so that no split among threads changes a bit.
-  const Panel value = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_size,
-                                         scratch.floats(units<kPairs>(all_keys) * value_size));
-  const bool finite = all_finite<kPairs>(value, units<kPairs>(all_keys), value_size);
-
-  for (int64_t first = begin; first < end; first += kBlockRows) {
-    const int64_t rows = smaller(kBlockRows, end - first);
-    const int64_t seen = args.is_causal ? smaller(keys, first + rows) : keys;
-    load_block<kPairs>(args.query, args.dtype, b, h, first, rows, args.head_size, 1.0f, query);
-    prefetch_next(args, result, b, h, first);
-    if (seen == 0) std::memset(sums, 0, rows * value_size * sizeof(float));
-    RowState states[kBlockRows];
-    const auto with_support = [&](int64_t n, int64_t from, auto&& call) __attribute__((always_inline)) {
-      const float* weights = weights_of(args, b, h, n);
-      return weights == nullptr ? call(AllKeys{}) : call(WeightedKeys{weights + from});
-    };
-    for (int64_t from = 0; from < seen; from += width) {
-      const int64_t columns = padded(smaller(width, seen - from));
-      const Columns block{key.data + from / kTileWidth * key.panel_stride, key.row_stride, key.panel_stride};
-      matrix_product<false, kPairs>(query, padded(depth), 1, block, tile_rows(rows), columns, depth, scores, width,
-                                    args.is_causal ? first - from : kNoDiagonal, static_cast<float>(args.scale));
-      const auto count_of = [&](int64_t i) {
-        const int64_t visible = args.is_causal ? smaller(keys, first + i + 1) : keys;
-        return larger(0, smaller(smaller(width, seen - from), visible - from));
-      };
-      // All maxima come before the exponentials, which would wait for each of them.
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t n = first + i, count = count_of(i);
-        float* s = scores + i * width;
-        if (args.prior != nullptr && n + kRowsAhead < args.queries) {
-          prefetch_row(reinterpret_cast<const char*>(weights_of(args, b, h, n + kRowsAhead) + from), count * 4);
-        }
-        for (int64_t j = 0; gaussian && j < count; ++j) s[j] += bias[from + j];
-        const float maximum = with_support(n, from, [&](const auto& x) { return row_maximum(s, x, count); });
-        raise_maximum(maximum, from == 0, states[i], sums + i * value_size, value_size);
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t n = first + i, count = count_of(i);
-        if (dropout.active()) {
-          for (int64_t j = 0; j < count; ++j) kept[j] = static_cast<float>(dropout.factor(b, h, n, from + j));
-          for (int64_t j = count; j < columns; ++j) kept[j] = 0.0f;
-        }
-        // A row without a finite score so far: exp(-inf) = 0.
-        const float shift = states[i].maximum == -kInfinity ? 0.0f : states[i].maximum;
-        states[i].total += with_support(n, from, [&](const auto& x) {
-          return weigh_row<kPairs>(scores + i * width, x, count, columns, shift, dropout.active() ? kept : nullptr);
-        });
-      }
-      const Panel rows_of_block{value.row(units<kPairs>(from)), value.stride};
-      const auto add_values = from == 0 ? guarded_product<false, kPairs> : guarded_product<true, kPairs>;
-      const int64_t group = args.is_causal ? kTileRows * kTileVectors : kBlockRows;  // rows with about the same keys
-      for (int64_t i = 0; i < rows; i += group) {
-        const int64_t most = args.is_causal ? larger(0, first + i + group - from) : seen;
-        add_values(finite, scores + i * width, width, 1, rows_of_block, tile_rows(smaller(group, rows - i)), value_size,
-                   units<kPairs>(smaller(smaller(width, seen - from), most)), sums + i * value_size, value_size);
-      }
-    }
-    float logs[kBlockRows];
-    for (int64_t i = 0; i < rows; i += kLanes) {
-      for (int64_t k = i; k < i + kLanes; ++k) logs[k] = k < rows ? states[k].total : 1.0f;
-      store(logs + i, log_of_normal(load(logs + i)));
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t n = first + i, visible = args.is_causal ? smaller(keys, n + 1) : keys;
-      float factor = 0.0f, lse = -kInfinity;
-      const bool none = visible == 0 || (states[i].maximum == -kInfinity &&
-                                         with_support(n, 0, [&](const auto& x) { return is_empty(x, visible); }));
-      if (!none) {
-        const float total = states[i].maximum > -kInfinity && states[i].total < kInfinity ? states[i].total : kNaN;
-        factor = 1.0f / total;
-        lse = states[i].maximum + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
-      }
-      static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = lse;
-      store_row(sums + i * value_size, args.dtype, args.value_size, factor,
-                row_address(result.output, args.dtype, b, h, n));
-    }
-  }
-}
 
 // Backward runs in waves. A wave is a range of queries, a range of keys and a few heads and batch elements. First its
 // rows are computed: P and dS of the wave, dQ and the weights' gradient; then its columns, dK and dV, from the P and dS
@@ -788,10 +466,9 @@ void prior_forward(const PriorArgs& args, const ForwardResult& result, const Par
   parallel_blocks(parallel, args.query_heads * args.batch, args.queries, kBlockRows,
                   [&](int64_t i, int64_t begin, int64_t end) {
                     const int64_t h = i / args.batch, b = i % args.batch;
-#if defined(FIAK_ISA_AVX512_BF16)
-                    if (args.dtype == DType::kBFloat16) return forward_rows<true>(args, result, b, h, begin, end);
-#endif
-                    forward_rows<false>(args, result, b, h, begin, end);
+                    const PriorHead head(args, b, h);
+                    const HeadPlace next{(b + 1) % args.batch, h + (b + 1) / args.batch};
+                    dense_forward_rows(args, result, head, {b, h}, begin, end, next);
                   });
 }
 

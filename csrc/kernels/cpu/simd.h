@@ -85,6 +85,14 @@ FIAK_INLINE bool all_positive_or_nan(const float* x) { return _mm512_cmp_ps_mask
 using Mask = __mmask16;
 /// The first n lanes, n in 0..kLanes.
 FIAK_INLINE Mask first_lanes(int64_t n) { return static_cast<Mask>((1u << n) - 1); }
+/// Those of the first n lanes that are kept.
+FIAK_INLINE Mask first_of(Mask kept, int64_t n) { return kept & first_lanes(n); }
+/// The lanes whose bits are set in the kLanes / 8 bytes at p.
+FIAK_INLINE Mask bit_lanes(const void* p) {
+  Mask bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return bits;
+}
 /// The lanes of `kept` where !(x <= 0): NaN stays.
 FIAK_INLINE Mask not_below_zero(Mask kept, Vec x) { return _mm512_mask_cmp_ps_mask(kept, x, zero(), _CMP_NLE_UQ); }
 /// x in the kept lanes, 0 in the others.
@@ -259,6 +267,14 @@ using Mask = __m256;
 FIAK_INLINE Mask first_lanes(int64_t n) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes));
+}
+/// Those of the first n lanes that are kept.
+FIAK_INLINE Mask first_of(Mask kept, int64_t n) { return _mm256_and_ps(kept, first_lanes(n)); }
+/// The lanes whose bits are set in the kLanes / 8 bytes at p.
+FIAK_INLINE Mask bit_lanes(const void* p) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i bits = _mm256_set1_epi32(*static_cast<const uint8_t*>(p));
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit));
 }
 /// The lanes of `kept` where !(x <= 0): NaN stays.
 FIAK_INLINE Mask not_below_zero(Mask kept, Vec x) { return _mm256_and_ps(kept, _mm256_cmp_ps(x, zero(), _CMP_NLE_UQ)); }

@@ -8,7 +8,7 @@
 namespace fiak {
 namespace {
 
-constexpr uint64_t kMagic = 0x31306e616c506946;  // "FiPlan01"
+constexpr uint64_t kMagic = 0x32306e616c506946;  // "FiPlan02"
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -109,6 +109,51 @@ void build(const Index* crow, const Index* col, const PlanHeader& header, const 
   }
 }
 
+/// The row's entries as bits; `words` are zero.
+template <class Index>
+void fill_bits(const Index* col, int64_t begin, int64_t end, int64_t row_words, uint64_t* words) {
+  int64_t entry = begin;
+  for (int64_t word = 0; word < row_words && entry < end; ++word) {
+    uint64_t bits = 0;
+    for (; entry < end && col[entry] < (word + 1) * 64; ++entry) bits |= uint64_t{1} << (col[entry] % 64);
+    words[word] = bits;
+  }
+}
+
+/// How many tiles of one row of tiles have an entry; `any` is scratch for row_words words.
+int64_t count_tiles(const uint64_t* bits, int64_t rows, int64_t row_words, uint64_t* any) {
+  static_assert(64 % kPlanTileKeys == 0, "a tile lies in one word");
+  std::copy(bits, bits + row_words, any);
+  for (int64_t row = 1; row < rows; ++row) {
+    for (int64_t word = 0; word < row_words; ++word) any[word] |= bits[row * row_words + word];
+  }
+  int64_t tiles = 0;
+  for (int64_t word = 0; word < row_words; ++word) {
+    for (uint64_t left = any[word]; left != 0; left >>= kPlanTileKeys) {
+      tiles += (left & ((uint64_t{1} << kPlanTileKeys) - 1)) != 0;
+    }
+  }
+  return tiles;
+}
+
+template <class Index>
+void build_bits(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, char* plan) {
+  auto* bits = reinterpret_cast<uint64_t*>(plan + layout.bits);
+  auto* tiles = reinterpret_cast<int64_t*>(plan + layout.tiles);
+  std::vector<uint64_t> any(layout.row_words);
+  for (int64_t head = 0; head < layout.heads; ++head) {
+    for (int64_t first = 0; first < header.num_queries; first += kPlanTileRows) {
+      const int64_t rows = std::min(kPlanTileRows, header.num_queries - first);
+      const int64_t row = head * header.num_queries + first;
+      uint64_t* words = bits + row * layout.row_words;
+      for (int64_t r = 0; r < rows; ++r) {
+        fill_bits(col, crow[row + r], crow[row + r + 1], layout.row_words, words + r * layout.row_words);
+      }
+      tiles[head] += count_tiles(words, rows, layout.row_words, any.data());
+    }
+  }
+}
+
 }  // namespace
 
 PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, int64_t nnz) {
@@ -126,6 +171,10 @@ PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, 
   section(layout.column_segments, (layout.heads * num_keys * layout.query_blocks + 1) * 8);
   section(layout.rows, (nnz + kPlanPadding) * 2);
   section(layout.positions, nnz * 4);
+  const bool has_bits = nnz * kPlanBitsShare >= num_rows * num_keys;
+  layout.row_words = has_bits ? (num_keys + 63) / 64 : 0;
+  section(layout.bits, num_rows * layout.row_words * 8);
+  section(layout.tiles, has_bits ? layout.heads * 8 : 0);
   layout.bytes = offset;
   return layout;
 }
@@ -151,10 +200,14 @@ void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, vo
   }
   std::memcpy(plan, &header, sizeof header);
   auto* bytes = static_cast<char*>(plan);
+  const auto build_from = [&](const auto* crow, const auto* col) {
+    build(crow, col, header, layout, bytes);
+    if (layout.row_words > 0) build_bits(crow, col, header, layout, bytes);
+  };
   if (csr.wide) {
-    build(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col), header, layout, bytes);
+    build_from(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col));
   } else {
-    build(static_cast<const int32_t*>(csr.crow), static_cast<const int32_t*>(csr.col), header, layout, bytes);
+    build_from(static_cast<const int32_t*>(csr.crow), static_cast<const int32_t*>(csr.col));
   }
 }
 
@@ -209,6 +262,11 @@ PlanView view_plan(const void* plan) {
   view.column_segments = reinterpret_cast<const int64_t*>(bytes + layout.column_segments);
   view.rows = reinterpret_cast<const uint16_t*>(bytes + layout.rows);
   view.positions = reinterpret_cast<const uint32_t*>(bytes + layout.positions);
+  if (layout.row_words > 0) {
+    view.row_words = layout.row_words;
+    view.bits = reinterpret_cast<const uint64_t*>(bytes + layout.bits);
+    view.tiles = reinterpret_cast<const int64_t*>(bytes + layout.tiles);
+  }
   return view;
 }
 

@@ -1,9 +1,14 @@
-// The execution plan of a CSR pattern: validation, compressed offsets and the transpose.
+// The execution plan of a CSR pattern: validation, compressed offsets, the transpose and, of patterns that are not very
+// sparse, the same as bits.
 //
 // A pattern is one CSR matrix of heads * num_queries rows (heads = groups * query heads) and num_keys columns.
 // Column indices are stored in 16 bits, relative to blocks of 65536 keys; a row is therefore a run of one segment for
 // each key block. The transpose holds, for each key of each head, its rows (16 bits, relative to blocks of 65536
 // queries) and where in the head's row-major entries each one stands.
+//
+// Where at least one pair in 16 is kept, a dense kernel may be the faster one (cpu/cost_model.h). For it there is a bit
+// for each pair, and the number of each head's tiles of 24 queries and 16 keys that have an entry: what such a kernel
+// cannot skip.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +18,9 @@
 namespace fiak {
 
 constexpr int64_t kPlanBlock = 65536;
-constexpr int64_t kPlanPadding = 32;  ///< readable 16-bit indices behind the last entry
+constexpr int64_t kPlanPadding = 32;    ///< readable 16-bit indices behind the last entry
+constexpr int64_t kPlanBitsShare = 16;  ///< plans have bits where nnz * kPlanBitsShare >= rows * keys
+constexpr int64_t kPlanTileRows = 24, kPlanTileKeys = 16;
 constexpr int kPlanSamples = 8;
 
 struct PlanHeader {
@@ -26,7 +33,8 @@ struct PlanHeader {
 /// Byte offsets of the sections; a function of the sizes alone, so that a plan's size is known without its content.
 struct PlanLayout {
   int64_t heads, key_blocks, query_blocks;
-  int64_t row_segments, columns, column_segments, rows, positions, bytes;
+  int64_t row_segments, columns, column_segments, rows, positions, bits, tiles, bytes;
+  int64_t row_words;  ///< 64-bit words of a row of bits; 0 where there are none
 };
 PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, int64_t nnz);
 
@@ -38,6 +46,9 @@ struct PlanView {
   const int64_t* column_segments = nullptr;  ///< [heads * num_keys * query_blocks + 1], offsets into rows
   const uint16_t* rows = nullptr;            ///< [nnz], row in its head - 65536 * block
   const uint32_t* positions = nullptr;       ///< [nnz], the entry's place among its head's row-major entries
+  int64_t row_words = 0;
+  const uint64_t* bits = nullptr;  ///< [heads * num_queries, row_words], key j in bit j % 64 of word j / 64, or null
+  const int64_t* tiles = nullptr;  ///< [heads], tiles of kPlanTileRows x kPlanTileKeys with an entry, or null
 };
 
 /// A CSR matrix with 32 or 64 bit indices (both arrays alike), num_rows + 1 offsets and nnz columns.

@@ -1,0 +1,190 @@
+"""Measures and fits the constants of csrc/kernels/cpu/cost_model.cpp, which picks ``csr_attention``'s forward kernel.
+
+``python -m benchmarks.cost_model --json avx512.json`` times both kernels, forced by ``FIAK_CSR_KERNEL``, over the case
+table's uniform masks and writes what it finds. Run it for each of ``--dtype float32``, ``--dtype bfloat16`` and
+``FIAK_CPU_ISA=avx2``; ``--fit avx512.json`` prints the constants, in nanoseconds, and how far the model is off. While
+measuring it prints how the choice compares with the better of the two kernels and with dense SDPA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d, scaled_dot_product_attention
+
+from benchmarks.cases import Case, load_cases
+from benchmarks.timing import timed
+from fiak_ext import SparsePattern, which_kernel
+
+DENSITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+ENTRIES = (
+    "entry, 1 element",
+    "entry, 2 elements",
+    "entry, 4 elements",
+    "entry_vector",
+    "far_vector",
+    "run",
+    "packed_vector",
+)
+DENSE = ("pair", "pair_multiply", "dense_row", "number")
+
+
+def uniform_masks(case: Case) -> list[tuple[float, Tensor]]:
+    """Masks ``[heads, queries, keys]`` that keep each eligible pair with every probability of DENSITIES."""
+    random = torch.rand(case.query_heads, case.queries, case.keys, generator=torch.Generator().manual_seed(0))
+    if case.is_causal:
+        random.masked_fill_(torch.ones(case.queries, case.keys, dtype=torch.bool).triu(1), 2.0)
+    return [(density, random < density) for density in DENSITIES]
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Median seconds of the kernels, their choice and dense SDPA, interleaved, on one thread."""
+    query, key, value = (
+        torch.randn(case.batch, rows, heads, size).to(dtype).transpose(1, 2)
+        for rows, heads, size in (
+            (case.queries, case.query_heads, case.head_size),
+            (case.keys, case.key_heads, case.head_size),
+            (case.keys, case.key_heads, case.value_size),
+        )
+    )
+    results: list[dict[str, Any]] = []
+    for density, mask in uniform_masks(case):
+        pattern = SparsePattern.from_mask(mask)
+
+        def run(kernel: str, pattern: SparsePattern = pattern) -> float:
+            os.environ["FIAK_CSR_KERNEL"] = kernel
+            return timed(lambda: pattern.attend(query, key, value))[0]
+
+        def sdpa() -> float:
+            gqa = case.query_heads != case.key_heads
+            return timed(
+                lambda: scaled_dot_product_attention(query, key, value, is_causal=case.is_causal, enable_gqa=gqa)
+            )[0]
+
+        calls: dict[str, Callable[[], float]] = {
+            "entries": lambda: run("entries"),
+            "dense": lambda: run("dense"),
+            "auto": lambda: run("auto"),
+            "sdpa": sdpa,
+        }
+        for call in calls.values():
+            call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for index in range(rounds):
+            for name in sorted(calls, reverse=index % 2 == 1):  # what comes before a call leaves the caches different
+                times[name].append(calls[name]())
+        del os.environ["FIAK_CSR_KERNEL"]
+        tiles = max_pool2d(mask[:, None].float(), (24, 16), ceil_mode=True)
+        results.append(
+            {
+                "case": case.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "isa": which_kernel("csr_attention", dtype).split("/")[1],
+                "density": density,
+                "nnz": int(mask.sum()),
+                "tiles": int(tiles.sum()),
+                "has_bits": int(mask.sum()) * 16 >= mask.numel(),
+                "off": statistics.median(a / min(e, d) for e, d, a in zip(*list(times.values())[:3], strict=True)),
+                "speedup": statistics.median(s / a for a, s in zip(times["auto"], times["sdpa"], strict=True)),
+                **{name: statistics.median(seconds) for name, seconds in times.items()},
+            }
+        )
+        last = results[-1]
+        print(
+            f"{case.name:16} {last['dtype']:8} {last['isa']:11} {density:4.0%}",
+            *(f"{name} {last[name] * 1e3:8.2f}" for name in calls),
+            f"| auto / best {last['off']:.2f}, SDPA / auto {last['speedup']:.2f}",
+            flush=True,
+        )
+    return results
+
+
+def features(case: Case, result: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """What a call counts of ENTRIES and of DENSE, as csrc/kernels/cpu/cost_model.cpp does."""
+    avx2, pairs = result["isa"] == "avx2", result["isa"] == "avx512_bf16" and result["dtype"] == "bfloat16"
+    lanes, in_vector = (8, 2) if avx2 else (16, 4)
+
+    def vectors(size: int, elements: int) -> int:
+        blocks = -(-size // (8 if pairs else 4))
+        return -(-blocks * elements // in_vector)
+
+    nnz, tiles = result["nnz"], result["tiles"]
+    elements = 2 if avx2 else 4
+    widest = max(case.head_size, case.value_size)
+    while elements > 1 and (
+        case.batch < elements or min(case.keys, 200) * vectors(widest, elements) * lanes * 4 > 52 * 1024
+    ):
+        elements //= 2
+    of_bundle = vectors(case.head_size, elements) + vectors(case.value_size, elements)
+    row_bytes = case.keys * vectors(widest, elements) * lanes * 4
+    runs = 1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))
+    rows = case.query_heads * case.queries
+    row_runs = rows * min(runs, nnz / rows)
+    entries = nnz + row_runs * lanes / 2 / elements
+    bundles = case.batch / elements
+    counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
+    used_bytes = row_bytes * min(1.0, tiles * 384 / (rows * case.keys))
+    far = 1 - 40 * 1024 / used_bytes if runs == 1 and used_bytes > 40 * 1024 else 0.0
+    counts += [entries * of_bundle, entries * of_bundle * far, row_runs, case.query_heads * case.keys * of_bundle]
+    numbers = case.head_size + -(-case.value_size // lanes) * lanes
+    dense = [tiles * 384, tiles * 384 * numbers, rows, case.query_heads * case.keys * numbers]
+    return [bundles * x for x in counts], [case.batch * x for x in dense]
+
+
+def fit(results: list[dict[str, Any]]) -> None:
+    """Least squares of the relative error, without negative costs; what decides, similar times, counts most."""
+    cases = {case.name: case for case in load_cases()}
+    for kernel, names in (("entries", ENTRIES), ("dense", DENSE)):
+        used = [r for r in results if r["nnz"] and (kernel == "entries" or r["has_bits"])]
+        # The clock drifts: SDPA, which takes the same time for all densities of a case, tells by how much.
+        usual = {r["case"]: statistics.median(o["sdpa"] for o in results if o["case"] == r["case"]) for r in used}
+        used = [r for r in used if 0.8 < r["sdpa"] / usual[r["case"]] < 1.25]
+        counts = torch.tensor([features(cases[r["case"]], r)[kernel == "dense"] for r in used]).double()
+        times = torch.tensor([r[kernel] * usual[r["case"]] / r["sdpa"] for r in used]).double() * 1e9
+        scaled = counts / times[:, None]
+        ratios = torch.tensor([r["entries"] / r["dense"] for r in used]).double()
+        weights = torch.where((ratios - 1).abs() < 0.5, 1.0, 0.2)[:, None].double()
+        kept = [i for i in range(len(names)) if scaled[:, i].any()]
+        while True:
+            solution = torch.linalg.lstsq(scaled[:, kept] * weights, weights).solution[:, 0]
+            if solution.min() >= 0:
+                break
+            kept.pop(int(solution.argmin()))
+        print(kernel, {names[i]: round(float(x), 4) for i, x in zip(kept, solution, strict=True)})
+        errors = (scaled[:, kept] @ solution - 1).abs()
+        print(f"  off by {errors.median():.1%} (median), {errors.max():.1%} (most)")
+        for name in dict.fromkeys(r["case"] for r in used):
+            of_case = (scaled[:, kept] @ solution)[[i for i, r in enumerate(used) if r["case"] == name]]
+            print(f"  {name:16} model / time", " ".join(f"{float(x):.2f}" for x in of_case))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", help="of the table; all unless named")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="where to write the measurements; added to what is there")
+    parser.add_argument("--fit", type=Path, nargs="+", help="measurements to fit, of one dtype and instruction set")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        return fit([result for path in arguments.fit for result in json.loads(path.read_text())])
+    torch.set_num_threads(1)
+    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    for case in load_cases():
+        if not arguments.cases or case.name in arguments.cases:
+            results += measure(case, getattr(torch, arguments.dtype), arguments.rounds)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+// csr_attention's second forward kernel, dense attention with a bit for each pair, and which heads run on it.
+#pragma once
+
+#include "kernels/cpu/bundle.h"
+#include "kernels/cpu/cost_model.h"
+#include "kernels/cpu/dense_rows.h"
+
+namespace fiak::cpu::FIAK_ISA {
+
+/// What the queries of a head of a pattern without values attend to (dense_forward). The plan must have bits.
+class KeptHead {
+ public:
+  __attribute__((always_inline)) KeptHead(const CsrArgs& args, HeadPlace at)
+      : plan_(args.plan),
+        first_(args.query_offsets != nullptr ? args.query_offsets[at.b] : 0),
+        row_((at.b % (plan_.heads / args.query_heads) * args.query_heads + at.h) * plan_.num_queries + first_),
+        keys_(keys_of(args, at.b)) {}
+  __attribute__((always_inline)) int64_t end(int64_t n) const {
+    const int64_t* segment = plan_.row_segments + (row_ + n) * plan_.key_blocks;
+    int64_t block = plan_.key_blocks - 1;
+    while (block > 0 && segment[block] == segment[block + 1]) --block;
+    if (segment[block] == segment[block + 1]) return 0;
+    return smaller(keys_, block * kPlanBlock + plan_.columns[segment[block + 1] - 1] + 1);
+  }
+  template <class Call>
+  __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
+    return call(KeptKeys{reinterpret_cast<const char*>(words(n)) + j / 8});
+  }
+  __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys,
+                                               KeySpan* spans) const {
+    uint64_t any[kBlockKeys / 64 + 1] = {};
+    const int64_t word = from / 64, count = (from + keys + 63) / 64 - word;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t w = 0; w < count; ++w) any[w] |= words(first + i)[word + w];
+    }
+    const auto has = [&](int64_t j, int64_t size) __attribute__((always_inline)) {
+      const int64_t bit = j - word * 64;
+      uint64_t bits = any[bit / 64] >> bit % 64;
+      if (bit % 64 + size > 64) bits |= any[bit / 64 + 1] << (64 - bit % 64);
+      return (bits & (~uint64_t{0} >> (64 - size))) != 0;
+    };
+    int64_t found = 0, at = 0;
+    for (int64_t j = from; j < from + keys; j += kTileWidth) {
+      const int64_t size = smaller(kTileWidth, from + keys - j);
+      if (!has(j, size)) continue;
+      if (found > 0 && spans[found - 1].from + spans[found - 1].keys == j) {
+        spans[found - 1].keys += size;
+      } else {
+        spans[found++] = {j, size, at};
+      }
+      at += kTileWidth;
+    }
+    return found;
+  }
+  __attribute__((always_inline)) void fetch(int64_t, int64_t, int64_t) const {}
+  __attribute__((always_inline)) int64_t row(int64_t n) const { return n + first_; }
+
+ private:
+  __attribute__((always_inline)) const uint64_t* words(int64_t n) const {
+    return plan_.bits + (row_ + n) * plan_.row_words;
+  }
+  const PlanView& plan_;
+  int64_t first_, row_, keys_;
+};
+
+/// The kernel for each head of a pattern and what it costs.
+class HeadCosts {
+ public:
+  /// For bundles of `elements` batch elements; `pairs`: bfloat16 numbers are multiplied in pairs.
+  __attribute__((always_inline)) HeadCosts(const CsrArgs& args, int elements, bool pairs)
+      : plan_(args.plan), heads_(args.query_heads), memory_((plan_.heads + 1) * (2 * sizeof(double) + 1)) {
+    bundles_ = static_cast<double*>(memory_.data());
+    singles_ = bundles_ + plan_.heads + 1;
+    dense_ = reinterpret_cast<char*>(singles_ + plan_.heads + 1);
+#if defined(FIAK_ISA_AVX2)
+    const Isa isa = Isa::kAvx2;
+#else
+    const Isa isa = pairs ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#endif
+    (void)pairs;
+    const CsrKernel wanted = selected_csr_kernel();
+    const bool choice = plan_.bits != nullptr && args.values == nullptr;
+    const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan_.num_queries));
+    bundles_[0] = singles_[0] = 0;
+    for (int64_t head = 0; head < plan_.heads; ++head) {
+      const auto nnz = static_cast<double>(first_entry(head + 1) - first_entry(head));
+      const auto tiles = choice ? static_cast<double>(plan_.tiles[head]) : 0.0;
+      CsrHead shape{args.queries, args.keys, share * nnz, share * tiles, args.head_size, args.value_size, elements};
+      const double entries = entries_cost(shape, isa), dense = dense_cost(shape, isa);
+      shape.elements = 1;
+      dense_[head] = choice && (wanted == CsrKernel::kAuto ? dense < entries : wanted == CsrKernel::kDense);
+      bundles_[head + 1] = bundles_[head] + (dense_[head] ? dense : entries);
+      singles_[head + 1] = singles_[head] + (dense_[head] ? dense_cost(shape, isa) : entries_cost(shape, isa));
+    }
+  }
+  __attribute__((always_inline)) bool is_dense(int64_t b, int64_t h) const {
+    return dense_[b % groups() * heads_ + h] != 0;
+  }
+
+  /// What comes before row `row` of head h in bundle k of a group, of which `full` come before those of one element
+  /// and `count` are all; groups follow each other. Rows of a head share its cost by their entries.
+  __attribute__((always_inline)) double before(int64_t group, int64_t k, int64_t full, int64_t count, int64_t h,
+                                               int64_t row) const {
+    const int64_t first = group * heads_;
+    double cost = static_cast<double>(full) * bundles_[first] + static_cast<double>(count - full) * singles_[first];
+    if (first == plan_.heads) return cost;
+    const double bundle = bundles_[first + heads_] - bundles_[first],
+                 single = singles_[first + heads_] - singles_[first];
+    cost += static_cast<double>(smaller(k, full)) * bundle + static_cast<double>(larger(0, k - full)) * single;
+    const double* costs = k < full ? bundles_ : singles_;
+    cost += costs[first + h] - costs[first];
+    if (row == 0) return cost;
+    const int64_t head = first + h, begin = first_entry(head);
+    const int64_t at = plan_.row_segments[(head * plan_.num_queries + row) * plan_.key_blocks];
+    const int64_t all = first_entry(head + 1) - begin + plan_.num_queries;
+    return cost + (costs[head + 1] - costs[head]) * static_cast<double>(at - begin + row) / static_cast<double>(all);
+  }
+
+ private:
+  __attribute__((always_inline)) int64_t groups() const { return plan_.heads / heads_; }
+  __attribute__((always_inline)) int64_t first_entry(int64_t head) const {
+    return plan_.row_segments[head * plan_.num_queries * plan_.key_blocks];
+  }
+  const PlanView& plan_;
+  int64_t heads_;
+  SharedScratch memory_;
+  double *bundles_, *singles_;  // of the heads before, for a bundle and for a single element
+  char* dense_;
+};
+
+}  // namespace fiak::cpu::FIAK_ISA

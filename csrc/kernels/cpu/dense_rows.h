@@ -1,0 +1,415 @@
+// Dense attention, forward: blocks of queries against all keys, as matrix products with the softmax between; which
+// pairs count, and by what weight, is the caller's business.
+//
+// S = scale Q K^T (K transposed once for each head), P = w exp(S - max), O = P V; the maximum, the sum of P and O are
+// carried from one block of keys to the next. bfloat16 runs on pairs where the instruction set has them: P is rounded
+// to bfloat16, sums are float32.
+#pragma once
+
+#include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/philox.h"
+
+namespace fiak::cpu::FIAK_ISA {
+
+constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any height
+static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
+constexpr int64_t kBlockKeys = 384;  // keys of a block at most: its scores stay in the L2 cache
+static_assert(kBlockKeys % kTileWidth == 0);
+constexpr float kSmallestNormal = 0x1p-126f;
+constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
+
+FIAK_INLINE int64_t row_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+/// Keys of a block: all of them, or about equal shares that start at whole tiles.
+FIAK_INLINE int64_t block_keys(int64_t keys) {
+  const int64_t count = larger(1, (keys + kBlockKeys - 1) / kBlockKeys);
+  return tile_columns((keys + count - 1) / count);
+}
+
+// Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
+// the depth.
+
+template <bool kPairs>
+constexpr int64_t units(int64_t numbers) {
+  return kPairs ? (numbers + 1) / 2 : numbers;
+}
+
+/// Loads rows [begin, begin + count) of x times `factor` (1 for pairs), whole vectors wide, and zero rows up to whole
+/// tiles. Pairs lie along the row.
+template <bool kPairs>
+static void load_block(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t count, int64_t size,
+                       float factor, float* target) {
+  const int64_t stride = padded(units<kPairs>(size));
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = row_address(x, dtype, b, h, begin + i);
+#if defined(FIAK_ISA_AVX512_BF16)
+    for (int64_t d = 0; kPairs && d < size; d += 2 * kLanes) {
+      store(target + i * stride + d / 2, load_pairs_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
+    }
+#endif
+    if (!kPairs) load_row(row, dtype, size, factor, target + i * stride);
+  }
+  for (int64_t i = count * stride; i < tile_rows(count) * stride; i += kLanes) store(target + i, zero());
+}
+
+/// The transpose of rows [0, count): the depth runs along the rows. `rows` holds tile_rows(count) * padded(units(size))
+/// units, `target` units(size) * tile_columns(count).
+template <bool kPairs>
+static Columns load_columns(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size, float* rows,
+                            float* target) {
+  const char* first = row_address(x, dtype, b, h, 0);
+  Panel panel{rows, padded(units<kPairs>(size))};
+  if (dtype == DType::kFloat32) {
+    panel = {reinterpret_cast<const float*>(first), x.row_stride};
+  } else if (kPairs && size % 2 == 0 && x.row_stride % 2 == 0) {
+    panel = {reinterpret_cast<const float*>(first), x.row_stride / 2};
+  } else {
+    load_block<kPairs>(x, dtype, b, h, 0, count, size, 1.0f, rows);
+  }
+  return transpose(panel, count, units<kPairs>(size), target);
+}
+
+/// Rows [0, count) along which the result runs: the depth runs across them. `target` holds units(count) * padded(size).
+template <bool kPairs>
+static Panel load_depth(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size, float* target) {
+  if constexpr (!kPairs) return make_panel(x, dtype, b, h, count, size, target);
+#if defined(FIAK_ISA_AVX512_BF16)
+  const int64_t stride = padded(size);
+  for (int64_t n = 0; n < count; n += 2) {
+    const char* first = row_address(x, dtype, b, h, n);
+    const char* second = n + 1 < count ? row_address(x, dtype, b, h, n + 1) : first;
+    for (int64_t d = 0; d < size; d += kLanes) {
+      const int64_t width = smaller(kLanes, size - d);
+      const Vec pairs = load_pairs_of(first + 2 * d, second + 2 * d, width);
+      store(target + n / 2 * stride + d, n + 1 < count ? pairs : low_half(pairs));
+    }
+  }
+  return {target, stride};
+#endif
+}
+
+/// Whether every number is finite.
+template <bool kPairs>
+static bool all_finite(const Panel& rows, int64_t count, int64_t size) {
+  Vec difference = zero();  // x - x is NaN for NaN and infinity
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t d = 0; d < size; d += kLanes) {
+      const Vec x = load(rows.row(n) + d);
+      difference = add(difference, sub(x, x));
+#if defined(FIAK_ISA_AVX512_BF16)
+      if constexpr (kPairs) difference = add(difference, sub(first_of_pairs(x), first_of_pairs(x)));
+#endif
+    }
+  }
+  return reduce_add(difference) == 0.0f;
+}
+
+/// out (+)= a b, where numbers of b that are not finite do not pass factors of 0 in a.
+template <bool kAdd, bool kPairs>
+static void guarded_product(bool finite, const float* a, int64_t a_row, int64_t a_column, const Panel& b, int64_t rows,
+                            int64_t columns, int64_t depth, float* out, int64_t out_row) {
+  if (finite) {
+    matrix_product<kAdd, kPairs>(a, a_row, a_column, columns_of(b), rows, columns, depth, out, out_row);
+    return;
+  }
+  for (int64_t r = 0; r < rows && !kAdd; ++r) std::memset(out + r * out_row, 0, columns * sizeof(float));
+  product_of_nonzeros<kPairs>(a, a_row, a_column, b, rows, columns, depth, out, out_row);
+}
+
+// The support of a row of weights, from some key on. kept(j, n): which of keys j to j + n - 1, n <= kLanes, are inside;
+// weighted(j, n, x): x times their weights, 0 outside.
+
+struct AllKeys {
+  __attribute__((always_inline)) Mask kept(int64_t, int64_t n) const { return first_lanes(n); }
+  __attribute__((always_inline)) Vec weighted(int64_t, int64_t n, Vec x) const { return keep(first_lanes(n), x); }
+};
+
+struct WeightedKeys {
+  const float* weights;
+  __attribute__((always_inline)) Vec weight(int64_t j, int64_t n) const {
+    return n == kLanes ? load(weights + j) : load_first(weights + j, n);
+  }
+  __attribute__((always_inline)) Mask kept(int64_t j, int64_t n) const {
+    return not_below_zero(first_lanes(n), weight(j, n));
+  }
+  __attribute__((always_inline)) Vec weighted(int64_t j, int64_t n, Vec x) const {
+    return keep(kept(j, n), mul(x, weight(j, n)));
+  }
+};
+
+/// The support of a pattern's row, given as bits from key j = 0 on.
+struct KeptKeys {
+  const char* bits;
+  __attribute__((always_inline)) Mask kept(int64_t j, int64_t n) const {
+    return n == kLanes ? bit_lanes(bits + j / 8) : first_of(bit_lanes(bits + j / 8), n);
+  }
+  __attribute__((always_inline)) Vec weighted(int64_t j, int64_t n, Vec x) const { return keep(kept(j, n), x); }
+};
+
+/// visit(j, n) for whole vectors of keys [0, count) and what is left.
+template <class Visit>
+FIAK_INLINE void for_vectors(int64_t count, Visit&& visit) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) visit(j, int64_t{kLanes});
+  if (j < count) visit(j, count - j);
+}
+
+/// The largest score of the support among keys [0, count), -inf if there is none.
+template <class Support>
+static float row_maximum(const float* scores, const Support& support, int64_t count) {
+  Vec maxima = broadcast(-kInfinity);
+  for_vectors(
+      count, [&](int64_t j, int64_t n)
+                 __attribute__((always_inline)) { maxima = keep_max(support.kept(j, n), load(scores + j), maxima); });
+  return reduce_max(maxima);
+}
+
+template <class Support>
+static bool is_empty(const Support& support, int64_t count) {
+  Vec inside = zero();
+  for_vectors(
+      count, [&](int64_t j, int64_t n)
+                 __attribute__((always_inline)) { inside = max(inside, keep(support.kept(j, n), broadcast(1.0f))); });
+  return reduce_max(inside) == 0.0f;
+}
+
+/// scores[0, count) = w exp(scores - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
+/// padded(count of the block). Returns the sum before `kept`.
+template <bool kPairs, class Support>
+static float weigh_row(float* scores, const Support& support, int64_t count, int64_t columns, float shift,
+                       const float* kept) {
+  const Vec s = broadcast(shift);
+  Vec sums = zero();
+  const auto weigh = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+    Vec e = support.weighted(j, n, exp(sub(load(scores + j), s)));
+    sums = add(sums, e);
+    if (kept != nullptr) e = mul(e, load(kept + j));
+    return e;
+  };
+  if constexpr (!kPairs) {
+    for_vectors(
+        count, [&](int64_t j, int64_t n) __attribute__((always_inline)) { store(scores + j, weigh(j, n)); });
+    for (int64_t j = padded(count); j < columns; j += kLanes) store(scores + j, zero());
+  }
+#if defined(FIAK_ISA_AVX512_BF16)
+  if constexpr (kPairs) {  // in place: a vector of pairs comes from the two vectors of scores that start twice as far
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
+      const Vec low = weigh(j, kLanes);
+      store(scores + j / 2, pairs_in_order(low, weigh(j + kLanes, kLanes)));
+    }
+    if (j < count) {
+      const Vec low = count - j >= kLanes ? weigh(j, kLanes) : weigh(j, count - j);
+      const Vec high = count - j > kLanes ? weigh(j + kLanes, count - j - kLanes) : zero();
+      store(scores + j / 2, pairs_in_order(low, high));
+      j += 2 * kLanes;
+    }
+    for (; j < columns; j += 2 * kLanes) store(scores + j / 2, zero());
+  }
+#endif
+  return reduce_add(sums);
+}
+
+/// A row's largest score and sum so far: key blocks are added one after another, scaled to the largest score.
+struct RowState {
+  float maximum, total;
+};
+
+/// Takes in the largest score of another block; `sums` are scaled to it.
+FIAK_INLINE void raise_maximum(float maximum, bool first, RowState& state, float* sums, int64_t value_size) {
+  if (first) {
+    state = {maximum, 0.0f};
+  } else if (maximum > state.maximum) {
+    const Vec factor = exp(broadcast(state.maximum - maximum));
+    for (int64_t d = 0; d < value_size; d += kLanes) store(sums + d, mul(load(sums + d), factor));
+    state.total *= reduce_max(factor);
+    state.maximum = maximum;
+  }
+}
+
+/// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2; `row` holds padded(head_size) numbers.
+FIAK_INLINE void key_bias(const AttentionArgs& args, int64_t b, int64_t key_head, int64_t count, float* row,
+                          float* bias) {
+  for (int64_t j = 0; j < count; ++j) {
+    load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_size, 1.0f, row);
+    bias[j] = -0.5f * static_cast<float>(args.scale) * dot(row, row, padded(args.head_size));
+  }
+}
+
+/// A query head of a batch element. A head at or beyond query_heads is none.
+struct HeadPlace {
+  int64_t b, h;
+};
+
+/// Keys [from, from + keys) of a block of keys, whose scores start at `at`.
+struct KeySpan {
+  int64_t from, keys, at;
+};
+constexpr int64_t kMaxSpans = kBlockKeys / kTileWidth;
+
+/// Fetches what block `first` of this head and the next head will read: cold operands would cost as much as products.
+FIAK_INLINE void prefetch_next(const AttentionArgs& args, const ForwardResult& result, HeadPlace at, int64_t first,
+                               HeadPlace next) {
+  const int64_t block_end = smaller(args.queries, first + kBlockRows);
+  prefetch_rows_for_writing(result.output, args.dtype, at.b, at.h, first, block_end, args.value_size);
+  prefetch_rows(args.query, args.dtype, at.b, at.h, block_end, smaller(args.queries, block_end + kBlockRows),
+                args.head_size);
+  if (next.h >= args.query_heads) return;
+  // Its keys and values are spread over this head's blocks.
+  const int64_t key_head = next.h / shared_heads(args), keys = keys_of(args, next.b);
+  const int64_t each = keys / row_blocks(args.queries) + 1;
+  const int64_t begin = smaller(keys, first / kBlockRows * each), end = smaller(keys, begin + each);
+  prefetch_rows(args.key, args.dtype, next.b, key_head, begin, end, args.head_size);
+  prefetch_rows(args.value, args.dtype, next.b, key_head, begin, end, args.value_size);
+  if (block_end == args.queries) {
+    prefetch_rows(args.query, args.dtype, next.b, next.h, 0, smaller(args.queries, kBlockRows), args.head_size);
+  }
+}
+
+/// Queries [begin, end) of a head; begin is a multiple of kBlockRows. What they attend to is `head`'s:
+///
+///   end(n)            query n sees no key from there on; at most keys_of(b)
+///   with(n, j, call)  call(query n's support from key j on)
+///   spans(first, rows, from, keys, spans)
+///                     writes those of keys [from, from + keys), in whole tiles but for the last, that some of the rows
+///                     need, and returns their number
+///   fetch(n, j, keys) prefetches the support of query n if it is slow to come
+///   row(n)            the query's number for dropout
+template <bool kPairs, class Head>
+static void dense_forward(const AttentionArgs& args, const ForwardResult& result, const Head& head, HeadPlace at,
+                          int64_t begin, int64_t end, HeadPlace next) {
+  const int64_t b = at.b, h = at.h, key_head = h / shared_heads(args), all_keys = keys_of(args, b);
+  int64_t keys = 0;
+  for (int64_t n = begin; n < end; ++n) keys = larger(keys, head.end(n));
+  const int64_t depth = units<kPairs>(args.head_size), row_size = padded(args.head_size);
+  const int64_t value_size = padded(args.value_size), width = block_keys(all_keys);
+  const bool gaussian = args.score == Score::kGaussian;
+  const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+
+  Carver scratch{static_cast<char*>(
+      thread_scratch(carved(kBlockRows * padded(depth)) + carved(kBlockRows * value_size) + carved(kBlockRows * width) +
+                     carved(width) + carved(keys) + carved(tile_rows(keys) * row_size) +
+                     carved(depth * tile_columns(keys)) + carved(units<kPairs>(all_keys) * value_size)))};
+  float* query = scratch.floats(kBlockRows * padded(depth));
+  float* sums = scratch.floats(kBlockRows * value_size);
+  float* scores = scratch.floats(kBlockRows * width);
+  float* kept = scratch.floats(width);
+  float* bias = scratch.floats(keys);
+  float* key_rows = scratch.floats(tile_rows(keys) * row_size);
+  if (gaussian) key_bias(args, b, key_head, keys, query, bias);
+  const Columns key = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_size, key_rows,
+                                           scratch.floats(depth * tile_columns(keys)));
+  // All of the element's values decide, so that no split among threads changes a bit.
+  const Panel value = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_size,
+                                         scratch.floats(units<kPairs>(all_keys) * value_size));
+  const bool finite = all_finite<kPairs>(value, units<kPairs>(all_keys), value_size);
+
+  for (int64_t first = begin; first < end; first += kBlockRows) {
+    const int64_t rows = smaller(kBlockRows, end - first);
+    load_block<kPairs>(args.query, args.dtype, b, h, first, rows, args.head_size, 1.0f, query);
+    prefetch_next(args, result, at, first, next);
+    // Row i of the block sees the keys below ends[i], and none beyond i + diagonal.
+    int64_t ends[kBlockRows], seen = 0, diagonal = -kBlockRows;
+    for (int64_t i = 0; i < rows; ++i) {
+      ends[i] = head.end(first + i);
+      seen = larger(seen, ends[i]);
+      diagonal = larger(diagonal, ends[i] - 1 - i);
+    }
+    RowState states[kBlockRows];
+    bool started = false;
+    for (int64_t from = 0; from < seen; from += width) {
+      KeySpan spans[kMaxSpans];
+      const int64_t count = head.spans(first, rows, from, smaller(width, seen - from), spans);
+      if (count == 0) continue;
+      const auto for_spans = [&](int64_t i, auto&& call) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < count; ++k) {
+          const KeySpan& span = spans[k];
+          call(span, larger(0, smaller(span.keys, ends[i] - span.from)), scores + i * width + span.at);
+        }
+      };
+      for (int64_t k = 0; k < count; ++k) {
+        const KeySpan& span = spans[k];
+        const Columns block{key.data + span.from / kTileWidth * key.panel_stride, key.row_stride, key.panel_stride};
+        matrix_product<false, kPairs>(query, padded(depth), 1, block, tile_rows(rows), padded(span.keys), depth,
+                                      scores + span.at, width, diagonal - span.from, static_cast<float>(args.scale));
+      }
+      // All maxima come before the exponentials, which would wait for each of them.
+      for (int64_t i = 0; i < rows; ++i) {
+        float maximum = -kInfinity;
+        for_spans(
+            i, [&](const KeySpan& span, int64_t seen_keys, float* s) __attribute__((always_inline)) {
+              head.fetch(first + i, span.from, seen_keys);
+              for (int64_t j = 0; gaussian && j < seen_keys; ++j) s[j] += bias[span.from + j];
+              const float found =
+                  head.with(first + i, span.from, [&](const auto& x) { return row_maximum(s, x, seen_keys); });
+              maximum = found > maximum ? found : maximum;
+            });
+        raise_maximum(maximum, !started, states[i], sums + i * value_size, value_size);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        // A row without a finite score so far: exp(-inf) = 0.
+        const float shift = states[i].maximum == -kInfinity ? 0.0f : states[i].maximum;
+        for_spans(
+            i, [&](const KeySpan& span, int64_t seen_keys, float* s) __attribute__((always_inline)) {
+              if (dropout.active()) {
+                for (int64_t j = 0; j < padded(span.keys); ++j) {
+                  kept[j] = j < seen_keys ? static_cast<float>(dropout.factor(b, h, head.row(first + i), span.from + j))
+                                          : 0.0f;
+                }
+              }
+              states[i].total += head.with(first + i, span.from, [&](const auto& x) {
+                return weigh_row<kPairs>(s, x, seen_keys, padded(span.keys), shift, dropout.active() ? kept : nullptr);
+              });
+            });
+      }
+      constexpr int64_t kGroup = kTileRows * kTileVectors;  // rows that see about the same keys
+      for (int64_t k = 0; k < count; ++k) {
+        const KeySpan& span = spans[k];
+        const Panel rows_of_span{value.row(units<kPairs>(span.from)), value.stride};
+        const auto add_values = started ? guarded_product<true, kPairs> : guarded_product<false, kPairs>;
+        started = true;
+        for (int64_t i = 0; i < rows; i += kGroup) {
+          const int64_t size = smaller(kGroup, rows - i);
+          int64_t most = span.from;
+          for (int64_t r = i; r < i + size; ++r) most = larger(most, ends[r]);
+          add_values(finite, scores + i * width + span.at, width, 1, rows_of_span, tile_rows(size), value_size,
+                     units<kPairs>(smaller(span.keys, most - span.from)), sums + i * value_size, value_size);
+        }
+      }
+    }
+    if (!started) {
+      std::memset(sums, 0, rows * value_size * sizeof(float));
+      for (int64_t i = 0; i < rows; ++i) states[i] = {-kInfinity, 0.0f};
+    }
+    float logs[kBlockRows];
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      for (int64_t k = i; k < i + kLanes; ++k) logs[k] = k < rows ? states[k].total : 1.0f;
+      store(logs + i, log_of_normal(load(logs + i)));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = first + i;
+      float factor = 0.0f, lse = -kInfinity;
+      const bool none = ends[i] == 0 || (states[i].maximum == -kInfinity &&
+                                         head.with(n, 0, [&](const auto& x) { return is_empty(x, ends[i]); }));
+      if (!none) {
+        const float total = states[i].maximum > -kInfinity && states[i].total < kInfinity ? states[i].total : kNaN;
+        factor = 1.0f / total;
+        lse = states[i].maximum + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
+      }
+      static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = lse;
+      store_row(sums + i * value_size, args.dtype, args.value_size, factor,
+                row_address(result.output, args.dtype, b, h, n));
+    }
+  }
+}
+
+template <class Head>
+static void dense_forward_rows(const AttentionArgs& args, const ForwardResult& result, const Head& head, HeadPlace at,
+                               int64_t begin, int64_t end, HeadPlace next) {
+#if defined(FIAK_ISA_AVX512_BF16)
+  if (args.dtype == DType::kBFloat16) return dense_forward<true>(args, result, head, at, begin, end, next);
+#endif
+  dense_forward<false>(args, result, head, at, begin, end, next);
+}
+
+}  // namespace fiak::cpu::FIAK_ISA
