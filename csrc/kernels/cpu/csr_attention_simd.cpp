@@ -1162,7 +1162,7 @@ void forward_dense(const CsrArgs& args, const ForwardResult& result, const Bundl
 template <Storage kStorage>
 void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
   const int64_t elements = bundled_elements(args, kStorage);
-  const HeadCosts costs(args, static_cast<int>(elements), kStorage == Storage::kBFloat16);
+  const HeadCosts costs(args, static_cast<int>(elements), kStorage);
   for_bundle_rows(args, parallel, elements, costs,
                   [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle& next,
                       int64_t next_h) {
@@ -1178,12 +1178,22 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
                   });
 }
 
+#if defined(FIAK_ISA_AVX512_BF16)
+/// bfloat16 rows that fill half a register or less are faster as float32, which takes no more of it.
+Storage csr_storage(const CsrArgs& args) {
+  if (args.dtype != DType::kBFloat16) return Storage::kFloat32;
+  const bool half =
+      larger(args.head_size, args.value_size) * 2 * bundled_elements(args, Storage::kBFloat16) * 2 <= kVectorBytes;
+  return half ? Storage::kFloat32 : Storage::kBFloat16;
+}
+#endif
+
 }  // namespace
 
 void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
   if (is_decoding(args)) return csr_decode(args, result, parallel);
 #if defined(FIAK_ISA_AVX512_BF16)
-  if (args.dtype == DType::kBFloat16) return forward<Storage::kBFloat16>(args, result, parallel);
+  if (csr_storage(args) == Storage::kBFloat16) return forward<Storage::kBFloat16>(args, result, parallel);
 #endif
   forward<Storage::kFloat32>(args, result, parallel);
 }
@@ -1192,7 +1202,7 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
   const PlanView& plan = args.plan;
   if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, plan.nnz * sizeof(float));
 #if defined(FIAK_ISA_AVX512_BF16)
-  if (args.dtype == DType::kBFloat16) return backward<Storage::kBFloat16>(args, grads, parallel);
+  if (csr_storage(args) == Storage::kBFloat16) return backward<Storage::kBFloat16>(args, grads, parallel);
 #endif
   backward<Storage::kFloat32>(args, grads, parallel);
 }

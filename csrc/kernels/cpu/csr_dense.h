@@ -66,18 +66,17 @@ class KeptHead {
 /// The kernel for each head of a pattern and what it costs.
 class HeadCosts {
  public:
-  /// For bundles of `elements` batch elements; `pairs`: bfloat16 numbers are multiplied in pairs.
-  __attribute__((always_inline)) HeadCosts(const CsrArgs& args, int elements, bool pairs)
+  /// For bundles of `elements` batch elements, stored as the kernel per entry does.
+  __attribute__((always_inline)) HeadCosts(const CsrArgs& args, int elements, Storage storage)
       : plan_(args.plan), heads_(args.query_heads), memory_((plan_.heads + 1) * (2 * sizeof(double) + 1)) {
     bundles_ = static_cast<double*>(memory_.data());
     singles_ = bundles_ + plan_.heads + 1;
     dense_ = reinterpret_cast<char*>(singles_ + plan_.heads + 1);
-#if defined(FIAK_ISA_AVX2)
-    const Isa isa = Isa::kAvx2;
-#else
-    const Isa isa = pairs ? Isa::kAvx512Bf16 : Isa::kAvx512;
-#endif
-    (void)pairs;
+    const auto isa_of = [](Storage numbers) {
+      if (kLanes == 8) return Isa::kAvx2;
+      return numbers == Storage::kBFloat16 ? Isa::kAvx512Bf16 : Isa::kAvx512;
+    };
+    const Isa entries_isa = isa_of(storage), dense_isa = isa_of(storage_of(args.dtype));
     const CsrKernel wanted = selected_csr_kernel();
     const bool choice = plan_.bits != nullptr && args.values == nullptr;
     const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan_.num_queries));
@@ -86,11 +85,12 @@ class HeadCosts {
       const auto nnz = static_cast<double>(first_entry(head + 1) - first_entry(head));
       const auto tiles = choice ? static_cast<double>(plan_.tiles[head]) : 0.0;
       CsrHead shape{args.queries, args.keys, share * nnz, share * tiles, args.head_size, args.value_size, elements};
-      const double entries = entries_cost(shape, isa), dense = dense_cost(shape, isa);
+      const double entries = entries_cost(shape, entries_isa), dense = dense_cost(shape, dense_isa);
       shape.elements = 1;
       dense_[head] = choice && (wanted == CsrKernel::kAuto ? dense < entries : wanted == CsrKernel::kDense);
       bundles_[head + 1] = bundles_[head] + (dense_[head] ? dense : entries);
-      singles_[head + 1] = singles_[head] + (dense_[head] ? dense_cost(shape, isa) : entries_cost(shape, isa));
+      singles_[head + 1] =
+          singles_[head] + (dense_[head] ? dense_cost(shape, dense_isa) : entries_cost(shape, entries_isa));
     }
   }
   __attribute__((always_inline)) bool is_dense(int64_t b, int64_t h) const {

@@ -276,9 +276,9 @@ FIAK_INLINE void add_group(Vec weights, const char* panel, const uint16_t* index
 #endif
   const Vec group = spread_group<kElements, kGroup>(weights);
   add_weighted<kStorage, kChunks>(permute_lanes<0x00>(group), a, sums[0]);
-  add_weighted<kStorage, kChunks>(permute_lanes<0x55>(group), b, sums[kSets - 1]);
-  add_weighted<kStorage, kChunks>(permute_lanes<0xaa>(group), c, sums[0]);
-  add_weighted<kStorage, kChunks>(permute_lanes<0xff>(group), d, sums[kSets - 1]);
+  add_weighted<kStorage, kChunks>(permute_lanes<0x55>(group), b, sums[1 % kSets]);
+  add_weighted<kStorage, kChunks>(permute_lanes<0xaa>(group), c, sums[2 % kSets]);
+  add_weighted<kStorage, kChunks>(permute_lanes<0xff>(group), d, sums[3 % kSets]);
 }
 
 template <Storage kStorage, int kElements, int kChunks>
@@ -286,13 +286,13 @@ static void sums_pass(const SumsTask& shared) {
   const SumsTask task = shared;  // which no store can change
   constexpr int kGroups = kKeys<kElements> / kBlock;
   constexpr int kVectors = kChunks * lane_elements(kStorage);
-  // Two sets of sums hide the latency of the multiply-add, where the registers allow.
+  // Several sets of sums hide the latency of the multiply-add, where the registers allow.
   constexpr int kRegisters = kLanes == 16 ? 16 : 12;
-  constexpr int kSets = kVectors * 2 <= kRegisters ? 2 : 1;
+  constexpr int kSets = kVectors == 1 ? 4 : kVectors * 2 <= kRegisters ? 2 : 1;
   const float* weights = task.weights;
   for (const Step* step = task.begin; step < task.end;) {
     Vec sums[kSets][kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int set = 0; set < kSets; ++set) {
 #pragma GCC unroll 16
       for (int c = 0; c < kVectors; ++c) sums[set][c] = zero();
@@ -319,7 +319,8 @@ static void sums_pass(const SumsTask& shared) {
 #pragma GCC unroll 16
     for (int c = 0; c < kVectors; ++c) {
       Vec sum = sums[0][c];
-      if (kSets == 2) sum = add(sum, sums[kSets - 1][c]);
+      if constexpr (kSets > 1) sum = add(sum, sums[1][c]);
+      if constexpr (kSets > 2) sum = add(sum, add(sums[2][c], sums[3][c]));
       store(target + c * kLanes, add(load(target + c * kLanes), sum));
     }
     if (task.totals != nullptr) {
