@@ -60,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"machine": machine}
     before = torch.get_num_threads()
 
+    def save() -> None:
+        if options.results is None:
+            return
+        (options.results / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.results / "compare.md").write_text(markdown(report))
+        if "density" in report:
+            plot(report["density"], options.results / "density.png")
+
     def collect(section: str, results: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
         for result in results:
             report.setdefault(section, []).append(result)
@@ -88,11 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 collect("models", models.compare(rounds=effort.rounds, compiled=compiled), json.dumps)
     finally:
         torch.set_num_threads(before)
-    if options.results is not None:
-        (options.results / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.results / "compare.md").write_text(markdown(report))
-        if "density" in report:
-            plot(report["density"], options.results / "density.png")
+        save()  # also what an interrupted run has found
 
 
 def _line(result: dict[str, Any]) -> str:

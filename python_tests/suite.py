@@ -263,6 +263,28 @@ class AttentionSuite:
                 assert output.isfinite().all()
                 assert logsumexp.isfinite().all()
 
+    @pytest.mark.parametrize("queries", [2, 33])  # decoded, and packed
+    def test_scores_that_span_ten_thousand(self, isa: str, dtype: torch.dtype, queries: int) -> None:
+        # A weight of 0 where the score is the largest by far has a gradient like e^1000.
+        kept = 1.0 if self.op == "prior_attention" else 0.6
+        case = Case(
+            self.op,
+            batch=5,
+            key_heads=1,
+            queries=queries,
+            keys=400,
+            head_size=16,
+            value_size=16,
+            scale=900.0,
+            kept=kept,
+        )
+        problem = case.problem(dtype)
+        query, key = (x.detach().double() for x in problem.tensors[:2] if x is not None)
+        scores = 900 * query @ key.mT
+        assert (scores.amax(-1) - scores.amin(-1)).median() > 1e4
+        with cpu_isa(isa):
+            assert_close_enough(problem)
+
     def test_strides_beyond_31_bits(self, isa: str) -> None:
         base = torch.empty(2**31 + 1000, dtype=torch.float16)  # touched at both ends only
         query = base.as_strided((2, 2, 4, 8), (2**31, 32, 8, 1))
