@@ -21,13 +21,6 @@ FIAK_INLINE float dot(const float* x, const float* y, int64_t size) {
   return reduce_add(sum);
 }
 
-/// The Gaussian score's share of key j, -scale/2 |k_j|^2, for keys [0, count).
-FIAK_INLINE void gaussian_bias(const AttentionArgs& args, const Panel& key, int64_t count, float* bias) {
-  const float factor = -0.5f * static_cast<float>(args.scale);
-  const int64_t size = padded(args.head_size);
-  for (int64_t j = 0; j < count; ++j) bias[j] = factor * dot(key.row(j), key.row(j), size);
-}
-
 /// delta_i = sum_j a_ij dA_ij = dO_i . O_i for every query, [batch, query_heads, queries].
 [[maybe_unused]] static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads,
                                            const Parallel& parallel, float* delta) {

@@ -185,28 +185,42 @@ static void pack_rows(const Input& x, DType dtype, const Bundle& bundle, int64_t
 /// Vectors of float32 sums of packed rows: bfloat16 rows are summed as two halves of each block.
 FIAK_INLINE int64_t sum_vectors(int64_t chunks, Storage storage) { return chunks * lane_elements(storage); }
 
-/// Vector t of element e's part of a row of float32 sums: kLanes columns.
+/// Columns [t * kLanes, (t + 1) * kLanes) of each element, from a row of float32 sums: the inverse of interleave, where
+/// a vector of bfloat16 rows has become two, of the low and of the high half of every block.
 template <Storage kStorage, int kElements>
-FIAK_INLINE Vec sums_of(const float* sums, int64_t t, int e) {
-  if constexpr (kStorage == Storage::kFloat32 && kElements == 1) return load(sums + t * kLanes);
-  // Block i of the element is half i % halves of the packed block i / halves.
-  constexpr int kHalves = lane_elements(kStorage);
-  const auto block = [&](int64_t i) __attribute__((always_inline)) {
-    const int64_t flat = i / kHalves * kElements + e;
-    return _mm_load_ps(sums + ((flat / kBlocks * kHalves + i % kHalves) * kBlocks + flat % kBlocks) * kBlock);
-  };
-  const int64_t i = t * kBlocks;
-#if defined(FIAK_ISA_AVX512)
-  if constexpr (kStorage == Storage::kFloat32 && kElements == 2) {
-    const Vec a = load(sums + 2 * t * kLanes), b = load(sums + (2 * t + 1) * kLanes);
-    return e == 0 ? _mm512_shuffle_f32x4(a, b, 0x88) : _mm512_shuffle_f32x4(a, b, 0xdd);
+FIAK_INLINE void separate(const float* sums, int64_t t, Vec* elements) {
+  if constexpr (kStorage == Storage::kFloat32 && kElements == 1) {
+    elements[0] = load(sums + t * kLanes);
+    return;
   }
-  __m512 x = _mm512_castps128_ps512(block(i));
-  x = _mm512_insertf32x4(x, block(i + 1), 1);
-  x = _mm512_insertf32x4(x, block(i + 2), 2);
-  return _mm512_insertf32x4(x, block(i + 3), 3);
+#if defined(FIAK_ISA_AVX512)
+  if constexpr (kElements == 4) {  // block e of four vectors
+    const float* first = sums + 4 * t * kLanes;
+    const Vec a = load(first), b = load(first + kLanes), c = load(first + 2 * kLanes), d = load(first + 3 * kLanes);
+    const Vec ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+    const Vec ab_high = _mm512_shuffle_f32x4(a, b, 0xee), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
+    elements[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+    elements[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    elements[2] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
+    elements[3] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
+  } else if constexpr (kElements == 2) {  // every other block of two vectors; bfloat16's halves take turns
+    const Vec a = load(sums + 2 * t * kLanes), b = load(sums + (2 * t + 1) * kLanes);
+    elements[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    elements[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    if constexpr (kStorage == Storage::kFloat32) return;
+    for (int e = 0; e < 2; ++e) elements[e] = _mm512_shuffle_f32x4(elements[e], elements[e], 0xd8);
+  } else {  // two blocks of each half
+    const float* first = sums + t / 2 * 2 * kLanes + t % 2 * (kLanes / 2);
+    const Vec halves =
+        _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps(first)), _mm256_load_ps(first + kLanes), 1);
+    elements[0] = _mm512_shuffle_f32x4(halves, halves, 0xd8);
+  }
 #else
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(block(i)), block(i + 1), 1);
+  if constexpr (kElements == 2) {
+    const Vec a = load(sums + 2 * t * kLanes), b = load(sums + (2 * t + 1) * kLanes);
+    elements[0] = _mm256_permute2f128_ps(a, b, 0x20);
+    elements[1] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
 #endif
 }
 
@@ -216,20 +230,38 @@ template <Storage kStorage, int kElements>
 static void unpack_rows(const float* sums, int64_t sums_stride, const float* factors, int64_t factor_stride,
                         const Output& x, DType dtype, const Bundle& bundle, int64_t h, int64_t begin, int64_t count,
                         int64_t size, float* scratch) {
-  const int64_t vectors = (size + kLanes - 1) / kLanes, step = x.row_stride * element_size(dtype);
-  const bool in_place = dtype == DType::kFloat32 && size % kLanes == 0;
+  const int64_t vectors = (size + kLanes - 1) / kLanes, room = padded(size), width = element_size(dtype);
+  const int64_t step = x.row_stride * width;
+  const bool whole = size == room && dtype != DType::kFloat16;  // then no row has to pass through `scratch`
+  char* target[kElements];
 #pragma GCC unroll 4
-  for (int e = 0; e < kElements; ++e) {
-    char* target = row_address(x, dtype, bundle.b[e], h, begin);
-    for (int64_t n = 0; n < count; ++n, target += step) {
-      prefetch_row_for_writing(target + 4 * step, size * element_size(dtype));
-      const float* row = sums + n * sums_stride;
-      const Vec factor = broadcast(factors[e * factor_stride + n]);
-      float* out = in_place ? reinterpret_cast<float*>(target) : scratch;
-      for (int64_t t = 0; t < vectors; ++t) {
-        store(out + t * kLanes, mul(sums_of<kStorage, kElements>(row, t, e), factor));
+  for (int e = 0; e < kElements; ++e) target[e] = row_address(x, dtype, bundle.b[e], h, begin);
+  for (int64_t n = 0; n < count; ++n) {
+    Vec factor[kElements];
+#pragma GCC unroll 4
+    for (int e = 0; e < kElements; ++e) {
+      factor[e] = broadcast(factors[e * factor_stride + n]);
+      prefetch_row_for_writing(target[e] + 4 * step, size * width);
+    }
+    for (int64_t t = 0; t < vectors; ++t) {
+      Vec columns[kElements];
+      separate<kStorage, kElements>(sums + n * sums_stride, t, columns);
+#pragma GCC unroll 4
+      for (int e = 0; e < kElements; ++e) {
+        const Vec result = mul(columns[e], factor[e]);
+        if (!whole) {
+          store(scratch + e * room + t * kLanes, result);
+        } else if (dtype == DType::kFloat32) {
+          store(reinterpret_cast<float*>(target[e]) + t * kLanes, result);
+        } else {
+          store_bfloat16(target[e] + t * kLanes * width, result);
+        }
       }
-      if (!in_place) store_row(scratch, dtype, size, 1.0f, target);
+    }
+#pragma GCC unroll 4
+    for (int e = 0; e < kElements; ++e) {
+      if (!whole) store_row(scratch + e * room, dtype, size, 1.0f, target[e]);
+      target[e] += step;
     }
   }
 }

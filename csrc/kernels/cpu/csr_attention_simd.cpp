@@ -4,11 +4,11 @@
 // Two passes over many queries, first on the keys and then on the values, so that each has the L1 cache for itself.
 // Within the first, a few queries' scores are exponentiated in one stream: exp's long dependency chains then overlap
 // with nothing that waits for them. A sparse row's accesses are too irregular for the hardware to foresee, so each pass
-// prefetches into the L2 cache what the next one reads. Threads split the work by entries; where the weights' gradient
-// is wanted they split the pattern's rows and run the batch inside, so that it needs no atomics.
+// prefetches into the L2 cache what the next one reads. Threads split the rows by what they cost.
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/csr_dense.h"
 #include "kernels/cpu/decode.h"
+#include "kernels/cpu/plan_indices.h"
 #include "kernels/cpu/sparse_rows.h"
 #include "kernels/cpu/tables.h"
 #include "kernels/philox.h"
@@ -17,26 +17,13 @@ namespace fiak::cpu::FIAK_ISA {
 namespace {
 
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
-constexpr int64_t kQueriesAtOnce = 8;        // queries whose scores are exponentiated in one go, in the L1 cache
+constexpr int64_t kQueriesAtOnce = 32;       // queries whose scores are exponentiated in one go
+constexpr int64_t kTaskRows = 8;             // of backward: the queries that a thread takes at once
 constexpr int64_t kMaxPassRows = 4096;
 constexpr int64_t kWholePanelBytes = 64 * 1024;  // up to this a head's packed rows are one block
 constexpr int64_t kBlockBytes = 40 * 1024;       // of packed rows, to fit into the L1 cache
 constexpr int64_t kBundleBytes = 52 * 1024;
 constexpr int64_t kMinBlock = 96;  // keys: short runs cost more than they save
-
-/// The first place in ascending index[0, count) whose value is at least `bound`.
-int64_t lower_bound(const uint16_t* index, int64_t count, int64_t bound) {
-  int64_t low = 0;
-  while (low < count) {
-    const int64_t middle = low + (count - low) / 2;
-    if (index[middle] < bound) {
-      low = middle + 1;
-    } else {
-      count = middle;
-    }
-  }
-  return low;
-}
 
 int64_t longest_row(const PlanView& plan, int64_t begin, int64_t end) {
   int64_t longest = 0;
@@ -48,19 +35,6 @@ int64_t longest_row(const PlanView& plan, int64_t begin, int64_t end) {
 }
 
 int64_t offset_of(const CsrArgs& args, int64_t b) { return args.query_offsets != nullptr ? args.query_offsets[b] : 0; }
-
-bool in_support(float w) { return !(w <= 0); }  // true for NaN, which must reach its row
-
-/// Copies the entries of the support: a pruned weight's key and value rows must not be touched.
-int64_t pick_support(const float* values, const uint16_t* index, int64_t count, uint16_t* picked, float* weights) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    picked[kept] = index[i];
-    weights[kept] = values[i];
-    kept += in_support(values[i]);
-  }
-  return kept;
-}
 
 /// Which batch elements share a pattern, and how they are bundled: those of a group in order, as many bundles of
 /// `elements` as they fill, then one by one.
@@ -99,38 +73,6 @@ struct KeyBlocks {
   int64_t first(int64_t block) const { return block * size; }
   int64_t end(int64_t block) const { return smaller(keys, (block + 1) * size); }
 };
-
-/// How many of the ascending index[0, count) are below `bound`. Reads up to 64 bytes behind the last.
-int64_t count_below(const uint16_t* index, int64_t count, int64_t bound) {
-  if (bound > 65535) return count;
-  int64_t i = 0;
-#if defined(FIAK_ISA_AVX512)
-  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(bound));
-  for (; i < count; i += 32) {
-    const uint32_t above = ~_mm512_cmplt_epu16_mask(_mm512_loadu_si512(index + i), limit);
-    if (above != 0) return smaller(count, i + __builtin_ctz(above));
-  }
-#else
-  const __m256i limit = _mm256_set1_epi16(static_cast<int16_t>(bound));
-  for (; i < count; i += 16) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i));
-    const uint32_t above = _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_max_epu16(x, limit), x));
-    if (above != 0) return smaller(count, i + __builtin_ctz(above) / 2);
-  }
-#endif
-  return count;
-}
-
-bool all_in_support(const float* weights, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    if (!all_positive_or_nan(weights + i)) return false;
-  }
-  for (; i < count; ++i) {
-    if (!in_support(weights[i])) return false;
-  }
-  return true;
-}
 
 /// The steps for consecutive rows of a pattern, for the entries that a call attends to: those of the support, of keys
 /// that are there. They are in groups of rows and within a group by blocks of keys.
@@ -550,12 +492,11 @@ class CsrBackward {
         const int64_t end = smaller(chunks_.end(chunk), offset + args_.queries);
         if (begin >= end) continue;
         const auto head = [&](int64_t i) { return (first + i) * heads + member; };
-        // Whole groups of rows, which a thread takes at once.
-        const int64_t groups = (end - begin + kQueriesAtOnce - 1) / kQueriesAtOnce;
+        const int64_t groups = (end - begin + kTaskRows - 1) / kTaskRows;
         const auto for_rows = [&](auto&& use) {
           parallel_range(parallel, count * groups, [&](int64_t from, int64_t to) {
             for_parts(from, to, groups, [&](int64_t i, int64_t low, int64_t high) {
-              use(i, begin + low * kQueriesAtOnce, smaller(end, begin + high * kQueriesAtOnce));
+              use(i, begin + low * kTaskRows, smaller(end, begin + high * kTaskRows));
             });
           });
         };
@@ -836,7 +777,7 @@ class CsrBackward {
       place = x.places[j - tile.key];
       if (row == tile.row) continue;
       const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
-      const int64_t first = lower_bound(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
+      const int64_t first = search_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
       const int64_t done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
       place += static_cast<uint32_t>(done / kKeys<kElements> * kLanes + lane_of<kElements>(done % kKeys<kElements>, 0));
     }
@@ -996,12 +937,12 @@ class CsrBackward {
 
   /// Stores dK and dV of keys [begin, end).
   void finish(const Slot& x, const Bundle& bundle, int64_t key_head, int64_t keys, int64_t begin, int64_t end) const {
-    const int64_t count = end - begin, room = padded(args_.head_size);
-    Carver scratch{static_cast<char*>(thread_scratch(2 * carved(count * kElements) + 2 * carved(room) +
-                                                     2 * carved(head_floats_ * kMaxElements) + pack_bytes()))};
+    const int64_t count = end - begin, room = padded(args_.head_size + 1);
+    Carver scratch{static_cast<char*>(
+        thread_scratch(2 * carved(count * kElements) + carved(kElements * room) + carved(room) + pack_bytes()))};
     float* ones = scratch.floats(count * kElements);
     float* scales = scratch.floats(count * kElements);
-    float* sum = scratch.floats(room);
+    float* sums = scratch.floats(kElements * room);
     float* key = scratch.floats(room);
     float* pack = scratch.floats(pack_scratch(larger(args_.head_size, args_.value_size)));
     for (int64_t i = 0; i < count * kElements; ++i) {
@@ -1020,13 +961,16 @@ class CsrBackward {
                                               args_.head_size, pack);
     }
     // d s_ij / d k_j = scale (q_i - k_j): the sum of q's extra column, of ones, is the sum of dS.
-    for (int e = 0; e < kElements; ++e) {
-      for (int64_t j = begin; j < end; ++j) {
-        const float* packed = x.grad_key + j * head_floats_;
-        for (int64_t t = 0; t * kLanes < room; ++t) store(sum + t * kLanes, sums_of<kStorage, kElements>(packed, t, e));
-        alignas(64) float last[kLanes];
-        store(last, sums_of<kStorage, kElements>(packed, args_.head_size / kLanes, e));
-        const float score_sum = last[args_.head_size % kLanes];
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t v = 0; v < room; v += kLanes) {
+        Vec columns[kElements];
+        separate<kStorage, kElements>(x.grad_key + j * head_floats_, v / kLanes, columns);
+#pragma GCC unroll 4
+        for (int e = 0; e < kElements; ++e) store(sums + e * room + v, columns[e]);
+      }
+      for (int e = 0; e < kElements; ++e) {
+        float* sum = sums + e * room;
+        const float score_sum = sum[args_.head_size];
         if (j < keys && score_sum != 0.0f) {
           load_row(row_address(args_.key, args_.dtype, bundle.b[e], key_head, j), args_.dtype, args_.head_size, 1.0f,
                    key);

@@ -12,6 +12,7 @@
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/decode_rows.h"
+#include "kernels/cpu/plan_indices.h"
 #include "kernels/philox.h"
 
 namespace fiak::cpu::FIAK_ISA {
@@ -25,8 +26,6 @@ constexpr int64_t kTasks = 128;             // splits are made for
 constexpr int64_t kTaskCost = 64;           // what a task costs beside its keys, in keys
 constexpr float kSmallestNormal = 0x1p-126f;
 
-bool in_support(float w) { return !(w <= 0); }  // true for NaN, which must reach its row
-
 /// The keys that a query row attends to in a chunk: origin + index[i], with weights where not null.
 struct Run {
   int64_t origin;
@@ -36,16 +35,9 @@ struct Run {
 };
 
 /// The run of those entries whose weights are of the support.
-FIAK_INLINE Run pick_support(Run run, uint16_t* index, float* weights) {
-  bool all = true;
-  for (int64_t i = 0; i < run.count; ++i) all &= in_support(run.weights[i]);
-  if (all) return run;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < run.count; ++i) {
-    index[kept] = run.index[i];
-    weights[kept] = run.weights[i];
-    kept += in_support(run.weights[i]);
-  }
+FIAK_INLINE Run pick_run(Run run, uint16_t* index, float* weights) {
+  if (all_in_support(run.weights, run.count)) return run;
+  const int64_t kept = pick_support(run.weights, run.index, run.count, index, weights);
   return {run.origin, index, weights, kept};
 }
 
@@ -53,41 +45,6 @@ FIAK_INLINE Run pick_support(Run run, uint16_t* index, float* weights) {
 struct QueryRow {
   int64_t b, h, n;
 };
-
-constexpr int64_t kIndexPadding = 32;  // readable indices behind a run
-static_assert(kIndexPadding <= kPlanPadding);
-
-/// How many of ascending index[0, count) are below `bound`: they are few, and a search would wait at every step.
-FIAK_INLINE int64_t count_below(const uint16_t* index, int64_t count, int64_t bound) {
-  if (bound > 65535) return count;
-  int64_t i = 0;
-#if defined(FIAK_ISA_AVX512)
-  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(bound));
-  for (; i < count; i += 32) {
-    const uint32_t above = ~_mm512_cmplt_epu16_mask(_mm512_loadu_si512(index + i), limit);
-    if (above != 0) return smaller(count, i + __builtin_ctz(above));
-  }
-#else
-  const __m256i limit = _mm256_set1_epi16(static_cast<int16_t>(bound));
-  for (; i < count; i += 16) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + i));
-    const uint32_t above = _mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_max_epu16(x, limit), x));
-    if (above != 0) return smaller(count, i + __builtin_ctz(above) / 2);
-  }
-#endif
-  return count;
-}
-
-/// The same by bisection, of many.
-FIAK_INLINE int64_t search_below(const uint16_t* index, int64_t count, int64_t bound) {
-  const uint16_t* begin = index;
-  while (count > 0) {
-    const int64_t half = (count + 1) / 2;
-    index += index[half - 1] < bound ? half : 0;
-    count -= half;
-  }
-  return index - begin;
-}
 
 // Where an op's pairs are. start(r, row) says what row r of those that share a key head is, run(r, first, end, ...)
 // gives its keys in [first, end), which lie in one block of the plan; chunks come in ascending order.
@@ -386,7 +343,7 @@ class Decoder {
       Run& run = chunk.runs[r];
       run = pairs.run(r, first, end);
       if (run.weights != nullptr) {
-        run = pick_support(run, chunk.picked + r * cuts_.chunk, chunk.picked_weights + r * cuts_.chunk);
+        run = pick_run(run, chunk.picked + r * cuts_.chunk, chunk.picked_weights + r * cuts_.chunk);
       }
       cut(run.index, run.count, first - run.origin, chunk.cuts + r * (cuts_.stages + 1));
     }
