@@ -17,7 +17,7 @@ namespace fiak::cpu::FIAK_ISA {
 namespace {
 
 constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the two passes, which stay in the L2 cache
-constexpr int64_t kQueriesAtOnce = 32;       // queries whose scores are exponentiated in one go
+constexpr int64_t kQueriesAtOnce = 8;        // queries of an element whose scores are exponentiated in one go
 constexpr int64_t kTaskRows = 8;             // of backward: the queries that a thread takes at once
 constexpr int64_t kMaxPassRows = 4096;
 constexpr int64_t kWholePanelBytes = 64 * 1024;  // up to this a head's packed rows are one block
@@ -271,7 +271,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   using Steps = RowSteps<kElements>;
   const int64_t row_floats = Steps::most_steps(blocks, 1, longest) * kLanes;
   const int64_t pass_rows = larger(1, smaller(smaller(end - begin, kScoreBuffer / row_floats), kMaxPassRows));
-  const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce, pass_rows) : pass_rows;
+  const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce * kElements, pass_rows) : pass_rows;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
   const int64_t flat = padded(pass_rows * kElements) + kLanes;
 
