@@ -153,15 +153,16 @@ class Backward {
     }
   }
 
-  void run() {
+  /// Key heads [first, last).
+  void run(int64_t first_head, int64_t last_head) {
     const int64_t slots = batch_ * heads_;
     const SharedScratch memory(64 + bytes_of(slots));
     Carver carver{static_cast<char*>(memory.data())};
     carver.next += -reinterpret_cast<uintptr_t>(carver.next) & 63;
     slots_ = carver.next;
-    for (int64_t head = 0; head < args_.key_heads; head += heads_) {
+    for (int64_t head = first_head; head < last_head; head += heads_) {
       for (int64_t b = 0; b < args_.batch; b += batch_) {
-        Wave wave{b, smaller(batch_, args_.batch - b), head, smaller(heads_, args_.key_heads - head), 0, 0, 0, 0, 0};
+        Wave wave{b, smaller(batch_, args_.batch - b), head, smaller(heads_, last_head - head), 0, 0, 0, 0, 0};
         parallel_range(parallel_, wave.batch * wave.heads, [&](int64_t first, int64_t last) {
           for (int64_t i = first; i < last; ++i) start(wave, i);
         });
@@ -447,7 +448,17 @@ void backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& 
     });
   }
   const WeightRows weight_rows{sums, args.prior_groups, args.prior_heads, sum_rows, args.keys, partial ? kGradRows : 1};
-  Backward<kPairs>(args, grads, delta, weight_rows, parallel).run();
+  const int64_t threads = larger(1, parallel.threads);
+  const bool shared_weights = sums != nullptr && args.prior_heads < args.query_heads;
+  if (!shared_weights && args.key_heads % threads == 0) {  // each thread has heads of its own, without barriers
+    const int64_t each = args.key_heads / threads;
+    const Parallel alone{};
+    parallel_range(parallel, threads, [&](int64_t first, int64_t last) {
+      Backward<kPairs>(args, grads, delta, weight_rows, alone).run(first * each, last * each);
+    });
+  } else {
+    Backward<kPairs>(args, grads, delta, weight_rows, parallel).run(0, args.key_heads);
+  }
   for (int64_t i = 0; partial && i < heads; ++i) {
     float* target = grad_weight + i * args.keys;
     std::memset(target, 0, args.keys * sizeof(float));
