@@ -47,7 +47,7 @@ class PriorHead {
 // rows are computed: P and dS of the wave, dQ and the weights' gradient; then its columns, dK and dV, from the P and dS
 // that are still in the cache. Every sum is a chain of multiply-adds onto memory in ascending order of what it runs
 // over (dQ: keys; dK and dV: query heads, then queries; weights: batch elements), so how waves are cut changes no bit,
-// and they are cut by the number of threads.
+// and they are cut by the number of threads. Where key heads divide evenly among the threads, each runs its own alone.
 
 constexpr int64_t kGradRows = 24;  // queries of a task, and of a partial sum of weights that all queries share
 constexpr int64_t kGradKeys = 48;  // what ranges of keys are multiples of
