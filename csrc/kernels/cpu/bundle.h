@@ -224,12 +224,11 @@ FIAK_INLINE void separate(const float* sums, int64_t t, Vec* elements) {
 #endif
 }
 
-/// Stores float32 sums of packed rows, row n times factors[e * factor_stride + n] for element e, as rows begin, begin +
-/// 1, ... of x. `sums` has room for reading kElements vectors more than a row has.
+/// Stores float32 sums of packed rows, row n times factors[n * kElements + e] for element e, as rows begin, begin + 1,
+/// ... of x. `sums` has room for reading kElements vectors more than a row has.
 template <Storage kStorage, int kElements>
-static void unpack_rows(const float* sums, int64_t sums_stride, const float* factors, int64_t factor_stride,
-                        const Output& x, DType dtype, const Bundle& bundle, int64_t h, int64_t begin, int64_t count,
-                        int64_t size, float* scratch) {
+static void unpack_rows(const float* sums, int64_t sums_stride, const float* factors, const Output& x, DType dtype,
+                        const Bundle& bundle, int64_t h, int64_t begin, int64_t count, int64_t size, float* scratch) {
   const int64_t vectors = (size + kLanes - 1) / kLanes, room = padded(size), width = element_size(dtype);
   const int64_t step = x.row_stride * width;
   const bool whole = size == room && dtype != DType::kFloat16;  // then no row has to pass through `scratch`
@@ -240,7 +239,7 @@ static void unpack_rows(const float* sums, int64_t sums_stride, const float* fac
     Vec factor[kElements];
 #pragma GCC unroll 4
     for (int e = 0; e < kElements; ++e) {
-      factor[e] = broadcast(factors[e * factor_stride + n]);
+      factor[e] = broadcast(factors[n * kElements + e]);
       prefetch_row_for_writing(target[e] + 4 * step, size * width);
     }
     for (int64_t t = 0; t < vectors; ++t) {

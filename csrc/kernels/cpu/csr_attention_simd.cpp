@@ -74,158 +74,120 @@ struct KeyBlocks {
   int64_t end(int64_t block) const { return smaller(keys, (block + 1) * size); }
 };
 
-/// The steps for consecutive rows of a pattern, for the entries that a call attends to: those of the support, of keys
-/// that are there. They are in groups of rows and within a group by blocks of keys.
+/// The runs of consecutive rows of a pattern, for the entries that a call attends to: those of the support, of keys
+/// that are there. They are in groups of rows, within a group by blocks of keys, and within a block in order.
 template <int kElements>
-class RowSteps {
+class RowRuns {
  public:
   static int64_t bytes(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest) {
     const int64_t picked = args.values != nullptr ? rows * (longest + kPlanPadding) : 0;
-    const int64_t steps = most_steps(blocks, rows, longest);
-    return 2 * carved(rows * 2) + carved(rows * (blocks.count + 1)) + carved(picked) + carved(picked / 2 + 1) +
-           carved(steps * 4) + carved(args.values != nullptr ? steps * 2 : 0) +
-           carved(rows * blocks.count * kLanes / 2) + carved((rows * blocks.count + 1) * 2);
-  }
-  /// Of any `rows` rows of at most `longest` entries.
-  static int64_t most_steps(const KeyBlocks& blocks, int64_t rows, int64_t longest) {
-    return rows * (longest / kKeys<kElements> + blocks.count);
+    return carved(rows * blocks.count * kRunFloats) + carved(args.values != nullptr ? rows * blocks.count * 2 : 0) +
+           carved(picked) + carved(picked / 2 + 1);
   }
 
-  RowSteps(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch)
+  RowRuns(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch)
       : args_(args), blocks_(blocks), room_(longest + kPlanPadding) {
-    const int64_t picked = args.values != nullptr ? rows * room_ : 0, steps = most_steps(blocks, rows, longest);
-    index_ = reinterpret_cast<const uint16_t**>(scratch.floats(rows * 2));
-    row_weights_ = reinterpret_cast<const float**>(scratch.floats(rows * 2));
-    cuts_ = reinterpret_cast<int32_t*>(scratch.floats(rows * (blocks.count + 1)));
+    const int64_t picked = args.values != nullptr ? rows * room_ : 0;
+    runs_ = reinterpret_cast<Run*>(scratch.floats(rows * blocks.count * kRunFloats));
+    weights_ = reinterpret_cast<const float**>(scratch.floats(args.values != nullptr ? rows * blocks.count * 2 : 0));
     picked_weights_ = scratch.floats(picked);
     picked_ = reinterpret_cast<uint16_t*>(scratch.floats(picked / 2 + 1));
-    static_assert(sizeof(Step) <= 4 * sizeof(float), "what is carved");
-    steps_ = reinterpret_cast<Step*>(scratch.floats(steps * 4));
-    weights_ = reinterpret_cast<const float**>(scratch.floats(args.values != nullptr ? steps * 2 : 0));
-    spare_ = reinterpret_cast<uint16_t*>(scratch.floats(rows * blocks.count * kLanes / 2));
-    bounds_ = reinterpret_cast<int64_t*>(scratch.floats((rows * blocks.count + 1) * 2));
   }
 
-  /// Takes rows [row, row + rows) of the pattern. A step's row is counted from the first of its group.
+  /// Takes rows [row, row + rows) of the pattern. A run's row is counted from the first of its group.
   void take(int64_t row, int64_t rows, int64_t group_rows) {
-    const PlanView& plan = args_.plan;
-    if (plan.key_blocks == 1 && blocks_.count == 1 && blocks_.keys == plan.num_keys && args_.values == nullptr) {
-      return take_whole_rows(plan.row_segments + row, rows, group_rows);
-    }
-    for (int64_t r = 0; r < rows; ++r) take_row(row + r, r);
-    Step* step = steps_;
-    uint16_t* spare = spare_;
-    int64_t* bound = bounds_;
-    *bound++ = 0;
+    rows_ = rows;
+    group_rows_ = group_rows;
+    int64_t place = 0;
     for (int64_t group = 0; group < rows; group += group_rows) {
-      const int64_t end = smaller(rows, group + group_rows);
-      for (int64_t block = 0; block < blocks_.count; ++block) {
-        for (int64_t r = group; r < end; ++r) {
-          const int32_t* cut = cuts_ + r * (blocks_.count + 1) + block;
-          const int64_t first = step - steps_;
-          step = append_steps<kElements>(index_[r] + cut[0], cut[1] - cut[0], r - group, step, spare);
-          if (args_.values == nullptr) continue;
-          for (int64_t i = first; i < step - steps_; ++i) {
-            weights_[i] = row_weights_[r] + cut[0] + (i - first) * kKeys<kElements>;
-          }
-        }
-        *bound++ = step - steps_;
+      const int64_t count = smaller(group_rows, rows - group);
+      Run* runs = runs_ + group * blocks_.count;
+      for (int64_t r = 0; r < count; ++r) take_row(row + group + r, group + r, static_cast<uint32_t>(r), runs, count);
+      for (Run* run = runs; run < runs + count * blocks_.count; ++run) {
+        run->place = place;
+        place += run_floats<kElements>(run->count);
       }
     }
   }
-  /// The first step of a group's block, and of what follows its last one.
-  int64_t first(int64_t group, int64_t block) const { return bounds_[group * blocks_.count + block]; }
-  const Step* step(int64_t i) const { return steps_ + i; }
-  /// The weights of a step's entries; only where the call has values.
-  const float* weights(int64_t i) const { return weights_[i]; }
+  /// The first run of a block of the group that starts at row `group` of those taken; block blocks.count is the end.
+  const Run* first(int64_t group, int64_t block) const {
+    return runs_ + group * blocks_.count + block * smaller(group_rows_, rows_ - group);
+  }
+  /// The weights of a run's entries; only where the call has values.
+  const float* weights(const Run* run) const { return weights_[run - runs_]; }
 
  private:
-  void take_whole_rows(const int64_t* segments, int64_t rows, int64_t group_rows) {
-    Step* step = steps_;
-    uint16_t* spare = spare_;
-    int64_t* bound = bounds_;
-    *bound++ = 0;
-    for (int64_t group = 0; group < rows; group += group_rows) {
-      for (int64_t r = group; r < smaller(rows, group + group_rows); ++r) {
-        const int64_t first = segments[r];
-        step = append_steps<kElements>(args_.plan.columns + first, segments[r + 1] - first, r - group, step, spare);
-      }
-      *bound++ = step - steps_;
-    }
-  }
+  static constexpr int64_t kRunFloats = sizeof(Run) / sizeof(float);
 
-  void take_row(int64_t row, int64_t r) {
+  /// Row `row` of the pattern, which is row i of those taken and row r of its group, whose runs are a block for each
+  /// `rows`.
+  void take_row(int64_t row, int64_t i, uint32_t r, Run* runs, int64_t rows) {
     const PlanView& plan = args_.plan;
     const int64_t* segment = plan.row_segments + row * plan.key_blocks;
-    const auto* values = static_cast<const float*>(args_.values);
     const int64_t all = segment[plan.key_blocks] - segment[0];
-    index_[r] = plan.columns + segment[0];
+    const uint16_t* index = plan.columns + segment[0];
+    const float* weights = nullptr;
     bool picking = false;
-    if (values != nullptr) {
-      row_weights_[r] = values + segment[0];
-      picking = !all_in_support(values + segment[0], all);
-      if (picking) {
-        index_[r] = picked_ + r * room_;
-        row_weights_[r] = picked_weights_ + r * room_;
-      }
+    if (args_.values != nullptr) {
+      weights = static_cast<const float*>(args_.values) + segment[0];
+      picking = !all_in_support(weights, all);
     }
-    int32_t* cuts = cuts_ + r * (blocks_.count + 1);
-    cuts[0] = 0;
     if (blocks_.count == 1 && !picking && blocks_.keys == plan.num_keys) {
-      cuts[1] = static_cast<int32_t>(all);
+      runs[r] = {index, r, static_cast<uint32_t>(all), 0};
+      if (weights != nullptr) weights_[runs - runs_ + r] = weights;
       return;
     }
-    int64_t block = 0, taken = 0;
+    int64_t block = 0;
+    uint16_t* picked = picked_ + i * room_;
+    float* picked_weights = picked_weights_ + i * room_;
     for (int64_t part = 0; part < plan.key_blocks; ++part) {
       const int64_t base = part * kPlanBlock;
-      const uint16_t* index = plan.columns + segment[part];
       int64_t count = segment[part + 1] - segment[part];
       if (picking) {
-        count = pick_support(values + segment[part], index, count, picked_ + r * room_ + taken,
-                             picked_weights_ + r * room_ + taken);
-        index = picked_ + r * room_ + taken;
+        count = pick_support(weights, index, count, picked, picked_weights);
+        index = picked;
+        weights = picked_weights;
+        picked += count;
+        picked_weights += count;
       }
-      int64_t done = 0;
+      const uint16_t* part_index = index;
+      const float* part_weights = weights;
       while (block < blocks_.count && blocks_.first(block) < base + kPlanBlock) {
-        done += count_below(index + done, count - done, blocks_.end(block) - base);
-        cuts[++block] = static_cast<int32_t>(taken + done);
+        const int64_t taken = count_below(part_index, count, blocks_.end(block) - base);
+        Run* run = runs + block++ * rows + r;
+        *run = {part_index, r, static_cast<uint32_t>(taken), 0};
+        if (weights != nullptr) {
+          weights_[run - runs_] = part_weights;
+          part_weights += taken;
+        }
+        part_index += taken;
+        count -= taken;
       }
-      taken += done;
+      index = plan.columns + segment[part + 1];
+      if (weights != nullptr) weights = static_cast<const float*>(args_.values) + segment[part + 1];
     }
-    for (; block < blocks_.count; ++block) cuts[block + 1] = cuts[block];
+    for (; block < blocks_.count; ++block) runs[block * rows + r] = {index, r, 0, 0};
   }
 
   const CsrArgs& args_;
   const KeyBlocks& blocks_;
-  int64_t room_;
-  const uint16_t** index_;     // [rows]
-  const float** row_weights_;  // [rows]
-  int32_t* cuts_;              // [rows, blocks + 1]: where a row's entries enter a block
-  float* picked_weights_;
-  uint16_t *picked_, *spare_;
-  Step* steps_;
+  int64_t room_, rows_ = 0, group_rows_ = 1;
+  Run* runs_;
   const float** weights_;
-  int64_t* bounds_;
+  float* picked_weights_;
+  uint16_t* picked_;
 };
 
-/// weights[0, count) as the register of entries that are the same for every element, 0 behind them.
+/// weights[0, count) of a group's entries, for every element, 0 behind them.
 template <int kElements>
-FIAK_INLINE Vec entry_register(const float* weights, int64_t count) {
-  alignas(64) float copy[kLanes];
-  if (count < kKeys<kElements>) {
-    for (int64_t k = 0; k < kKeys<kElements>; ++k) copy[k] = k < count ? weights[k] : 0.0f;
-    weights = copy;
+FIAK_INLINE Group<kElements> entry_group(const float* weights, int64_t count) {
+  alignas(64) float group[kGroup * kElements];
+#pragma GCC unroll 4
+  for (int e = 0; e < kElements; ++e) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroup; ++k) group[e * kGroup + k] = k < count ? weights[k] : 0.0f;
   }
-  if constexpr (kElements == 1) return load(weights);
-#if defined(FIAK_ISA_AVX512)
-  if constexpr (kElements == 2) {
-    const __m512 x = _mm512_castps256_ps512(_mm256_loadu_ps(weights));
-    return _mm512_shuffle_f32x4(x, x, 0x50);
-  }
-  return _mm512_broadcast_f32x4(_mm_loadu_ps(weights));
-#else
-  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(weights));
-#endif
+  return load_group<kElements>(group);
 }
 
 constexpr float kSmallest = 1e-37f;  // well above the subnormals, which log_of_normal cannot take
@@ -268,24 +230,27 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
   const int64_t sum_floats = sum_vectors(value_chunks, kStorage) * kLanes;
   const KeyBlocks blocks(keys, larger(head_chunks, value_chunks) * kVectorBytes);
-  using Steps = RowSteps<kElements>;
-  const int64_t row_floats = Steps::most_steps(blocks, 1, longest) * kLanes;
+  using Runs = RowRuns<kElements>;
+  constexpr int64_t kGroupFloats = kGroup * kElements;
+  const int64_t row_floats = most_run_floats<kElements>(blocks.count, longest);
   const int64_t pass_rows = larger(1, smaller(smaller(end - begin, kScoreBuffer / row_floats), kMaxPassRows));
   const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce * kElements, pass_rows) : pass_rows;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
   const int64_t flat = padded(pass_rows * kElements) + kLanes;
 
   Carver scratch{static_cast<char*>(thread_scratch(
-      Steps::bytes(args, blocks, pass_rows, longest) + carved(pass_rows * row_floats) +
-      3 * carved(group_rows * kLanes) + 5 * carved(flat) + carved((group_rows + kMaxElements) * sum_floats) +
+      Runs::bytes(args, blocks, pass_rows, longest) + carved(pass_rows * row_floats) +
+      3 * carved(pass_rows * kGroupFloats) + 5 * carved(flat) + carved((group_rows + kMaxElements) * sum_floats) +
       carved(bundle_panel_floats(group_rows, head_chunks)) + carved(bundle_panel_floats(keys, head_chunks)) +
       carved(bundle_panel_floats(keys, value_chunks)) +
       carved(pack_scratch(larger(args.head_size, args.value_size)))))};
-  Steps steps(args, blocks, pass_rows, longest, scratch);
+  Runs runs(args, blocks, pass_rows, longest, scratch);
   float* scores = scratch.floats(pass_rows * row_floats);
-  float* row_maxima = scratch.floats(group_rows * kLanes);
-  float* row_totals = scratch.floats(group_rows * kLanes);
-  float* row_divisors = scratch.floats(group_rows * kLanes);
+  // A group for each row.
+  float* row_maxima = scratch.floats(pass_rows * kGroupFloats);
+  float* row_totals = scratch.floats(pass_rows * kGroupFloats);
+  float* row_divisors = scratch.floats(pass_rows * kGroupFloats);
+  // A number for each row and element.
   float* maxima = scratch.floats(flat);
   float* totals = scratch.floats(flat);
   // What a row's sum is divided by: the sum of the weights as they multiplied the rows, rounded or not.
@@ -303,40 +268,68 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   pack_rows<kElements>(args.key, args.dtype, bundle, key_head, 0, keys, args.head_size, kStorage, key_extra, key, pack);
   for (int64_t pass = begin; pass < end; pass += pass_rows) {
     const int64_t rows = smaller(pass_rows, end - pass);
-    steps.take(head * args.plan.num_queries + pass, rows, group_rows);
+    runs.take(head * args.plan.num_queries + pass, rows, group_rows);
+    for (int64_t i = 0; i < rows * kGroupFloats; i += kGroupFloats) {
+      store_lanes(row_maxima + i, broadcast_group<kElements>(-kInfinity));
+      store_lanes(row_totals + i, broadcast_group<kElements>(0));
+      store_lanes(row_divisors + i, broadcast_group<kElements>(0));
+    }
     for (int64_t i = 0; i < flat; i += kLanes) {
       store(totals + i, broadcast(1.0f));
       store(divisors + i, broadcast(1.0f));
     }
 
     for (int64_t row = 0; row < rows; row += group_rows) {
-      const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset, group = row / group_rows;
+      const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset;
+      const Run *first = runs.first(row, 0), *last = runs.first(row, blocks.count);
+      float *group_maxima = row_maxima + row * kGroupFloats, *group_totals = row_totals + row * kGroupFloats;
+      float* group_divisors = row_divisors + row * kGroupFloats;
       pack_rows<kElements>(args.query, args.dtype, bundle, h, n, n + count, args.head_size, kStorage, query_extra,
                            query, pack);
-      for (int64_t r = 0; r < count; ++r) store(row_maxima + r * kLanes, broadcast(-kInfinity));
       for (int e = 0; e < kElements; ++e) {
         const int64_t b = bundle.b[e], done = pass + row - begin;
         prefetch_rows(args.query, args.dtype, b, h, n + count, smaller(n + 2 * count, end - offset), args.head_size);
         prefetch_rows(args.value, args.dtype, b, key_head, done, smaller(done + count, keys), args.value_size);
       }
       for (int64_t block = 0; block < blocks.count; ++block) {
-        const int64_t first = steps.first(group, block);
         DotsTask task{};
-        task.begin = steps.step(first);
-        task.end = steps.step(steps.first(group, block + 1));
-        task.out = scores + first * kLanes;
+        task.begin = runs.first(row, block);
+        task.end = runs.first(row, block + 1);
+        task.out = scores;
         task.scale = static_cast<float>(args.scale * kLog2E);
         task.fill = -kInfinity;
-        task.maxima = row_maxima;
+        task.maxima = group_maxima;
         dots<kStorage, kElements>(task, query, key, blocks.first(block) / kPlanBlock * kPlanBlock);
       }
       for (int64_t r = 0; r < count; ++r) {
-        float* maximum = row_maxima + r * kLanes;
-        store(maximum, reduce_lanes<kElements>(load(maximum), [](Vec a, Vec b) { return max(a, b); }));
-        for (int e = 0; e < kElements; ++e) maxima[e * rows + row + r] = maximum[e * kBlock];
+        float* maximum = group_maxima + r * kGroupFloats;
+        store_lanes(maximum, max_in_blocks(load_group<kElements>(maximum)));
+        for (int e = 0; e < kElements; ++e) maxima[(row + r) * kElements + e] = maximum[e * kGroup];
       }
-      const int64_t first = steps.first(group, 0);
-      exp2_steps(scores + first * kLanes, row_maxima, steps.step(first), steps.step(steps.first(group + 1, 0)));
+      exp2_and_total<kStorage, kElements, true>(first, last, scores, group_maxima, group_totals, group_divisors);
+      if (args.values != nullptr) {
+        for (const Run* run = first; run < last; ++run) {
+          const float* weights = runs.weights(run);
+          float* p = scores + run->place;
+          for (int64_t k = 0; k < run->count; k += kGroup, p += kGroupFloats) {
+            store_lanes(p, load_group<kElements>(p) * entry_group<kElements>(weights + k, run->count - k));
+          }
+        }
+        std::memset(group_totals, 0, count * kGroupFloats * sizeof(float));
+        std::memset(group_divisors, 0, count * kGroupFloats * sizeof(float));
+        exp2_and_total<kStorage, kElements, false>(first, last, scores, group_maxima, group_totals, group_divisors);
+      }
+      for (int64_t block = 0; dropout.active() && block < blocks.count; ++block) {
+        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
+        for (const Run* run = runs.first(row, block); run < runs.first(row, block + 1); ++run) {
+          for (int64_t k = 0; k < run->count; ++k) {
+            for (int e = 0; e < kElements; ++e) {
+              scores[run->place + offset_of_entry<kElements>(k, e)] *=
+                  static_cast<float>(dropout.factor(bundle.b[e], h, pass + row + run->row, base + run->index[k]));
+            }
+          }
+        }
+      }
     }
     if (pass == begin) {
       pack_rows<kElements>(args.value, args.dtype, bundle, key_head, 0, keys, args.value_size, kStorage, Extra::kNone,
@@ -344,7 +337,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
     }
 
     for (int64_t row = 0; row < rows; row += group_rows) {
-      const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset, group = row / group_rows;
+      const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset;
       for (int e = 0; e < kElements; ++e) {
         const int64_t done = pass + row - begin;
         prefetch_rows_for_writing(result.output, args.dtype, bundle.b[e], h, n + count,
@@ -355,81 +348,41 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         }
       }
       for (int64_t i = 0; i < count * sum_floats; i += kLanes) store(sums + i, zero());
-      for (int64_t i = 0; i < count * kLanes; i += kLanes) {
-        store(row_totals + i, zero());
-        store(row_divisors + i, zero());
-      }
       for (int64_t block = 0; block < blocks.count; ++block) {
-        const int64_t first = steps.first(group, block), last = steps.first(group, block + 1);
-        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
-        if (args.values != nullptr || dropout.active()) {
-          for (int64_t i = first; i < last; ++i) {
-            const Step& step = *steps.step(i);
-            float* p = scores + i * kLanes;
-            if (args.values != nullptr) {
-              store(p, mul(load(p), entry_register<kElements>(steps.weights(i), step.count)));
-            }
-            if (!dropout.active()) continue;
-            float* total = row_totals + step.row * kLanes;
-            store(total, add(load(total), load(p)));
-            for (int64_t k = 0; k < step.count; ++k) {
-              for (int e = 0; e < kElements; ++e) {
-                p[lane_of<kElements>(k, e)] *=
-                    static_cast<float>(dropout.factor(bundle.b[e], h, pass + row + step.row, base + step.index[k]));
-              }
-            }
-          }
-        }
         SumsTask task{};
-        task.begin = steps.step(first);
-        task.end = steps.step(last);
-        task.weights = scores + first * kLanes;
+        task.begin = runs.first(row, block);
+        task.end = runs.first(row, block + 1);
+        task.weights = scores;
         task.sums = sums;
         task.sums_stride = sum_floats;
-        task.totals = dropout.active() ? nullptr : row_totals;
-        task.rounded_totals = row_divisors;
-        weighted_sums<kStorage, kElements>(task, value, base);
+        weighted_sums<kStorage, kElements>(task, value, blocks.first(block) / kPlanBlock * kPlanBlock);
       }
-      const auto reduce = [&](const float* lanes, float* target) {
-        for (int64_t r = 0; r < count; ++r) {
-          alignas(64) float total[kLanes];
-          store(total, reduce_lanes<kElements>(load(lanes + r * kLanes), [](Vec a, Vec b) { return add(a, b); }));
-          for (int e = 0; e < kElements; ++e) target[e * rows + row + r] = total[e * kBlock];
+      const auto reduce = [&](const float* groups, float* target) {
+        for (int64_t r = row; r < row + count; ++r) {
+          alignas(64) float total[kGroupFloats];
+          store_lanes(total, sum_in_blocks(load_group<kElements>(groups + r * kGroupFloats)));
+          for (int e = 0; e < kElements; ++e) target[r * kElements + e] = total[e * kGroup];
         }
       };
       reduce(row_totals, totals);
       if (divisors != totals) reduce(row_divisors, divisors);
+      const int64_t at = row * kElements;
+      normalise(maxima + at, totals + at, divisors + at, count * kElements, logsumexp, factors);
       for (int e = 0; e < kElements; ++e) {
-        const int64_t at = e * rows + row;
-        normalise(maxima + at, totals + at, divisors + at, count, logsumexp + e * rows, factors + e * rows);
-        std::memcpy(static_cast<float*>(result.logsumexp) + (bundle.b[e] * args.query_heads + h) * args.queries + n,
-                    logsumexp + e * rows, count * sizeof(float));
+        float* target = static_cast<float*>(result.logsumexp) + (bundle.b[e] * args.query_heads + h) * args.queries + n;
+        for (int64_t r = 0; r < count; ++r) target[r] = logsumexp[r * kElements + e];
       }
-      unpack_rows<kStorage, kElements>(sums, sum_floats, factors, rows, result.output, args.dtype, bundle, h, n, count,
+      unpack_rows<kStorage, kElements>(sums, sum_floats, factors, result.output, args.dtype, bundle, h, n, count,
                                        args.value_size, pack);
     }
   }
 }
 
-/// The weights of backward that a register's entries have, and which of them are outside the support.
-struct EntryWeights {
-  Vec weights;
-  uint32_t outside;  // a bit for each entry
-};
-template <int kElements>
-FIAK_INLINE EntryWeights entry_weights(const float* weights, int64_t count) {
-  uint32_t outside = 0;
-  for (int64_t k = 0; k < count; ++k) outside |= static_cast<uint32_t>(!in_support(weights[k])) << k;
-  return {entry_register<kElements>(weights, count), outside};
-}
-
-/// A register whose entries all have their element's number, values[e].
+/// A group whose entries all have their element's number, values[e].
 template <int kElements>
 FIAK_INLINE void spread_elements(const float* values, float* target) {
 #pragma GCC unroll 4
-  for (int block = 0; block < kBlocks; ++block) {
-    _mm_store_ps(target + block * kBlock, _mm_set1_ps(values[block % kElements]));
-  }
+  for (int e = 0; e < kElements; ++e) _mm_storeu_ps(target + e * kGroup, _mm_set1_ps(values[e]));
 }
 
 /// Backward runs in waves. A wave is a bundle, a few key heads, one query head of each, a chunk of its queries and a
@@ -452,16 +405,16 @@ class CsrBackward {
         chunks_(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes, kMostTileSize),
         blocks_(args.keys, larger(head_chunks_, value_chunks_) * kVectorBytes, kMostTileSize) {
     const PlanView& plan = args.plan;
+    int64_t most_entries = 0;
     for (int64_t head = 0; head < plan.heads; ++head) {
       for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
         const int64_t* rows = plan.row_segments + head * plan.num_queries * plan.key_blocks;
-        most_entries_ = larger(
-            most_entries_, rows[chunks_.end(chunk) * plan.key_blocks] - rows[chunks_.first(chunk) * plan.key_blocks]);
+        most_entries = larger(
+            most_entries, rows[chunks_.end(chunk) * plan.key_blocks] - rows[chunks_.first(chunk) * plan.key_blocks]);
       }
     }
     chunk_rows_ = smaller(chunks_.size, args.queries);
-    most_entries_ = smaller(most_entries_, chunk_rows_ * blocks_.size);
-    most_steps_ = most_entries_ / kKeys<kElements> + larger(blocks_.size, chunk_rows_);
+    most_floats_ = most_run_floats<kElements>(blocks_.size, smaller(most_entries, chunk_rows_ * blocks_.size));
   }
 
   /// Memory for each key head of a wave.
@@ -471,10 +424,9 @@ class CsrBackward {
            carved(bundle_panel_floats(chunk_rows_, head_chunks_)) +
            carved(bundle_panel_floats(chunk_rows_, value_chunks_)) +
            carved((args_.keys + kMaxElements) * head_floats_) + carved((args_.keys + kMaxElements) * value_floats_) +
-           carved((chunk_rows_ + kMaxElements) * head_floats_) + carved(chunk_rows_ * kLanes) + carved(args_.keys * 2) +
-           carved(chunk_rows_ * 2) + carved(blocks_.size) + carved(most_steps_ * 4) +
-           carved(blocks_.size * kLanes / 2) + carved((column_groups(blocks_.size) + 1) * 2) +
-           2 * carved(most_steps_ * kLanes);
+           carved((chunk_rows_ + kMaxElements) * head_floats_) + carved(chunk_rows_ * kGroupFloats) +
+           carved(args_.keys * 2) + carved(chunk_rows_ * 2) + carved(blocks_.size * kRunFloats) +
+           2 * carved(most_floats_);
   }
 
   /// All of `bundle` for key heads [first, first + count), in count * slot_bytes() bytes at `memory`.
@@ -511,9 +463,9 @@ class CsrBackward {
           }
           for_rows([&](int64_t i, int64_t low, int64_t high) { rows(slot(i), bundle, head(i), tile, low, high); });
           if (!columns_wanted()) continue;
-          const int64_t column_parts = column_groups(tile.key_end - tile.key);
-          parallel_range(parallel, count * column_parts, [&](int64_t from, int64_t to) {
-            for_parts(from, to, column_parts,
+          const int64_t columns_of_slot = tile.key_end - tile.key;
+          parallel_range(parallel, count * columns_of_slot, [&](int64_t from, int64_t to) {
+            for_parts(from, to, columns_of_slot,
                       [&](int64_t i, int64_t low, int64_t high) { columns(slot(i), tile, low, high); });
           });
         }
@@ -530,7 +482,9 @@ class CsrBackward {
   }
 
  private:
-  static constexpr int64_t kColumnGroup = 32;  // columns that a thread takes at once
+  static constexpr int64_t kGroupFloats = kGroup * kElements;
+  static constexpr int64_t kRunFloats = sizeof(Run) / sizeof(float);
+  static constexpr float kOutside = -1.0f;  // P where the columns must not touch a row
   static constexpr int64_t kMostTileSize =
       320;  // queries and keys of a wave, so that its P and dS stay in the L2 cache
 
@@ -544,19 +498,15 @@ class CsrBackward {
     BundlePanel query, grad_output;  // the queries of a chunk
     float *grad_key, *grad_value;    // sums for all keys
     float* grad_query;               // sums for the queries of a chunk
-    float* deltas;                   // dO . O of the queries of a chunk, a register each
+    float* deltas;                   // dO . O of the queries of a chunk, a group each
     int64_t* column_cursors;         // [keys]: the first entry of a column that no chunk has had yet
     int64_t* row_cursors;            // [queries of a chunk]: the first entry of a row that no block has had yet
-    uint32_t* places;                // [keys of a block]: where in `attention` a column's first entry goes, in floats
-    Step* steps;                     // of the columns
-    uint16_t* spare;
-    int64_t* bounds;                 // [column groups + 1]: the first step of a group
-    float *attention, *grad_scores;  // P and dS in registers for the steps
+    Run* runs;                       // [keys of a block]: of the columns
+    float *attention, *grad_scores;  // P and dS of the columns' runs
   };
 
   Extra query_extra() const { return gaussian_ ? Extra::kOne : Extra::kNone; }
   bool columns_wanted() const { return grads_.grad_key.data != nullptr || grads_.grad_value.data != nullptr; }
-  static int64_t column_groups(int64_t keys) { return (keys + kColumnGroup - 1) / kColumnGroup; }
   int64_t plan_head(const Bundle& bundle, int64_t h) const {
     return bundle.b[0] % (args_.plan.heads / args_.query_heads) * args_.query_heads + h;
   }
@@ -574,15 +524,12 @@ class CsrBackward {
     x.grad_key = carver.floats((args_.keys + kMaxElements) * head_floats_);
     x.grad_value = carver.floats((args_.keys + kMaxElements) * value_floats_);
     x.grad_query = carver.floats((chunk_rows_ + kMaxElements) * head_floats_);
-    x.deltas = carver.floats(chunk_rows_ * kLanes);
+    x.deltas = carver.floats(chunk_rows_ * kGroupFloats);
     x.column_cursors = reinterpret_cast<int64_t*>(carver.floats(args_.keys * 2));
     x.row_cursors = reinterpret_cast<int64_t*>(carver.floats(chunk_rows_ * 2));
-    x.places = reinterpret_cast<uint32_t*>(carver.floats(blocks_.size));
-    x.steps = reinterpret_cast<Step*>(carver.floats(most_steps_ * 4));
-    x.spare = reinterpret_cast<uint16_t*>(carver.floats(blocks_.size * kLanes / 2));
-    x.bounds = reinterpret_cast<int64_t*>(carver.floats((column_groups(blocks_.size) + 1) * 2));
-    x.attention = carver.floats(most_steps_ * kLanes);
-    x.grad_scores = carver.floats(most_steps_ * kLanes);
+    x.runs = reinterpret_cast<Run*>(carver.floats(blocks_.size * kRunFloats));
+    x.attention = carver.floats(most_floats_);
+    x.grad_scores = carver.floats(most_floats_);
     return x;
   }
 
@@ -610,16 +557,13 @@ class CsrBackward {
     std::memset(x.grad_value + begin * value_floats_, 0, (end - begin) * value_floats_ * sizeof(float));
   }
 
-  /// The steps of a tile's columns, and a place for each entry.
+  /// The runs of a tile's columns.
   void list_columns(const Slot& x, const Bundle& bundle, int64_t h, const Tile& tile) const {
     const PlanView& plan = args_.plan;
     const int64_t head = plan_head(bundle, h), part = tile.row / kPlanBlock, base = part * kPlanBlock;
     const bool first = tile.row == offset_of(args_, bundle.b[0]) || tile.row == base;
-    Step* step = x.steps;
-    uint16_t* spare = x.spare;
+    int64_t place = 0;
     for (int64_t j = tile.key; j < tile.key_end; ++j) {
-      const int64_t column = j - tile.key;
-      if (column % kColumnGroup == 0) x.bounds[column / kColumnGroup] = step - x.steps;
       const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
       if (first) {
         x.column_cursors[j] =
@@ -628,14 +572,15 @@ class CsrBackward {
       const uint16_t* index = plan.rows + x.column_cursors[j];
       const int64_t count = count_below(index, segment[1] - x.column_cursors[j], tile.row_end - base);
       x.column_cursors[j] += count;
-      x.places[column] = static_cast<uint32_t>((step - x.steps) * kLanes);
-      step = append_steps<kElements>(index, count, column % kColumnGroup, step, spare);
-      if (count % kKeys<kElements> != 0) {  // what stands behind a column's last entry
-        store(x.attention + (step - 1 - x.steps) * kLanes, zero());
-        store(x.grad_scores + (step - 1 - x.steps) * kLanes, zero());
+      const auto column = static_cast<uint32_t>(j - tile.key);
+      x.runs[column] = {index, column, static_cast<uint32_t>(count), place};
+      if (count % kGroup != 0) {  // what stands behind a column's last entry
+        const int64_t last = place + count / kGroup * kGroupFloats;
+        store_lanes(x.attention + last, broadcast_group<kElements>(0));
+        store_lanes(x.grad_scores + last, broadcast_group<kElements>(0));
       }
+      place += run_floats<kElements>(count);
     }
-    x.bounds[column_groups(tile.key_end - tile.key)] = step - x.steps;
   }
 
   int64_t pack_bytes() const { return carved(pack_scratch(larger(args_.head_size, args_.value_size))); }
@@ -669,7 +614,7 @@ class CsrBackward {
                  output);
         delta[e] = dot(grad_output, output, room);
       }
-      spread_elements<kElements>(delta, x.deltas + (n + offset - chunk) * kLanes);
+      spread_elements<kElements>(delta, x.deltas + (n + offset - chunk) * kGroupFloats);
     }
   }
 
@@ -678,7 +623,7 @@ class CsrBackward {
     Carver scratch{static_cast<char*>(thread_scratch(carved(count * kElements) + pack_bytes()))};
     float* factors = scratch.floats(count * kElements);
     for (int64_t i = 0; i < count * kElements; ++i) factors[i] = static_cast<float>(args_.scale);
-    unpack_rows<kStorage, kElements>(x.grad_query + (begin - chunk) * head_floats_, head_floats_, factors, count,
+    unpack_rows<kStorage, kElements>(x.grad_query + (begin - chunk) * head_floats_, head_floats_, factors,
                                      grads_.grad_query, args_.dtype, bundle, h, begin - offset_of(args_, bundle.b[0]),
                                      count, args_.head_size, scratch.floats(pack_bytes() / 4));
   }
@@ -689,38 +634,33 @@ class CsrBackward {
     const int64_t head = plan_head(bundle, h), offset = offset_of(args_, bundle.b[0]);
     const int64_t part = tile.key / kPlanBlock, base = part * kPlanBlock, columns = tile.key_end - tile.key;
     const auto* values = static_cast<const float*>(args_.values);
-    const int64_t row_steps = (columns + kKeys<kElements> - 1) / kKeys<kElements>;  // at most
-    const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / 2 / (row_steps * kLanes)));
-    const int64_t most = pass_rows * row_steps;
-    Carver scratch{static_cast<char*>(thread_scratch(carved(most * 4) + carved(values != nullptr ? most * 2 : 0) +
-                                                     carved(pass_rows * kLanes / 2) + 2 * carved(most * kLanes) +
-                                                     carved(pass_rows * kLanes) + carved(columns) +
-                                                     carved(values != nullptr ? most * kLanes / 2 : 0)))};
-    auto* steps = reinterpret_cast<Step*>(scratch.floats(most * 4));
-    auto** weights = reinterpret_cast<const float**>(scratch.floats(values != nullptr ? most * 2 : 0));
-    auto* spare = reinterpret_cast<uint16_t*>(scratch.floats(pass_rows * kLanes / 2));
-    float* scores = scratch.floats(most * kLanes);
-    float* products = scratch.floats(most * kLanes);
-    float* shifts = scratch.floats(pass_rows * kLanes);
+    const bool weighing = values != nullptr || dropout_.active();
+    const int64_t row_floats = most_run_floats<kElements>(1, columns);
+    const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / 2 / row_floats));
+    const int64_t most = pass_rows * row_floats, picked_floats = (pass_rows * columns + kIndexPadding) / 2;
+    Carver scratch{static_cast<char*>(
+        thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) + carved(pass_rows * kGroupFloats) +
+                       carved(columns) + carved(weighing ? row_floats : 0) + carved(weighing ? picked_floats : 0)))};
+    auto* runs = reinterpret_cast<Run*>(scratch.floats(pass_rows * kRunFloats));
+    float* scores = scratch.floats(most);
+    float* products = scratch.floats(most);
+    float* shifts = scratch.floats(pass_rows * kGroupFloats);
     auto* places = reinterpret_cast<uint32_t*>(scratch.floats(columns));
-    auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(values != nullptr ? most * kLanes / 2 : 0));
+    float* factors = scratch.floats(weighing ? row_floats : 0);  // of dropout, for one row
+    auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(weighing ? picked_floats : 0));
     if (columns_wanted()) first_places(x, head, tile, begin, places);
     const int64_t first_index = tile.key - base;
 
     for (int64_t pass = begin; pass < end; pass += pass_rows) {
       const int64_t count = smaller(pass_rows, end - pass), first = pass - tile.row;
-      const float* deltas = x.deltas + first * kLanes;
-      Step* last = steps;
-      uint16_t* free_spare = spare;
+      const float* deltas = x.deltas + first * kGroupFloats;
+      int64_t place = 0;
       for (int64_t r = 0; r < count; ++r) {
         const int64_t* segment = plan.row_segments + (head * plan.num_queries + pass + r) * plan.key_blocks + part;
         int64_t& cursor = x.row_cursors[first + r];
         const int64_t entries = count_below(plan.columns + cursor, segment[1] - cursor, tile.key_end - base);
-        Step* from = last;
-        last = append_steps<kElements>(plan.columns + cursor, entries, r, last, free_spare);
-        for (Step* step = from; values != nullptr && step < last; ++step) {
-          weights[step - steps] = values + cursor + (step - from) * kKeys<kElements>;
-        }
+        runs[r] = {plan.columns + cursor, static_cast<uint32_t>(r), static_cast<uint32_t>(entries), place};
+        place += run_floats<kElements>(entries);
         cursor += entries;
         float shift[kElements];
         for (int e = 0; e < kElements; ++e) {
@@ -728,11 +668,11 @@ class CsrBackward {
           const float lse = static_cast<const float*>(grads_.logsumexp)[at];
           shift[e] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no entry counts where there is no support
         }
-        spread_elements<kElements>(shift, shifts + r * kLanes);
+        spread_elements<kElements>(shift, shifts + r * kGroupFloats);
       }
       DotsTask task{};
-      task.begin = steps;
-      task.end = last;
+      task.begin = runs;
+      task.end = runs + count;
       task.out = scores;
       task.scale = static_cast<float>(args_.scale * kLog2E);
       task.fill = -kInfinity;
@@ -741,26 +681,28 @@ class CsrBackward {
       task.scale = 1.0f;
       task.fill = 0.0f;
       dots<kStorage, kElements>(task, x.grad_output.from(first), x.value, base);
-      if (values == nullptr && !dropout_.active()) {
-        for (int64_t i = 0; i < last - steps; ++i) {
-          const int64_t row = steps[i].row * kLanes;
-          const Vec p = exp2(sub(load(scores + i * kLanes), load(shifts + row)));
-          store(scores + i * kLanes, p);
-          store(products + i * kLanes, mul(p, sub(load(products + i * kLanes), load(deltas + row))));
+      uint16_t* free_index = picked;
+      for (int64_t r = 0; r < count; ++r) {
+        Run& run = runs[r];
+        float *p = scores + run.place, *ds = products + run.place;
+        const float *shift = shifts + r * kGroupFloats, *delta = deltas + r * kGroupFloats;
+        if (weighing) {
+          weigh(x, run, bundle, h, pass + r, base, p, ds, factors, shift, delta, free_index, places, first_index);
+        } else {
+          differentiate(run, p, ds, shift, delta);
         }
-        for (int64_t i = 0; columns_wanted() && i < last - steps; ++i) {
-          for (int64_t k = 0; k < steps[i].count; ++k) {
-            leave(x, places[steps[i].index[k] - first_index], k, scores + i * kLanes, products + i * kLanes);
-          }
+      }
+      for (int64_t r = 0; columns_wanted() && !weighing && r < count; ++r) {
+        const Run& run = runs[r];
+        for (int64_t k = 0; k < run.count; ++k) {
+          const int64_t at = run.place + offset_of_entry<kElements>(k, 0);
+          leave(x, places[run.index[k] - first_index], scores + at, products + at);
         }
-      } else {
-        last = weigh(x, steps, last, weights, bundle, h, pass, base, scores, products, shifts, deltas, picked, places,
-                     first_index);
       }
       if (grads_.grad_query.data == nullptr) continue;
       SumsTask sum{};
-      sum.begin = steps;
-      sum.end = last;
+      sum.begin = runs;
+      sum.end = runs + count;
       sum.weights = products;
       sum.sums = x.grad_query + first * head_floats_;
       sum.sums_stride = head_floats_;
@@ -773,163 +715,135 @@ class CsrBackward {
     const PlanView& plan = args_.plan;
     const int64_t part = tile.row / kPlanBlock, base = part * kPlanBlock;
     for (int64_t j = tile.key; j < tile.key_end; ++j) {
-      uint32_t& place = places[j - tile.key];
-      place = x.places[j - tile.key];
-      if (row == tile.row) continue;
-      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
-      const int64_t first = search_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
-      const int64_t done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
-      place += static_cast<uint32_t>(done / kKeys<kElements> * kLanes + lane_of<kElements>(done % kKeys<kElements>, 0));
+      const Run& run = x.runs[j - tile.key];
+      int64_t done = 0;
+      if (row != tile.row) {
+        const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
+        const int64_t first = search_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
+        done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
+      }
+      places[j - tile.key] = static_cast<uint32_t>(run.place + offset_of_entry<kElements>(done, 0));
     }
   }
 
-  /// Leaves P and dS of entry k of a step where its column's next entry stands.
-  __attribute__((always_inline)) static void leave(const Slot& x, uint32_t& next, int64_t k, const float* p,
-                                                   const float* ds) {
+  /// Leaves P and dS of an entry, whose first elements' are at p and ds, where its column's next entry stands.
+  __attribute__((always_inline)) static void leave(const Slot& x, uint32_t& next, const float* p, const float* ds) {
     const uint32_t place = next;
     // The next entry of an element stands in the next lane of its block, or in its next block.
     next = place + 1 + (place % kBlock == kBlock - 1 ? kBlock * (kElements - 1) : 0);
-    const int64_t lane = lane_of<kElements>(k, 0);
 #pragma GCC unroll 4
     for (int e = 0; e < kElements; ++e) {
-      x.attention[place + e * kBlock] = p[lane + e * kBlock];
-      x.grad_scores[place + e * kBlock] = ds[lane + e * kBlock];
+      x.attention[place + e * kBlock] = p[e * kBlock];
+      x.grad_scores[place + e * kBlock] = ds[e * kBlock];
     }
   }
 
-  /// P, dS and the weights' gradient for the steps where there are values or dropout. Steps without support are taken
-  /// out of the list, and entries without support out of the others, because nothing may touch their rows; returns the
-  /// new end of the list. `picked` has room for the indices of every step.
-  Step* weigh(const Slot& x, Step* steps, Step* last, const float* const* entry_values, const Bundle& bundle, int64_t h,
-              int64_t pass, int64_t base, float* scores, float* products, const float* shifts, const float* deltas,
-              uint16_t* picked, uint32_t* places, int64_t first_index) const {
-    const auto* values = static_cast<const float*>(args_.values);
-    auto* grad_values = static_cast<float*>(grads_.grad_weight);
-    alignas(64) float outside_mark[kLanes];  // P is -1 where the columns must not touch a row
-    store(outside_mark, broadcast(-1.0f));
+  /// P, dS and the weights' gradient of pattern row `row`, where there are values or dropout, and leaves the first two
+  /// to the columns. Entries outside the support are taken out of the run, because nothing may touch their rows; its
+  /// indices then stand at `free_index`, which moves on.
+  void weigh(const Slot& x, Run& run, const Bundle& bundle, int64_t h, int64_t row, int64_t base, float* p, float* ds,
+             float* factors, const float* shift, const float* delta, uint16_t*& free_index, uint32_t* places,
+             int64_t first_index) const {
+    const int64_t entry = run.index - args_.plan.columns;
+    const float* weights = args_.values != nullptr ? static_cast<const float*>(args_.values) + entry : nullptr;
+    const auto for_entries = [&](auto&& use) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < run.count; ++k) {
+        for (int e = 0; e < kElements; ++e) use(k, e, offset_of_entry<kElements>(k, e));
+      }
+    };
+    if (dropout_.active()) {
+      for_entries([&](int64_t k, int e, int64_t at) {
+        factors[at] = static_cast<float>(dropout_.factor(bundle.b[e], h, row, base + run.index[k]));
+        ds[at] *= factors[at];
+      });
+    }
+    differentiate(run, p, ds, shift, delta);
+    if (grads_.grad_weight != nullptr) {
+      float* target = static_cast<float*>(grads_.grad_weight) + entry;
+      for_entries([&](int64_t k, int e, int64_t at) {
+        // Of a row without support nothing counts, not even NaN.
+        if (shift[e * kGroup] != kInfinity) target[k] += ds[at];
+      });
+    }
+    for (int64_t k = 0; weights != nullptr && k < run.count; k += kGroup) {
+      const auto group = entry_group<kElements>(weights + k, run.count - k);
+      const int64_t at = offset_of_entry<kElements>(k, 0);
+      store_lanes(p + at, load_group<kElements>(p + at) * group);
+      store_lanes(ds + at, load_group<kElements>(ds + at) * group);
+    }
+    if (dropout_.active()) for_entries([&](int64_t, int, int64_t at) { p[at] *= factors[at]; });
+    const bool all = weights == nullptr || all_in_support(weights, run.count);
+    alignas(64) float outside[kGroupFloats];
+    store_lanes(outside, broadcast_group<kElements>(kOutside));
+    for (int64_t k = 0; columns_wanted() && k < run.count; ++k) {
+      const bool inside = all || in_support(weights[k]);
+      const int64_t at = offset_of_entry<kElements>(k, 0);
+      leave(x, places[run.index[k] - first_index], inside ? p + at : outside, inside ? ds + at : outside);
+    }
+    if (all) return;
+    take_out(run, free_index, p, ds, [&](int64_t k) { return in_support(weights[k]); });
+  }
+
+  /// Keeps the entries of a run for which keep(k), with their indices at `free_index`, which moves on, and their
+  /// numbers.
+  template <class Keep>
+  static void take_out(Run& run, uint16_t*& free_index, float* p, float* ds, Keep&& keep) {
+    uint16_t* index = free_index;
     int64_t kept = 0;
-    for (int64_t i = 0; i < last - steps; ++i) {
-      const Step step = steps[i];
-      float *s = scores + i * kLanes, *a = products + i * kLanes;
-      float *p = scores + kept * kLanes, *ds = products + kept * kLanes;
-      const Vec shift = load(shifts + step.row * kLanes);
-      alignas(64) float factors[kLanes];
-      if (dropout_.active()) {
-        store(factors, zero());
-        for (int64_t k = 0; k < step.count; ++k) {
-          for (int e = 0; e < kElements; ++e) {
-            factors[lane_of<kElements>(k, e)] =
-                static_cast<float>(dropout_.factor(bundle.b[e], h, pass + step.row, base + step.index[k]));
-          }
-        }
-        store(a, mul(load(a), load(factors)));
+    for (int64_t k = 0; k < run.count; ++k) {
+      if (!keep(k)) continue;
+      index[kept] = run.index[k];
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t from = offset_of_entry<kElements>(k, e), to = offset_of_entry<kElements>(kept, e);
+        p[to] = p[from];
+        ds[to] = ds[from];
       }
-      const Vec unweighted = exp2(sub(load(s), shift));
-      Vec grad = mul(unweighted, sub(load(a), load(deltas + step.row * kLanes)));
-      Vec attention = unweighted;
-      uint32_t outside = 0;
-      if (values != nullptr) {
-        const float* weights = entry_values[i];
-        if (grad_values != nullptr) {
-          alignas(64) float each[kLanes];
-          store(each, grad);
-          float* target = grad_values + (weights - values);
-          for (int64_t k = 0; k < step.count; ++k) {
-            float sum = 0;
-            for (int e = 0; e < kElements; ++e) {
-              // Of a row without support nothing counts, not even NaN.
-              const int64_t lane = lane_of<kElements>(k, e);
-              if (shifts[step.row * kLanes + e * kBlock] != kInfinity) sum += each[lane];
-            }
-            target[k] += sum;
-          }
-        }
-        const EntryWeights w = entry_weights<kElements>(weights, step.count);
-        outside = w.outside;
-        grad = mul(grad, w.weights);
-        attention = mul(attention, w.weights);
-      }
-      if (dropout_.active()) attention = mul(attention, load(factors));
-      store(p, attention);
-      store(ds, grad);
-      steps[kept] = step;
-      const uint32_t all = (1u << step.count) - 1;
-      if (outside != 0 && outside != all) {
-        const uint16_t inside = step.index[__builtin_ctz(~outside)];
-        for (int64_t k = 0; k < kKeys<kElements>; ++k) {
-          const bool out = k >= step.count || (outside >> k & 1) != 0;
-          picked[k] = out ? inside : step.index[k];
-          for (int e = 0; out && e < kElements; ++e) p[lane_of<kElements>(k, e)] = ds[lane_of<kElements>(k, e)] = 0.0f;
-        }
-        steps[kept].index = picked;
-        picked += kLanes;
-      }
-      if (outside != all) ++kept;
-      for (int64_t k = 0; columns_wanted() && k < step.count; ++k) {
-        const bool out = (outside >> k & 1) != 0;
-        leave(x, places[step.index[k] - first_index], out ? 0 : k, out ? outside_mark : p, out ? outside_mark : ds);
-      }
-    }
-    return steps + kept;
-  }
-
-  /// Takes entries outside the support out of the columns' steps [first, last); returns the new end of the list.
-  int64_t drop_outside(const Slot& x, int64_t first, int64_t last, uint16_t* spare) const {
-    int64_t kept = first;
-    for (int64_t i = first; i < last; ++i) {
-      const Step step = x.steps[i];
-      const float* p = x.attention + i * kLanes;
-      uint32_t outside = 0;
-      for (int64_t k = 0; k < step.count; ++k) {
-        outside |= static_cast<uint32_t>(p[lane_of<kElements>(k, 0)] == -1.0f) << k;
-      }
-      if (outside == (1u << step.count) - 1) continue;
-      Vec attention = load(p), grad = load(x.grad_scores + i * kLanes);
-      x.steps[kept] = step;
-      if (outside != 0) {
-        alignas(64) float a[kLanes], g[kLanes];
-        store(a, attention);
-        store(g, grad);
-        const uint16_t inside = step.index[__builtin_ctz(~outside)];
-        for (int64_t k = 0; k < kKeys<kElements>; ++k) {
-          const bool out = k >= step.count || (outside >> k & 1) != 0;
-          spare[k] = out ? inside : step.index[k];
-          for (int e = 0; out && e < kElements; ++e) a[lane_of<kElements>(k, e)] = g[lane_of<kElements>(k, e)] = 0.0f;
-        }
-        attention = load(a);
-        grad = load(g);
-        x.steps[kept].index = spare;
-        spare += kLanes;
-      }
-      store(x.attention + kept * kLanes, attention);
-      store(x.grad_scores + kept * kLanes, grad);
       ++kept;
     }
-    return kept;
+    for (int64_t k = kept; k % kGroup != 0; ++k) {
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t at = offset_of_entry<kElements>(k, e);
+        p[at] = ds[at] = 0.0f;
+      }
+    }
+    run.index = index;
+    run.count = static_cast<uint32_t>(kept);
+    free_index = index + kept;
   }
 
-  /// Adds a tile to dK and dV of its column groups [begin, end).
+  /// P = 2^(scores - shift) and dS = P (products - delta) of a run.
+  __attribute__((always_inline)) static void differentiate(const Run& run, float* scores, float* products,
+                                                           const float* shift, const float* delta) {
+    const Vec shifts = spread_group<kElements>(shift), deltas = spread_group<kElements>(delta);
+    for (int64_t i = 0; i < run_floats<kElements>(run.count); i += kLanes) {
+      const Vec attention = exp2(sub(load(scores + i), shifts));
+      store(scores + i, attention);
+      store(products + i, mul(attention, sub(load(products + i), deltas)));
+    }
+  }
+
+  /// Adds columns [begin, end) of a tile to dK and dV.
   void columns(const Slot& x, const Tile& tile, int64_t begin, int64_t end) const {
     const int64_t row = tile.row / kPlanBlock * kPlanBlock - tile.row;  // of the panels, where index 0 would be
-    const auto* values = static_cast<const float*>(args_.values);
-    auto* spare = static_cast<uint16_t*>(
-        thread_scratch(values != nullptr ? (x.bounds[end] - x.bounds[begin]) * kLanes * 2 + 8 * (end - begin) : 0));
-    // The end of each group's steps, where some are taken out.
-    auto* ends = reinterpret_cast<int64_t*>(spare + (x.bounds[end] - x.bounds[begin]) * kLanes);
-    for (int64_t group = begin; values != nullptr && group < end; ++group) {
-      ends[group - begin] =
-          drop_outside(x, x.bounds[group], x.bounds[group + 1], spare + (x.bounds[group] - x.bounds[begin]) * kLanes);
+    if (args_.values != nullptr) {
+      const int64_t floats = x.runs[end - 1].place + run_floats<kElements>(x.runs[end - 1].count) - x.runs[begin].place;
+      auto* free_index = static_cast<uint16_t*>(thread_scratch((floats / kElements + kIndexPadding) * 2));
+      for (int64_t j = begin; j < end; ++j) {
+        float *p = x.attention + x.runs[j].place, *ds = x.grad_scores + x.runs[j].place;
+        const auto inside = [&](int64_t k) { return p[offset_of_entry<kElements>(k, 0)] != kOutside; };
+        int64_t k = 0;
+        while (k < x.runs[j].count && inside(k)) ++k;
+        if (k < x.runs[j].count) take_out(x.runs[j], free_index, p, ds, inside);
+      }
     }
     const auto add_up = [&](const float* weights, const BundlePanel& panel, float* sums, int64_t stride) {
-      for (int64_t group = begin; group < end; ++group) {
-        SumsTask task{};
-        task.begin = x.steps + x.bounds[group];
-        task.end = x.steps + (values != nullptr ? ends[group - begin] : x.bounds[group + 1]);
-        task.weights = weights + x.bounds[group] * kLanes;
-        task.sums = sums + (tile.key + group * kColumnGroup) * stride;
-        task.sums_stride = stride;
-        weighted_sums<kStorage, kElements>(task, panel, row);
-      }
+      SumsTask task{};
+      task.begin = x.runs + begin;
+      task.end = x.runs + end;
+      task.weights = weights;
+      task.sums = sums + tile.key * stride;
+      task.sums_stride = stride;
+      weighted_sums<kStorage, kElements>(task, panel, row);
     };
     if (grads_.grad_value.data != nullptr) add_up(x.attention, x.grad_output, x.grad_value, value_floats_);
     if (grads_.grad_key.data != nullptr) add_up(x.grad_scores, x.query, x.grad_key, head_floats_);
@@ -950,15 +864,13 @@ class CsrBackward {
       scales[i] = static_cast<float>(args_.scale);
     }
     if (grads_.grad_value.data != nullptr) {
-      unpack_rows<kStorage, kElements>(x.grad_value + begin * value_floats_, value_floats_, ones, count,
-                                       grads_.grad_value, args_.dtype, bundle, key_head, begin, count, args_.value_size,
-                                       pack);
+      unpack_rows<kStorage, kElements>(x.grad_value + begin * value_floats_, value_floats_, ones, grads_.grad_value,
+                                       args_.dtype, bundle, key_head, begin, count, args_.value_size, pack);
     }
     if (grads_.grad_key.data == nullptr) return;
     if (!gaussian_) {
-      return unpack_rows<kStorage, kElements>(x.grad_key + begin * head_floats_, head_floats_, scales, count,
-                                              grads_.grad_key, args_.dtype, bundle, key_head, begin, count,
-                                              args_.head_size, pack);
+      return unpack_rows<kStorage, kElements>(x.grad_key + begin * head_floats_, head_floats_, scales, grads_.grad_key,
+                                              args_.dtype, bundle, key_head, begin, count, args_.head_size, pack);
     }
     // d s_ij / d k_j = scale (q_i - k_j): the sum of q's extra column, of ones, is the sum of dS.
     for (int64_t j = begin; j < end; ++j) {
@@ -988,7 +900,7 @@ class CsrBackward {
   const Dropout dropout_;
   const int64_t head_chunks_, value_chunks_, head_floats_, value_floats_;
   const KeyBlocks chunks_, blocks_;  // of queries and of keys
-  int64_t chunk_rows_ = 0, most_entries_ = 0, most_steps_ = 0;
+  int64_t chunk_rows_ = 0, most_floats_ = 0;
 };
 
 /// rows(bundle, h, begin, end, longest, next bundle, next h) over the pattern rows of all queries, split by `costs`.

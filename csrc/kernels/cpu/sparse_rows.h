@@ -1,82 +1,170 @@
 // The two inner loops of sparse attention, over packed rows (bundle.h) that are picked by 16-bit indices: dot products
 // with one row, and their weighted sum. Forward and backward, by rows and by columns, all consist of these.
 //
-// Scores, or whatever belongs to a pattern's entries, stand in registers of kKeys<E> entries for each of the E elements
-// of a bundle: entry k of element e in lane (k / 4 * E + e) * 4 + k % 4.
+// The kernels go through runs: the entries of one row of a pattern whose packed rows lie in one block. Four entries are
+// a group, which is what an index load brings and what the loops take at once: with some 60 entries a row, larger steps
+// would waste much of each row's last one. Scores, or whatever belongs to a pattern's entries, lie in memory as groups
+// of E elements: entry k of element e of a run at offset_of_entry<E>(k, e) from where the run has its place. Places are
+// whole vectors apart, so that what is done to every number alike goes by vectors.
 //
-// The kernels go through a list of steps, one for each register: which row it belongs to and where its indices are. A
-// step is the same work whatever its row, so that nothing in the loops depends on where rows end: with some 60 entries
-// a row, waiting for the processor to notice the end of one would cost a quarter of the time.
-//
-// Cost for float32 with AVX-512: D/16 multiply-adds, as many loads and a decoded index a pair and loop; 30 shuffles and
-// 15 additions for 16 dot products of one element, 21 for 16 of two.
+// Cost for float32 with AVX-512: D/16 multiply-adds, as many loads and a decoded index a pair and loop; 8 shuffles and
+// 5 additions for 4 dot products of one element, 7 and 4 for 8 of two, 6 and 3 for 16 of four.
 #pragma once
 
 #include "kernels/cpu/bundle.h"
 
 namespace fiak::cpu::FIAK_ISA {
 
-template <int kElements>
-constexpr int kKeys = kLanes / kElements;
+constexpr int kGroup = kBlock;  // entries, one in each lane of a block
 
-/// The lane of entry k, of element e, in its register.
-template <int kElements>
-FIAK_INLINE int64_t lane_of(int64_t k, int64_t e) {
-  return (k / kBlock * kElements + e) * kBlock + k % kBlock;
-}
-
-/// The entries of a register: kKeys<E> indices of packed rows, of which the first `count` are of the run and the others
-/// repeat one of those. Their rows may then be read, and multiplied by 0, without touching any that the run lacks.
-struct Step {
-  const uint16_t* index;
-  uint16_t row, count;
+struct Run {
+  const uint16_t* index;  // of packed rows, ascending; kGroup - 1 behind the last can be read
+  uint32_t row;           // of x and of the sums, counted from the first that a task has
+  uint32_t count;
+  int64_t place;  // of its first entry, in floats
 };
 
-/// The entry that each lane of a register belongs to.
 template <int kElements>
-FIAK_INLINE const int32_t* lane_numbers() {
-  alignas(64) static constexpr int32_t kOne[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  alignas(64) static constexpr int32_t kTwo[16] = {0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7};
-  alignas(64) static constexpr int32_t kFour[16] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
-  return kElements == 1 ? kOne : kElements == 2 ? kTwo : kFour;
+FIAK_INLINE int64_t offset_of_entry(int64_t k, int64_t e) {
+  return (k / kGroup * kElements + e) * kGroup + k % kGroup;
+}
+/// Floats of a run of `count` entries.
+template <int kElements>
+FIAK_INLINE int64_t run_floats(int64_t count) {
+  return padded((count + kGroup - 1) / kGroup * kGroup * kElements);
+}
+/// Of `runs` runs that have `entries` entries together, at most.
+template <int kElements>
+FIAK_INLINE int64_t most_run_floats(int64_t runs, int64_t entries) {
+  return entries * kElements + runs * ((kGroup - 1) * kElements + kLanes);
 }
 
-/// Sums over the blocks of a and b that belong to the same element: those of a first.
-template <int kElements, int kLevel>
-FIAK_INLINE Vec combine_blocks(Vec a, Vec b) {
+// ---------------------------------------------------------------------------------------------------------------------
+// Groups: a block of lanes for each element
+
+FIAK_INLINE __m128 load_lanes(const float* p, __m128) { return _mm_loadu_ps(p); }
+FIAK_INLINE __m256 load_lanes(const float* p, __m256) { return _mm256_loadu_ps(p); }
+FIAK_INLINE void store_lanes(float* p, __m128 x) { _mm_storeu_ps(p, x); }
+FIAK_INLINE void store_lanes(float* p, __m256 x) { _mm256_storeu_ps(p, x); }
+FIAK_INLINE __m128 max_lanes(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+FIAK_INLINE __m256 max_lanes(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+template <int kOrder>
+FIAK_INLINE __m128 permute_blocks(__m128 x) {
+  return _mm_permute_ps(x, kOrder);
+}
+template <int kOrder>
+FIAK_INLINE __m256 permute_blocks(__m256 x) {
+  return _mm256_permute_ps(x, kOrder);
+}
 #if defined(FIAK_ISA_AVX512)
-  if constexpr (kElements == 2) return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-#else
-  return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+FIAK_INLINE __m512 load_lanes(const float* p, __m512) { return _mm512_loadu_ps(p); }
+FIAK_INLINE void store_lanes(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+FIAK_INLINE __m512 max_lanes(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+template <int kOrder>
+FIAK_INLINE __m512 permute_blocks(__m512 x) {
+  return _mm512_permute_ps(x, kOrder);
+}
 #endif
+
+/// The vector of kGroup lanes for each element.
+template <int kElements>
+struct GroupOf {
+#if defined(FIAK_ISA_AVX512)
+  using Type = __m512;
+#endif
+};
+template <>
+struct GroupOf<1> {
+  using Type = __m128;
+};
+template <>
+struct GroupOf<2> {
+  using Type = __m256;
+};
+template <int kElements>
+using Group = typename GroupOf<kElements>::Type;
+
+template <int kElements>
+FIAK_INLINE Group<kElements> load_group(const float* p) {
+  return load_lanes(p, Group<kElements>{});
+}
+template <int kElements>
+FIAK_INLINE Group<kElements> broadcast_group(float x) {
+  return x - Group<kElements>{};
 }
 
-/// The sum or maximum over an element's lanes, in all of its lanes.
-template <int kElements, class Combine>
-FIAK_INLINE Vec reduce_lanes(Vec x, Combine&& combine) {
-  x = combine(x, permute_lanes<0xb1>(x));
-  x = combine(x, permute_lanes<0x4e>(x));
+/// The sums over a vector's blocks of each element.
+template <int kElements>
+FIAK_INLINE Group<kElements> add_blocks(Vec x) {
+  if constexpr (kElements == kBlocks) {
+    return x;
+  } else {
 #if defined(FIAK_ISA_AVX512)
-  if constexpr (kElements <= 2) x = combine(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  if constexpr (kElements == 1) x = combine(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
 #else
-  if constexpr (kElements == 1) x = combine(x, _mm256_permute2f128_ps(x, x, 0x01));
+    const __m256 half = x;
 #endif
-  return x;
+    if constexpr (kElements == 2) {
+      return half;
+    } else {
+      return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
+  }
 }
-
-/// Of the entries 4 kGroup .. 4 kGroup + 3 of a register, repeated so that every vector lane of an element is in a
-/// block with its own element's.
-template <int kElements, int kGroup>
-FIAK_INLINE Vec spread_group(Vec x) {
+/// A group in all blocks of a vector, each with its element's.
+template <int kElements>
+FIAK_INLINE Vec spread_group(const float* p) {
+  if constexpr (kElements == kBlocks) {
+    return load(p);
+  } else {
 #if defined(FIAK_ISA_AVX512)
-  if constexpr (kElements == 1) return _mm512_shuffle_f32x4(x, x, kGroup * 0x55);
-  if constexpr (kElements == 2) return _mm512_shuffle_f32x4(x, x, kGroup == 0 ? 0x44 : 0xee);
+    if constexpr (kElements == 2) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
 #else
-  if constexpr (kElements == 1) return _mm256_permute2f128_ps(x, x, kGroup * 0x11);
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
 #endif
-  return x;
+  }
+}
+/// The sum of each block, or its largest number, in all of the block's lanes.
+template <class Lanes>
+FIAK_INLINE Lanes sum_in_blocks(Lanes x) {
+  x = x + permute_blocks<0xb1>(x);
+  return x + permute_blocks<0x4e>(x);
+}
+template <class Lanes>
+FIAK_INLINE Lanes max_in_blocks(Lanes x) {
+  x = max_lanes(x, permute_blocks<0xb1>(x));
+  return max_lanes(x, permute_blocks<0x4e>(x));
+}
+/// x in the first `count` lanes of every block, y in the others.
+FIAK_INLINE __m128 select_in_blocks(__m128 x, __m128 y, int64_t count) {
+  const __m128i number = _mm_setr_epi32(0, 1, 2, 3), counts = _mm_set1_epi32(static_cast<int32_t>(count));
+  return _mm_blendv_ps(y, x, _mm_castsi128_ps(_mm_cmpgt_epi32(counts, number)));
+}
+FIAK_INLINE __m256 select_in_blocks(__m256 x, __m256 y, int64_t count) {
+  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3);
+  const __m256i counts = _mm256_set1_epi32(static_cast<int32_t>(count));
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(counts, number)));
+}
+#if defined(FIAK_ISA_AVX512)
+FIAK_INLINE __m512 select_in_blocks(__m512 x, __m512 y, int64_t count) {
+  return _mm512_mask_mov_ps(y, static_cast<__mmask16>(((1u << count) - 1) * 0x1111), x);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Indices
+
+FIAK_INLINE uint64_t load_four(const uint16_t* index) {
+  uint64_t four;
+  std::memcpy(&four, index, sizeof four);
+  return four;
+}
+/// The first `count` of four indices, 0 < count < 4, the first of them repeated in the rest: their rows may then be
+/// read, and multiplied by 0, without touching any that the run lacks.
+FIAK_INLINE uint64_t complete_four(uint64_t four, int64_t count) {
+  const uint64_t kept = (uint64_t{1} << 16 * count) - 1;
+  return (four & kept) | ((four & 0xffff) * 0x0001000100010001u & ~kept);
 }
 
 /// The byte offset of index k of four that were loaded at once.
@@ -89,52 +177,26 @@ FIAK_INLINE int64_t row_offset(uint64_t four) {
   return offset;
 }
 
-FIAK_INLINE uint64_t load_four(const uint16_t* index) {
-  uint64_t four;
-  std::memcpy(&four, index, sizeof four);
-  return four;
-}
-
-/// The first `count` < kLanes of the indices, the last of them repeated in the rest.
-FIAK_INLINE const uint16_t* complete(const uint16_t* index, int64_t count, uint16_t* copy) {
-#if defined(FIAK_ISA_AVX512)
-  const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(index[count - 1]));
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(copy),
-                     _mm256_mask_mov_epi16(last, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index))));
-#else
-  const __m128i number = _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m128i last = _mm_set1_epi16(static_cast<int16_t>(index[count - 1]));
-  const __m128i mask = _mm_cmpgt_epi16(_mm_set1_epi16(static_cast<int16_t>(count)), number);
-  _mm_store_si128(reinterpret_cast<__m128i*>(copy),
-                  _mm_blendv_epi8(last, _mm_loadu_si128(reinterpret_cast<const __m128i*>(index)), mask));
-#endif
-  return copy;
-}
-
-/// Appends the steps of a run of entries; `spare` receives the indices of the last one if it is not full.
-template <int kElements>
-FIAK_INLINE Step* append_steps(const uint16_t* index, int64_t count, int64_t row, Step* steps, uint16_t*& spare) {
-  constexpr int kCount = kKeys<kElements>;
-  for (; count >= kCount; count -= kCount, index += kCount) *steps++ = {index, static_cast<uint16_t>(row), kCount};
-  if (count > 0) {
-    *steps++ = {complete(index, count, spare), static_cast<uint16_t>(row), static_cast<uint16_t>(count)};
-    spare += kLanes;
-  }
-  return steps;
+/// use(four indices, how many of them are of the run, the group's number) for every group of a run.
+template <class Use>
+FIAK_INLINE void for_groups(const Run& run, Use&& use) {
+  const uint16_t* index = run.index;  // which no store can change
+  const int64_t whole = run.count / kGroup, rest = run.count % kGroup;
+  for (int64_t i = 0; i < whole; ++i) use(load_four(index + i * kGroup), kGroup, i);
+  if (rest > 0) use(complete_four(load_four(index + whole * kGroup), rest), rest, whole);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Dot products
 
-/// out[step] = scale x[row] . panel[index], one part (bundle.h) of the vectors.
+/// out[entry] = scale x[row] . panel[index], one part (bundle.h) of the vectors.
 struct DotsTask {
   const char *x, *panel;  // row 0 of x, and the row with index 0 of the panel
-  const Step *begin, *end;
-  float* out;         // a register for each step
+  const Run *begin, *end;
+  float* out;         // where place 0 is
   float scale, fill;  // `fill` stands behind a run's last entry
   bool first, last;   // of the parts
-  float* maxima;      // [rows] vectors, or null: running maxima, ignoring NaN, in the lanes that found them
+  float* maxima;      // [rows] groups, or null: running maxima, ignoring NaN, in the lanes that found them
 };
 
 template <Storage kStorage, int kChunks>
@@ -157,65 +219,66 @@ FIAK_INLINE Vec row_products(const Vec* x, const char* row) {
   return sum;
 }
 
-/// A register of dot products, depth first so that few partial sums are alive: 2^kLevel entries.
-template <Storage kStorage, int kChunks, int kElements, int kLevel>
-FIAK_INLINE Vec dot_tree(const Vec* x, const char* panel, const uint16_t* index) {
-  if constexpr (kLevel == 2) {
-    constexpr int64_t kBytes = kChunks * kVectorBytes;
-    const uint64_t four = load_four(index);
-    const Vec a = row_products<kStorage, kChunks>(x, panel + row_offset<0, kBytes>(four));
-    const Vec b = row_products<kStorage, kChunks>(x, panel + row_offset<1, kBytes>(four));
-    const Vec ab = add(unpack_low(a, b), unpack_high(a, b));
-    const Vec c = row_products<kStorage, kChunks>(x, panel + row_offset<2, kBytes>(four));
-    const Vec d = row_products<kStorage, kChunks>(x, panel + row_offset<3, kBytes>(four));
-    const Vec cd = add(unpack_low(c, d), unpack_high(c, d));
-    return add(unpack_low_pairs(ab, cd), unpack_high_pairs(ab, cd));
-  } else {
-    const Vec a = dot_tree<kStorage, kChunks, kElements, kLevel - 1>(x, panel, index);
-    const Vec b = dot_tree<kStorage, kChunks, kElements, kLevel - 1>(x, panel, index + (1 << (kLevel - 1)));
-    return combine_blocks<kElements, kLevel>(a, b);
-  }
+/// A group of dot products.
+template <Storage kStorage, int kChunks, int kElements>
+FIAK_INLINE Group<kElements> group_products(const Vec* x, const char* panel, uint64_t four) {
+  constexpr int64_t kBytes = kChunks * kVectorBytes;
+  const Vec a = row_products<kStorage, kChunks>(x, panel + row_offset<0, kBytes>(four));
+  const Vec b = row_products<kStorage, kChunks>(x, panel + row_offset<1, kBytes>(four));
+  const Vec ab = add(unpack_low(a, b), unpack_high(a, b));
+  const Vec c = row_products<kStorage, kChunks>(x, panel + row_offset<2, kBytes>(four));
+  const Vec d = row_products<kStorage, kChunks>(x, panel + row_offset<3, kBytes>(four));
+  const Vec cd = add(unpack_low(c, d), unpack_high(c, d));
+  return add_blocks<kElements>(add(unpack_low_pairs(ab, cd), unpack_high_pairs(ab, cd)));
 }
-constexpr int tree_levels(int keys) { return keys == 16 ? 4 : keys == 8 ? 3 : 2; }
 
 template <Storage kStorage, int kElements, int kChunks>
 static void dots_pass(const DotsTask& shared) {
   const DotsTask task = shared;  // which no store can change
-  constexpr int kLevels = tree_levels(kKeys<kElements>);
-  const Vec scale = broadcast(task.scale), fill = broadcast(task.fill);
-  float* out = task.out;
-  for (const Step* step = task.begin; step < task.end; ++step, out += kLanes) {
+  constexpr bool kScaleRow = kStorage == Storage::kFloat32;
+  const Vec row_scale = broadcast(task.scale);
+  const auto fill = broadcast_group<kElements>(task.fill);
+  const auto scale = broadcast_group<kElements>(task.last ? task.scale : 1.0f);
+  for (const Run* run = task.begin; run < task.end; ++run) {
     Vec x[kChunks];
 #pragma GCC unroll 8
     for (int c = 0; c < kChunks; ++c) {
-      x[c] = load(reinterpret_cast<const float*>(task.x + (step->row * kChunks + c) * kVectorBytes));
+      x[c] = load(reinterpret_cast<const float*>(task.x + (run->row * kChunks + c) * kVectorBytes));
+      if constexpr (kScaleRow) x[c] = mul(x[c], row_scale);
     }
-    Vec dots = dot_tree<kStorage, kChunks, kElements, kLevels>(x, task.panel, step->index);
-    if (!task.first) dots = add(dots, load(out));
-    if (task.last) {
-      dots = select_first(mul(dots, scale), fill, lane_numbers<kElements>(), step->count);
-      if (task.maxima != nullptr) {
-        float* maximum = task.maxima + step->row * kLanes;
-        store(maximum, max(dots, load(maximum)));
-      }
+    float* out = task.out + run->place;
+    auto maximum = broadcast_group<kElements>(-kInfinity);
+    if (task.first && kElements < kBlocks && run->count > 0) {
+      store(out + run_floats<kElements>(run->count) - kLanes, broadcast(task.fill));
     }
-    store(out, dots);
+    for_groups(
+        *run, [&](uint64_t four, int64_t count, int64_t i) __attribute__((always_inline)) {
+          auto dots = group_products<kStorage, kChunks, kElements>(x, task.panel, four);
+          float* target = out + i * kGroup * kElements;
+          if (!task.first) dots = dots + load_group<kElements>(target);
+          if constexpr (!kScaleRow) dots = dots * scale;
+          if (count < kGroup) dots = select_in_blocks(dots, fill, count);
+          maximum = max_lanes(dots, maximum);
+          store_lanes(target, dots);
+        });
+    if (task.last && task.maxima != nullptr) {
+      float* target = task.maxima + run->row * kGroup * kElements;
+      store_lanes(target, max_lanes(maximum, load_group<kElements>(target)));
+    }
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Weighted sums
 
-/// sums[row] += sum_i weights[i] panel[index[i]] over the entries i of the steps, one part of the vectors.
+/// sums[row] += sum_i weights[i] panel[index[i]] over the entries i of the runs, one part of the vectors. Behind a
+/// run's last entry weights are 0.
 struct SumsTask {
   const char* panel;
-  const Step *begin, *end;
-  const float* weights;  // a register for each step
+  const Run *begin, *end;
+  const float* weights;  // where place 0 is
   float* sums;           // [rows], sums_stride floats apart: sum_vectors() vectors
   int64_t sums_stride;
-  // [rows] vectors, or null: sums of the weights, and of the weights as bfloat16 where they multiply rows as such,
-  // still to be reduced over an element's lanes.
-  float *totals, *rounded_totals;
 };
 
 template <Storage kStorage, int kChunks>
@@ -227,13 +290,11 @@ FIAK_INLINE void add_weighted(Vec weight, const char* row, Vec* sums) {
 }
 
 #if defined(FIAK_ISA_AVX512_BF16)
-/// Lane -> the pair of bfloat16 weights, of a register converted to 16 of them, that multiplies it: entries 4 group +
-/// 2 pair and the next.
-template <int kElements>
-FIAK_INLINE __m512i pair_lanes(int group, int pair) {
-  const auto at = [&](int block) { return 2 * (group * kElements + block % kElements) + pair; };
-  return _mm512_setr_epi32(at(0), at(0), at(0), at(0), at(1), at(1), at(1), at(1), at(2), at(2), at(2), at(2), at(3),
-                           at(3), at(3), at(3));
+/// Of a vector in bfloat16, each block's entries 2 kPair and 2 kPair + 1 in all lanes of the block.
+template <int kPair>
+FIAK_INLINE __m512i spread_pair(__m256i halves) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+  return _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kPair)), _mm512_castsi256_si512(halves));
 }
 
 template <int kChunks>
@@ -258,23 +319,21 @@ FIAK_INLINE Vec rounded_to_bfloat16(Vec x) {
 #endif
 }
 
-/// Entries 4 kGroup .. 4 kGroup + 3 of a register.
-template <Storage kStorage, int kElements, int kChunks, int kSets, int kGroup, class Sums>
-FIAK_INLINE void add_group(Vec weights, const char* panel, const uint16_t* index, Sums& sums) {
+/// Adds a group of weighted rows.
+template <Storage kStorage, int kElements, int kChunks, int kSets, class Sums>
+FIAK_INLINE void add_group(const float* weights, const char* panel, uint64_t four, Sums& sums) {
   constexpr int64_t kBytes = kChunks * kVectorBytes;
-  const uint64_t four = load_four(index + kBlock * kGroup);
   const char *a = panel + row_offset<0, kBytes>(four), *b = panel + row_offset<1, kBytes>(four);
   const char *c = panel + row_offset<2, kBytes>(four), *d = panel + row_offset<3, kBytes>(four);
+  const Vec group = spread_group<kElements>(weights);
 #if defined(FIAK_ISA_AVX512_BF16)
   if constexpr (kStorage == Storage::kBFloat16) {
-    const __m512i halves = _mm512_castsi256_si512(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weights)));
-    add_weighted_pair<kChunks>(_mm512_permutexvar_epi32(pair_lanes<kElements>(kGroup, 0), halves), a, b, sums[0]);
-    add_weighted_pair<kChunks>(_mm512_permutexvar_epi32(pair_lanes<kElements>(kGroup, 1), halves), c, d,
-                               sums[kSets - 1]);
+    const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(group));
+    add_weighted_pair<kChunks>(spread_pair<0>(halves), a, b, sums[0]);
+    add_weighted_pair<kChunks>(spread_pair<1>(halves), c, d, sums[kSets - 1]);
     return;
   }
 #endif
-  const Vec group = spread_group<kElements, kGroup>(weights);
   add_weighted<kStorage, kChunks>(permute_lanes<0x00>(group), a, sums[0]);
   add_weighted<kStorage, kChunks>(permute_lanes<0x55>(group), b, sums[1 % kSets]);
   add_weighted<kStorage, kChunks>(permute_lanes<0xaa>(group), c, sums[2 % kSets]);
@@ -284,52 +343,29 @@ FIAK_INLINE void add_group(Vec weights, const char* panel, const uint16_t* index
 template <Storage kStorage, int kElements, int kChunks>
 static void sums_pass(const SumsTask& shared) {
   const SumsTask task = shared;  // which no store can change
-  constexpr int kGroups = kKeys<kElements> / kBlock;
   constexpr int kVectors = kChunks * lane_elements(kStorage);
   // Several sets of sums hide the latency of the multiply-add, where the registers allow.
   constexpr int kRegisters = kLanes == 16 ? 16 : 12;
   constexpr int kSets = kVectors == 1 ? 4 : kVectors * 2 <= kRegisters ? 2 : 1;
-  const float* weights = task.weights;
-  for (const Step* step = task.begin; step < task.end;) {
+  for (const Run* run = task.begin; run < task.end; ++run) {
     Vec sums[kSets][kVectors];
 #pragma GCC unroll 4
     for (int set = 0; set < kSets; ++set) {
 #pragma GCC unroll 16
       for (int c = 0; c < kVectors; ++c) sums[set][c] = zero();
     }
-    Vec total = zero(), rounded_total = zero();
-    const uint16_t row = step->row;
-    do {
-      const Vec w = load(weights);
-      const uint16_t* index = step->index;
-      total = add(total, w);
-      if constexpr (kStorage == Storage::kBFloat16) rounded_total = add(rounded_total, rounded_to_bfloat16(w));
-      add_group<kStorage, kElements, kChunks, kSets, 0>(w, task.panel, index, sums);
-      if constexpr (kGroups > 1) {
-        if (step->count > 4) add_group<kStorage, kElements, kChunks, kSets, 1>(w, task.panel, index, sums);
-      }
-      if constexpr (kGroups > 2) {
-        if (step->count > 8) add_group<kStorage, kElements, kChunks, kSets, 2>(w, task.panel, index, sums);
-        if (step->count > 12) add_group<kStorage, kElements, kChunks, kSets, 3>(w, task.panel, index, sums);
-      }
-      ++step;
-      weights += kLanes;
-    } while (step < task.end && step->row == row);
-    float* target = task.sums + row * task.sums_stride;
+    const float* weights = task.weights + run->place;
+    for_groups(
+        *run, [&](uint64_t four, int64_t, int64_t i) __attribute__((always_inline)) {
+          add_group<kStorage, kElements, kChunks, kSets>(weights + i * kGroup * kElements, task.panel, four, sums);
+        });
+    float* target = task.sums + run->row * task.sums_stride;
 #pragma GCC unroll 16
     for (int c = 0; c < kVectors; ++c) {
       Vec sum = sums[0][c];
       if constexpr (kSets > 1) sum = add(sum, sums[1][c]);
       if constexpr (kSets > 2) sum = add(sum, add(sums[2][c], sums[3][c]));
       store(target + c * kLanes, add(load(target + c * kLanes), sum));
-    }
-    if (task.totals != nullptr) {
-      float* totals = task.totals + row * kLanes;
-      store(totals, add(load(totals), total));
-      if constexpr (kStorage == Storage::kBFloat16) {
-        float* rounded = task.rounded_totals + row * kLanes;
-        store(rounded, add(load(rounded), rounded_total));
-      }
     }
   }
 }
@@ -370,21 +406,39 @@ FIAK_INLINE void dots(DotsTask task, const BundlePanel& x, const BundlePanel& pa
 /// Weighted sums of rows of `panel`, from its row `first` on, in all parts.
 template <Storage kStorage, int kElements>
 FIAK_INLINE void weighted_sums(SumsTask task, const BundlePanel& panel, int64_t first) {
-  float* totals = task.totals;
   float* sums = task.sums;
   for (int64_t part = 0; part < panel.parts(); ++part) {
     task.panel = panel.vector(first, part * kMaxChunks);
     task.sums = sums + part * kMaxChunks * lane_elements(kStorage) * kLanes;
-    task.totals = part == 0 ? totals : nullptr;
     run_sums<kStorage, kElements>(task, panel.part_chunks(part));
   }
 }
 
-/// scores = 2^(scores - maxima[row]) in the registers of the steps, whatever their rows: its long dependency chains
-/// overlap with nothing that waits for them.
-FIAK_INLINE void exp2_steps(float* scores, const float* maxima, const Step* begin, const Step* end) {
-  for (const Step* step = begin; step < end; ++step, scores += kLanes) {
-    store(scores, exp2_below_128(sub(load(scores), load(maxima + step->row * kLanes))));
+/// scores = 2^(scores - maxima[row]) of the runs, and their sums over each row, still to be reduced within blocks; with
+/// bfloat16 rows also the sums of what is left of them in bfloat16. Its long dependency chains overlap with nothing
+/// that waits for them. Without kExp, the sums of what stands there already.
+template <Storage kStorage, int kElements, bool kExp>
+FIAK_INLINE void exp2_and_total(const Run* begin, const Run* end, float* scores, const float* maxima, float* totals,
+                                float* rounded_totals) {
+  for (const Run* run = begin; run < end; ++run) {
+    const int64_t row = run->row * kGroup * kElements;
+    const Vec maximum = spread_group<kElements>(maxima + row);
+    float *p = scores + run->place, *last = p + run_floats<kElements>(run->count);
+    Vec total = zero(), rounded_total = zero();
+    for (; p < last; p += kLanes) {
+      Vec x = load(p);
+      if constexpr (kExp) {
+        x = exp2_below_128(sub(x, maximum));
+        store(p, x);
+      }
+      total = add(total, x);
+      if constexpr (kStorage == Storage::kBFloat16) rounded_total = add(rounded_total, rounded_to_bfloat16(x));
+    }
+    store_lanes(totals + row, add_blocks<kElements>(total) + load_group<kElements>(totals + row));
+    if constexpr (kStorage == Storage::kBFloat16) {
+      store_lanes(rounded_totals + row,
+                  add_blocks<kElements>(rounded_total) + load_group<kElements>(rounded_totals + row));
+    }
   }
 }
 
