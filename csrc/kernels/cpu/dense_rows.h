@@ -1,9 +1,9 @@
 // Dense attention, forward: blocks of queries against all keys, as matrix products with the softmax between; which
 // pairs count, and by what weight, is the caller's business.
 //
-// S = scale Q K^T (K transposed once for each head), P = w exp(S - max), O = P V; the maximum, the sum of P and O are
-// carried from one block of keys to the next. bfloat16 runs on pairs where the instruction set has them: P is rounded
-// to bfloat16, sums are float32.
+// S = scale Q K^T (K transposed once for each head), P = w 2^(S - max), O = P V, with log2(e) in the scale; the
+// maximum, the sum of P and O are carried from one block of keys to the next. bfloat16 runs on pairs where the
+// instruction set has them: P is rounded to bfloat16, sums are float32.
 #pragma once
 
 #include "kernels/cpu/attention_simd.h"
@@ -173,7 +173,7 @@ static bool is_empty(const Support& support, int64_t count) {
   return reduce_max(inside) == 0.0f;
 }
 
-/// scores[0, count) = w exp(scores - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
+/// scores[0, count) = w 2^(scores - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
 /// padded(count of the block). Returns the sum before `kept`.
 template <bool kPairs, class Support>
 static float weigh_row(float* scores, const Support& support, int64_t count, int64_t columns, float shift,
@@ -181,7 +181,8 @@ static float weigh_row(float* scores, const Support& support, int64_t count, int
   const Vec s = broadcast(shift);
   Vec sums = zero();
   const auto weigh = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    Vec e = support.weighted(j, n, exp(sub(load(scores + j), s)));
+    // Above 128 is only what the support leaves out.
+    Vec e = support.weighted(j, n, exp2_below_128(sub(load(scores + j), s)));
     sums = add(sums, e);
     if (kept != nullptr) e = mul(e, load(kept + j));
     return e;
@@ -220,19 +221,20 @@ FIAK_INLINE void raise_maximum(float maximum, bool first, RowState& state, float
   if (first) {
     state = {maximum, 0.0f};
   } else if (maximum > state.maximum) {
-    const Vec factor = exp(broadcast(state.maximum - maximum));
+    const Vec factor = exp2_below_128(broadcast(state.maximum - maximum));
     for (int64_t d = 0; d < value_size; d += kLanes) store(sums + d, mul(load(sums + d), factor));
     state.total *= reduce_max(factor);
     state.maximum = maximum;
   }
 }
 
-/// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2; `row` holds padded(head_size) numbers.
+/// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2, times log2(e); `row` holds padded(head_size)
+/// numbers.
 FIAK_INLINE void key_bias(const AttentionArgs& args, int64_t b, int64_t key_head, int64_t count, float* row,
                           float* bias) {
   for (int64_t j = 0; j < count; ++j) {
     load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_size, 1.0f, row);
-    bias[j] = -0.5f * static_cast<float>(args.scale) * dot(row, row, padded(args.head_size));
+    bias[j] = -0.5f * static_cast<float>(args.scale * kLog2E) * dot(row, row, padded(args.head_size));
   }
 }
 
@@ -331,7 +333,8 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
         const KeySpan& span = spans[k];
         const Columns block{key.data + span.from / kTileWidth * key.panel_stride, key.row_stride, key.panel_stride};
         matrix_product<false, kPairs>(query, padded(depth), 1, block, tile_rows(rows), padded(span.keys), depth,
-                                      scores + span.at, width, diagonal - span.from, static_cast<float>(args.scale));
+                                      scores + span.at, width, diagonal - span.from,
+                                      static_cast<float>(args.scale * kLog2E));
       }
       // All maxima come before the exponentials, which would wait for each of them.
       for (int64_t i = 0; i < rows; ++i) {
@@ -347,7 +350,7 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
         raise_maximum(maximum, !started, states[i], sums + i * value_size, value_size);
       }
       for (int64_t i = 0; i < rows; ++i) {
-        // A row without a finite score so far: exp(-inf) = 0.
+        // A row without a finite score so far: 2^-inf = 0.
         const float shift = states[i].maximum == -kInfinity ? 0.0f : states[i].maximum;
         for_spans(
             i, [&](const KeySpan& span, int64_t seen_keys, float* s) __attribute__((always_inline)) {
@@ -394,7 +397,7 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
       if (!none) {
         const float total = states[i].maximum > -kInfinity && states[i].total < kInfinity ? states[i].total : kNaN;
         factor = 1.0f / total;
-        lse = states[i].maximum + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
+        lse = states[i].maximum * kLn2 + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
       }
       static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = lse;
       store_row(sums + i * value_size, args.dtype, args.value_size, factor,

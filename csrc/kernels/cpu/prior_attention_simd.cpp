@@ -1,8 +1,8 @@
 // prior_attention, vectorised: dense attention (dense_rows.h) with weights.
 //
 // Backward: S = scale Q K^T again, dA = dO V^T, dw = exp(S - lse) (dA - delta), dS = w dw, dQ = dS K, dK = dS^T Q, dV =
-// P^T dO. bfloat16 runs on pairs where the instruction set has them: P and dS are rounded to bfloat16, sums are
-// float32.
+// P^T dO, with powers of two for exp. bfloat16 runs on pairs where the instruction set has them: P and dS are rounded
+// to bfloat16, sums are float32.
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/dense_rows.h"
 #include "kernels/cpu/tables.h"
@@ -75,18 +75,18 @@ Input from_row(const Input& x, DType dtype, int64_t begin) {
           x.row_stride};
 }
 
-/// A row's scores become its attention, and its dA become dS, for keys [0, count); 0 up to `columns`. `kept` are
-/// dropout's factors and `grad_weights` is what dw is added to, or null.
+/// A row's scores, which log2(e) has multiplied, become its attention, and its dA become dS, for keys [0, count); 0 up
+/// to `columns`. `kept` are dropout's factors and `grad_weights` is what dw is added to, or null.
 template <class Support>
 void grad_row(float* scores, float* products, const Support& support, int64_t count, int64_t columns, float logsumexp,
               float delta, const float* bias, const float* kept, float* grad_weights) {
-  const Vec shift = broadcast(logsumexp), d = broadcast(delta);
+  const Vec shift = broadcast(logsumexp * kLog2E), d = broadcast(delta);
   for_vectors(
       count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         Vec s = load(scores + j), grad = load(products + j);
         if (bias != nullptr) s = add(s, load(bias + j));
         if (kept != nullptr) grad = mul(grad, load(kept + j));
-        const Vec e = exp(sub(s, shift)), dw = mul(e, sub(grad, d));
+        const Vec e = exp2(sub(s, shift)), dw = mul(e, sub(grad, d));
         Vec attention = support.weighted(j, n, e);
         if (kept != nullptr) attention = mul(attention, load(kept + j));
         store(scores + j, attention);
@@ -280,7 +280,7 @@ class Backward {
     load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_size, 1.0f, query);
     load_block<kPairs>(grads_.grad_output, args_.dtype, b, h, first, count, args_.value_size, 1.0f, grad_output);
     matrix_product<false, kPairs>(query, padded(depth_), 1, block(x.key_columns), tile_rows(count), padded(seen),
-                                  depth_, scores, keys_, diagonal, static_cast<float>(args_.scale));
+                                  depth_, scores, keys_, diagonal, static_cast<float>(args_.scale * kLog2E));
     matrix_product<false, kPairs>(grad_output, padded(value_depth_), 1, block(x.value_columns), tile_rows(count),
                                   padded(seen), value_depth_, products, keys_, diagonal);
     for (int64_t r = 0; r < count; ++r) {

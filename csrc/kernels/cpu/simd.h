@@ -341,26 +341,8 @@ FIAK_INLINE void transpose_square(Vec (&rows)[kLanes]) {
 
 #endif
 
-/// exp(x) to about one unit in the last place: Cody and Waite's reduction to |r| <= ln(2)/2 and the minimax polynomial
-/// of Cephes' expf. exp(-inf) is 0; NaN stays NaN.
-FIAK_INLINE Vec exp(Vec x) {
-  // The order of the operands lets NaN through. Beyond the bounds the result is 0 or infinity anyway.
-  x = min(broadcast(104.0f), max(broadcast(-104.0f), x));
-  const Vec n = round_to_whole(mul(x, broadcast(1.44269504088896341f)));
-  Vec r = fmadd(n, broadcast(-0.693359375f), x);
-  r = fmadd(n, broadcast(2.12194440e-4f), r);
-  Vec p = broadcast(1.9875691500e-4f);
-  p = fmadd(p, r, broadcast(1.3981999507e-3f));
-  p = fmadd(p, r, broadcast(8.3334519073e-3f));
-  p = fmadd(p, r, broadcast(4.1665795894e-2f));
-  p = fmadd(p, r, broadcast(1.6666665459e-1f));
-  p = fmadd(p, r, broadcast(5.0000001201e-1f));
-  p = fmadd(p, mul(r, r), add(r, broadcast(1.0f)));
-  return scale_by_power_of_two(p, n);
-}
-
-/// 2^x for x <= 128 to about one unit in the last place, by the polynomial of Cephes' exp2f: fewer steps than exp, for
-/// those who can scale x beforehand. 2^-inf is 0; NaN stays NaN.
+/// 2^x for x <= 128 to about one unit in the last place, by the polynomial of Cephes' exp2f. 2^-inf is 0; NaN
+/// stays NaN.
 FIAK_INLINE Vec exp2_below_128(Vec x) {
   x = max(broadcast(-151.0f), x);
   const Vec n = round_to_whole(x), r = sub(x, n);
