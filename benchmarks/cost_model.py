@@ -128,7 +128,7 @@ def features(case: Case, result: dict[str, Any]) -> tuple[list[float], list[floa
     runs = 1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))
     rows = case.query_heads * case.queries
     row_runs = rows * min(runs, nnz / rows)
-    entries = nnz + row_runs * lanes / 2 / elements
+    entries = nnz + row_runs * 1.5  # a run's last group of four is half full
     bundles = case.batch / elements
     counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
     used_bytes = row_bytes * min(1.0, tiles * 384 / (rows * case.keys))

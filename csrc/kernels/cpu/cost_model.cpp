@@ -9,7 +9,7 @@
 namespace fiak::cpu {
 namespace {
 
-/// Nanoseconds of one of each, as `python -m benchmarks.cost_model --fit` prints them. Measured on one Zen 5 core.
+/// Nanoseconds of one of each, as `python -m benchmarks.cost_model --fit` prints them. Measured on one Zen 4 core.
 struct Rates {
   // Per entry: of an entry, by elements (1, 2, 4); for each vector of its packed rows of K and V; more for those that
   // the L1 cache does not hold; of a run of entries (those of a row in a block of keys); of a vector of K or V to pack.
@@ -18,9 +18,9 @@ struct Rates {
   double pair, pair_multiply, dense_row, number;
 };
 
-constexpr Rates kAvx2Rates = {{0.90, 1.60, 1.60}, 0.191, 0.035, 26, 2.5, 0.783, 0.0162, 0, 0.43};
-constexpr Rates kAvx512Rates = {{0.73, 1.07, 2.39}, 0.190, 0.11, 12.5, 5.2, 0.375, 0.0082, 6.4, 0.41};
-constexpr Rates kAvx512Bf16Rates = {{0.62, 1.90, 3.72}, 0.274, 0.258, 22.6, 5.0, 0.383, 0.0038, 53, 0.21};
+constexpr Rates kAvx2Rates = {{0.99, 0.90, 0.90}, 0.197, 0.178, 37.9, 2.8, 0.639, 0.0180, 20.8, 0.16};
+constexpr Rates kAvx512Rates = {{0.71, 0.67, 2.02}, 0.352, 0.27, 23.1, 5.5, 0.399, 0.0171, 19.5, 0.136};
+constexpr Rates kAvx512Bf16Rates = {{0.57, 1.04, 1.04}, 0.500, 0, 22.1, 11.1, 0.421, 0.0085, 14.7, 0};
 
 const Rates& rates(Isa isa) {
   return isa == Isa::kAvx2 ? kAvx2Rates : isa == Isa::kAvx512 ? kAvx512Rates : kAvx512Bf16Rates;
@@ -40,13 +40,13 @@ double entries_cost(const CsrHead& head, Isa isa) {
   const int64_t key_vectors = row_vectors(head.head_size, head.elements, isa);
   const int64_t value_vectors = row_vectors(head.value_size, head.elements, isa);
   const auto vectors = static_cast<double>(key_vectors + value_vectors);
-  // Long keys are taken in blocks that fit into the L1 cache, and every run of entries ends with half a register more.
+  // Long keys are taken in blocks that fit into the L1 cache, and every run of entries ends with half a group more.
   constexpr double kL1 = 40 * 1024;
   const auto rows = static_cast<double>(head.queries), keys = static_cast<double>(head.keys);
   const double bytes = keys * static_cast<double>(std::max(key_vectors, value_vectors)) * (isa == Isa::kAvx2 ? 32 : 64);
   const double blocks = bytes <= 64 * 1024 ? 1 : std::ceil(bytes / kL1);
   const double runs = std::min(rows * blocks, head.nnz);
-  const double entries = head.nnz + runs * (isa == Isa::kAvx2 ? 4 : 8) / head.elements;
+  const double entries = head.nnz + runs * 1.5;
   const double used = bytes * std::min(1.0, head.tiles * kPlanTileRows * kPlanTileKeys / (rows * keys));
   const double far = blocks == 1 && used > kL1 ? 1 - kL1 / used : 0;
   const double entry = r.entry[head.elements == 1 ? 0 : head.elements == 2 ? 1 : 2];
