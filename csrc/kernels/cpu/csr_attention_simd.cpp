@@ -386,7 +386,7 @@ FIAK_INLINE void spread_elements(const float* values, float* target) {
 }
 
 /// Backward runs in waves. A wave is a bundle, a few key heads, one query head of each, a chunk of its queries and a
-/// block of its keys. First the columns' lists of steps are made; then the rows compute P and dS, dQ and the weights'
+/// block of its keys. First the columns' runs are listed; then the rows compute P and dS, dQ and the weights'
 /// gradient, and leave P and dS where their columns come to want them; then the columns add up dK and dV. All that a
 /// wave of one head touches stays in the L2 cache. Every sum has a fixed order (dQ: keys; dK, dV: query heads, then
 /// queries; weights: batch elements), so that how waves are cut, and how many threads share one, changes no bit.
