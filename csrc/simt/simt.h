@@ -30,6 +30,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
 
 namespace fiak::simt {
 
@@ -206,6 +207,7 @@ T& shared_memory() {
   return *static_cast<T*>(simt::shared_memory());
 }
 
+inline int min(int x, int y) { return x < y ? x : y; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline uint32_t pack(float low, float high, Half) { return to_half(low).bits | uint32_t{to_half(high).bits} << 16; }
