@@ -42,6 +42,11 @@ __device__ __forceinline__ const Element* head_of(const Input& x, int64_t b, int
   return static_cast<const Element*>(x.data) + b * x.batch_stride + h * x.head_stride;
 }
 
+template <class Element>
+__device__ __forceinline__ Element* head_of(const Output& x, int64_t b, int64_t h) {
+  return static_cast<Element*>(x.data) + b * x.batch_stride + h * x.head_stride;
+}
+
 /// Starts to copy rows [first, first + kRows) of a head to shared memory. Rows from `end` on, and columns from
 /// `columns` on to a multiple of 16, become zero; they are not read.
 template <int kThreads, class Element, int kRows, int kStride>

@@ -1,4 +1,4 @@
-// prior_attention on CUDA: the parameters of its kernels, made on the host.
+// The parameters of the kernels of prior_attention, made on the host.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,6 @@
 #include "kernels/philox.h"
 
 namespace fiak::cuda {
-
-constexpr int64_t kMaximumHeadSize = 256;
 
 /// What all kernels of prior_attention take. Pointers are the device's.
 struct PriorParams {
@@ -29,6 +27,14 @@ struct PriorParams {
 struct PriorForwardParams : PriorParams {
   Output output;
   float* logsumexp;  ///< [batch, query_heads, queries]
+};
+
+struct PriorBackwardParams : PriorParams {
+  Input grad_output, output;
+  const float* logsumexp;  ///< [batch, query_heads, queries]
+  float* delta;            ///< the same; written by the first kernel, read by the others
+  Output grad_query, grad_key, grad_value;
+  float* grad_prior;  ///< [prior_groups, prior_heads, prior_rows, keys]
 };
 
 inline PriorParams prior_params(const PriorArgs& args, const int64_t* seed) {
