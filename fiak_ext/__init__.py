@@ -66,6 +66,8 @@ def which_kernel(op: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fiak::{kernels[op]}", key):
         raise ValueError(f"which_kernel: device must be one that this build has kernels of {op} for (got {device})")
     isa = _C.kernel_isa(str(dtype).removeprefix("torch."))
+    if key == "CUDA" and dtype == torch.float64 and op != "compact_kv":
+        raise ValueError(f"which_kernel: dtype must not be torch.float64 for {op} on CUDA (got {dtype})")
     if key == "CUDA":
         return f"{op}/cuda"
     return f"{op}/{'scalar' if op == 'compact_kv' else isa}"  # compact_kv copies bytes: one code for all

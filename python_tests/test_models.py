@@ -192,6 +192,13 @@ def test_which_kernel() -> None:
         fiak_ext.which_kernel("csr_attention", torch.int64)
     with pytest.raises(ValueError, match=r"device must be .* kernels of csr_attention for \(got meta\)"):
         fiak_ext.which_kernel("csr_attention", torch.float32, "meta")
+    if fiak_ext.build_info()["cuda"] is None:
+        with pytest.raises(ValueError, match=r"device must be .* kernels of prior_attention for \(got cuda\)"):
+            fiak_ext.which_kernel("prior_attention", torch.float16, "cuda")
+    else:
+        assert fiak_ext.which_kernel("prior_attention", torch.float16, "cuda") == "prior_attention/cuda"
+        with pytest.raises(ValueError, match=r"dtype must not be torch\.float64 for prior_attention on CUDA"):
+            fiak_ext.which_kernel("prior_attention", torch.float64, "cuda")
 
 
 def test_everything_public_is_there() -> None:

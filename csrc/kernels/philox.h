@@ -4,11 +4,22 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FIAK_HOST_DEVICE __host__ __device__
+#else
+#define FIAK_HOST_DEVICE
+#endif
+
 namespace fiak {
 
-/// Word j & 3 of Philox with the counter (j / 4, row, head, batch) and the key `seed`.
-static inline uint32_t philox(uint64_t seed, int64_t batch, int64_t head, int64_t row, int64_t key) {
-  uint32_t counter[4] = {static_cast<uint32_t>(key >> 2), static_cast<uint32_t>(row), static_cast<uint32_t>(head),
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+/// Philox with the counter (block, row, head, batch) and the key `seed`.
+FIAK_HOST_DEVICE static inline PhiloxWords philox_words(uint64_t seed, int64_t batch, int64_t head, int64_t row,
+                                                        int64_t block) {
+  uint32_t counter[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(row), static_cast<uint32_t>(head),
                          static_cast<uint32_t>(batch)};
   uint32_t key_low = static_cast<uint32_t>(seed), key_high = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -21,7 +32,12 @@ static inline uint32_t philox(uint64_t seed, int64_t batch, int64_t head, int64_
     key_low += 0x9E3779B9u;
     key_high += 0xBB67AE85u;
   }
-  return counter[key & 3];
+  return {{counter[0], counter[1], counter[2], counter[3]}};
+}
+
+/// The word of the pair (row, key): four keys in a row share a block.
+static inline uint32_t philox(uint64_t seed, int64_t batch, int64_t head, int64_t row, int64_t key) {
+  return philox_words(seed, batch, head, row, key >> 2).word[key & 3];
 }
 
 /// Factors of kept pairs: a pair is dropped, with probability p, where its word lies below p * 2^32.

@@ -27,6 +27,23 @@ Tensor random_operand(Random& random, DType dtype, int64_t batch, int64_t heads,
   return x.to(dtype).to(DType::kFloat64);
 }
 
+/// Operands for the arguments; keys behind kv_lens are NaN.
+void fill_operands(Random& random, DType dtype, Problem& problem) {
+  const AttentionArgs& args = problem.args;
+  problem.query = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.head_size);
+  problem.key = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.head_size);
+  problem.value = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.value_size);
+  problem.grad_output = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.value_size);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    for (int64_t h = 0; h < args.key_heads; ++h) {
+      for (int64_t j = problem.keys_of(b); j < args.keys; ++j) {
+        problem.key.set_row(b, h, j, kNaN);
+        problem.value.set_row(b, h, j, kNaN);
+      }
+    }
+  }
+}
+
 /// Sizes that are drawn elsewhere than among the small ones.
 struct Sizes {
   int64_t queries, keys, most_columns;
@@ -53,18 +70,7 @@ Problem random_problem(Random& random, DType dtype, const Sizes* sizes = nullptr
   if (random.chance(0.4)) {
     for (int64_t b = 0; b < args.batch; ++b) problem.kv_lens.push_back(random.integer(0, args.keys));
   }
-  problem.query = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.head_size);
-  problem.key = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.head_size);
-  problem.value = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.value_size);
-  problem.grad_output = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.value_size);
-  for (int64_t b = 0; b < args.batch; ++b) {
-    for (int64_t h = 0; h < args.key_heads; ++h) {
-      for (int64_t j = problem.keys_of(b); j < args.keys; ++j) {
-        problem.key.set_row(b, h, j, kNaN);
-        problem.value.set_row(b, h, j, kNaN);
-      }
-    }
-  }
+  fill_operands(random, dtype, problem);
   return problem;
 }
 
@@ -235,6 +241,59 @@ Problem random_long_prior_problem(Random& random, DType dtype) {
 
 namespace {
 
+/// Makes 0 of some blocks, that tiles of all sizes fit into.
+void clear_blocks(Random& random, Tensor& weight) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t g = 0; g < weight.batch; ++g) {
+    for (int64_t h = 0; h < weight.heads; ++h) {
+      for (int64_t n = 0; n < weight.rows; n += kBlock) {
+        for (int64_t j = 0; j < weight.columns; j += kBlock) {
+          if (random.chance(0.5)) continue;
+          for (int64_t row = n; row < std::min(n + kBlock, weight.rows); ++row) {
+            for (int64_t column = j; column < std::min(j + kBlock, weight.columns); ++column) {
+              weight.set(g, h, row, column, 0);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Problem prior_problem(Random& random, const PriorCase& properties) {
+  using Prior = PriorCase::Prior;
+  const PriorCase& p = properties;
+  Problem problem;
+  AttentionArgs& args = problem.args;
+  args.batch = p.batch;
+  args.key_heads = p.key_heads;
+  args.query_heads = p.key_heads * p.heads_per_key_head;
+  args.queries = p.queries;
+  args.keys = p.keys;
+  args.head_size = p.head_size;
+  args.value_size = p.value_size;
+  args.score = p.score;
+  args.scale = p.scale_factor / std::sqrt(static_cast<double>(p.head_size));
+  args.dropout_p = p.dropout_p;
+  args.seed = static_cast<uint64_t>(random.integer(0, std::numeric_limits<int64_t>::max() - 1)) * 3;
+  for (int64_t b = 0; b < p.batch && p.has_kv_lens; ++b) problem.kv_lens.push_back(random.integer(0, p.keys));
+  fill_operands(random, p.dtype, problem);
+  problem.is_causal = p.is_causal;
+  problem.has_weight = p.prior != Prior::kNone;
+  problem.weight = Tensor(DType::kFloat64, 1, 1, 1, 0);
+  if (problem.has_weight) {
+    problem.weight = Tensor(DType::kFloat64, p.groups, p.prior == Prior::kPairsOfAllHeads ? 1 : args.query_heads,
+                            p.prior == Prior::kKeys ? 1 : p.queries, p.keys, false, random.integer(0, 3));
+    fill_weights(random, problem.weight);
+    if (p.prior == Prior::kBlocks) clear_blocks(random, problem.weight);
+  }
+  return problem;
+}
+
+namespace {
+
 /// Few queries, on both sides of where kernels start to pack the keys, and up to several chunks of these.
 Sizes decode_sizes(Random& random) {
   constexpr int64_t kEdges[] = {0, 1, 2, 127, 128, 129, 1023, 1024, 1025, 2049};
@@ -335,28 +394,31 @@ void KernelTest::SetUp() {
   if (!machine_has(isa())) GTEST_SKIP() << "hardware: no " << cpu::isa_name(isa());
 }
 
-void KernelTest::matches_scalar_float64(MakeProblem make, int rounds) const {
+void KernelChecks::matches_scalar_float64(const Problem& problem, const std::string& what) const {
+  Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
+  problem.backward(scalar(), threads(1), exact);
+  Results yardstick = problem.forward(scalar(), dtype(), threads(1));
+  Results actual = problem.forward(kernels(), dtype(), threads(1));
+  expect_close(actual.output, exact.output, yardstick.output, "output of " + what);
+  // From here on the same saved results, so that only the backward kernels differ.
+  Results grads = yardstick;
+  problem.backward(scalar(), threads(1), yardstick);
+  problem.backward(kernels(), threads(1), grads);
+  grads.output = actual.output;
+  grads.logsumexp = actual.logsumexp;
+  expect_all_close(grads, exact, yardstick, what);
+}
+
+void KernelChecks::matches_scalar_float64(MakeProblem make, int rounds) const {
   Random random(10);
   for (int round = 0; round < rounds; ++round) {
     const Problem problem = make(random, dtype());
-    const std::string what = problem.describe() + ", round " + std::to_string(round);
-    Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
-    problem.backward(scalar(), threads(1), exact);
-    Results yardstick = problem.forward(scalar(), dtype(), threads(1));
-    Results actual = problem.forward(kernels(), dtype(), threads(1));
-    expect_close(actual.output, exact.output, yardstick.output, "output of " + what);
-    // From here on the same saved results, so that only the backward kernels differ.
-    Results grads = yardstick;
-    problem.backward(scalar(), threads(1), yardstick);
-    problem.backward(kernels(), threads(1), grads);
-    grads.output = actual.output;
-    grads.logsumexp = actual.logsumexp;
-    expect_all_close(grads, exact, yardstick, what);
-    if (HasFatalFailure()) return;
+    matches_scalar_float64(problem, problem.describe() + ", round " + std::to_string(round));
+    if (testing::Test::HasFatalFailure()) return;
   }
 }
 
-void KernelTest::gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds) const {
+void KernelChecks::gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds) const {
   Random random(11);
   for (int round = 0; round < rounds; ++round) {
     const Problem problem = make(random, dtype());
@@ -367,13 +429,13 @@ void KernelTest::gives_the_same_bits_on_any_number_of_threads(MakeProblem make, 
       problem.backward(kernels(), threads(count), several);
       expect_all_identical(several, one, kAllGrads, problem.describe() + " on " + std::to_string(count) + " threads");
     }
-    if (HasFatalFailure()) return;
+    if (testing::Test::HasFatalFailure()) return;
   }
 }
 
-void KernelTest::leaves_out_unwanted_gradients(MakeProblem make) const {
+void KernelChecks::leaves_out_unwanted_gradients(MakeProblem make, int rounds) const {
   Random random(12);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     const Problem problem = make(random, dtype());
     Results all = problem.forward(kernels(), dtype(), threads(1));
     Results some = all;
@@ -382,11 +444,11 @@ void KernelTest::leaves_out_unwanted_gradients(MakeProblem make) const {
       problem.backward(kernels(), threads(2), some, wanted);
       expect_all_identical(some, all, wanted, problem.describe() + ", wanted " + std::to_string(wanted));
     }
-    if (HasFatalFailure()) return;
+    if (testing::Test::HasFatalFailure()) return;
   }
 }
 
-void KernelTest::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
+void KernelChecks::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
   Random random(13);
   for (int round = 0; round < rounds; ++round) {
     Problem problem = make(random, dtype());
@@ -493,11 +555,11 @@ void KernelTest::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
         }
       }
     }
-    if (HasFatalFailure()) return;
+    if (testing::Test::HasFatalFailure()) return;
   }
 }
 
-void KernelTest::ignores_huge_scores_outside_the_support(MakeProblem make, int rounds) const {
+void KernelChecks::ignores_huge_scores_outside_the_support(MakeProblem make, int rounds) const {
   Random random(14);
   for (int round = 0; round < rounds; ++round) {
     Problem problem = make(random, dtype());
@@ -524,7 +586,7 @@ void KernelTest::ignores_huge_scores_outside_the_support(MakeProblem make, int r
         }
       }
     }
-    if (HasFatalFailure()) return;
+    if (testing::Test::HasFatalFailure()) return;
   }
 }
 

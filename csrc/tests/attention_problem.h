@@ -54,20 +54,43 @@ Problem random_prior_decode_problem(Random& random, DType dtype);
 Problem random_csr_decode_problem(Random& random, DType dtype);
 using MakeProblem = Problem (*)(Random&, DType);
 
+/// A call of prior_attention whose every property is given.
+struct PriorCase {
+  enum class Prior { kNone, kPairs, kKeys, kPairsOfAllHeads, kBlocks };  ///< kBlocks: 0 in whole blocks of pairs
+
+  DType dtype;
+  int64_t batch, groups, key_heads, heads_per_key_head, queries, keys, head_size, value_size;
+  Score score;
+  double scale_factor, dropout_p;  ///< times 1 / sqrt(head_size)
+  bool is_causal, has_kv_lens;
+  Prior prior;
+};
+Problem prior_problem(Random& random, const PriorCase& properties);
+
+/// What some implementation's kernels must do in one dtype.
+class KernelChecks {
+ protected:
+  virtual ~KernelChecks() = default;
+  virtual DType dtype() const = 0;
+  virtual const cpu::Kernels& kernels() const = 0;
+  static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
+
+  /// Within the error bound of float64, in all results.
+  void matches_scalar_float64(const Problem& problem, const std::string& what) const;
+  void matches_scalar_float64(MakeProblem make, int rounds = 150) const;
+  void gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds = 40) const;
+  void leaves_out_unwanted_gradients(MakeProblem make, int rounds = 10) const;
+  void keeps_nan_in_its_place(MakeProblem make, int rounds = 60) const;
+  void ignores_huge_scores_outside_the_support(MakeProblem make, int rounds = 60) const;
+};
+
 /// A test of one instruction set's kernels in one dtype.
-class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>> {
+class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>>, protected KernelChecks {
  protected:
   void SetUp() override;
   cpu::Isa isa() const { return std::get<0>(GetParam()); }
-  DType dtype() const { return std::get<1>(GetParam()); }
-  const cpu::Kernels& kernels() const { return cpu::kernels(isa()); }
-  static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
-
-  void matches_scalar_float64(MakeProblem make, int rounds = 150) const;
-  void gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds = 40) const;
-  void leaves_out_unwanted_gradients(MakeProblem make) const;
-  void keeps_nan_in_its_place(MakeProblem make, int rounds = 60) const;
-  void ignores_huge_scores_outside_the_support(MakeProblem make, int rounds = 60) const;
+  DType dtype() const override { return std::get<1>(GetParam()); }
+  const cpu::Kernels& kernels() const override { return cpu::kernels(isa()); }
 };
 
 std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);

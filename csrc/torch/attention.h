@@ -29,7 +29,8 @@ struct Operands {
   at::Tensor own(at::Tensor tensor) { return tensors.emplace_back(std::move(tensor)); }
 };
 
-/// The arguments that both ops have, of CPU tensors that passed the op's checker; checks kv_lens' values.
+/// The arguments that both ops have, of tensors that passed the op's checker. The values of kv_lens and the seed are
+/// looked at, and checked, on the CPU only: CUDA's kernels do it on the device, and get the seed's address.
 template <class Args, class Inputs>
 Operands<Args> attention_operands(const char* op, const Inputs& in) {
   Operands<Args> operands;
@@ -45,9 +46,11 @@ Operands<Args> attention_operands(const char* op, const Inputs& in) {
   args.score = in.score == "dot" ? Score::kDot : Score::kGaussian;
   args.scale = in.scale.value_or(1.0 / std::sqrt(static_cast<double>(args.head_size)));
   args.dropout_p = in.dropout_p;
-  if (in.dropout_p > 0) args.seed = static_cast<uint64_t>(*in.seed->template const_data_ptr<int64_t>());
+  const bool on_cpu = in.query.is_cpu();
+  if (in.dropout_p > 0 && on_cpu) args.seed = static_cast<uint64_t>(*in.seed->template const_data_ptr<int64_t>());
   if (in.kv_lens.has_value()) {
-    const at::Tensor counts = operands.own(checked_counts(op, "kv_lens", *in.kv_lens, args.keys, "M"));
+    const at::Tensor counts = operands.own(on_cpu ? checked_counts(op, "kv_lens", *in.kv_lens, args.keys, "M")
+                                                  : in.kv_lens->to(at::kLong).contiguous());
     args.kv_lens = counts.const_data_ptr<int64_t>();
   }
   args.query = readable(operands.own(contiguous_rows(in.query)));
@@ -67,12 +70,12 @@ GradTensors empty_grads(const at::Tensor& query, const at::Tensor& key, const at
 /// False where every row is empty by its sizes: kernels are not called then.
 bool has_pairs(const AttentionArgs& args);
 
-template <class Args>
-ForwardTensors run_forward(const Args& args, const at::Tensor& query, const at::Tensor& value,
-                           void (*kernel)(const Args&, const ForwardResult&, const Parallel&)) {
+/// kernel(args, result) into new tensors.
+template <class Args, class Kernel>
+ForwardTensors run_forward(const Args& args, const at::Tensor& query, const at::Tensor& value, Kernel&& kernel) {
   const auto [output, logsumexp] = empty_forward(query, value);
   if (has_pairs(args)) {
-    kernel(args, {writable(output), logsumexp.mutable_data_ptr()}, cpu_parallel());
+    kernel(args, ForwardResult{writable(output), logsumexp.mutable_data_ptr()});
   } else {
     output.zero_();
     logsumexp.fill_(-std::numeric_limits<double>::infinity());
@@ -80,10 +83,10 @@ ForwardTensors run_forward(const Args& args, const at::Tensor& query, const at::
   return {output, logsumexp};
 }
 
-template <class Args>
+/// kernel(args, grads) into the given tensors.
+template <class Args, class Kernel>
 void run_backward(const Args& args, const at::Tensor& grad_output, const at::Tensor& output,
-                  const at::Tensor& logsumexp, const GradTensors& grads,
-                  void (*kernel)(const Args&, const BackwardArgs&, const Parallel&)) {
+                  const at::Tensor& logsumexp, const GradTensors& grads, Kernel&& kernel) {
   const auto& [grad_query, grad_key, grad_value, grad_weight] = grads;
   if (!has_pairs(args)) {
     for (const at::Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_weight}) {
@@ -101,7 +104,13 @@ void run_backward(const Args& args, const at::Tensor& grad_output, const at::Ten
   backward.grad_key = writable(grad_key);
   backward.grad_value = writable(grad_value);
   backward.grad_weight = grad_weight.defined() ? grad_weight.mutable_data_ptr() : nullptr;
-  kernel(args, backward, cpu_parallel());
+  kernel(args, backward);
+}
+
+/// A CPU kernel, on torch's threads.
+template <class Args, class Target>
+auto on_threads(void (*kernel)(const Args&, const Target&, const Parallel&)) {
+  return [kernel](const Args& args, const Target& target) { kernel(args, target, cpu_parallel()); };
 }
 
 /// Which of query, key, value and the weight (which may be None) want a gradient.

@@ -134,7 +134,8 @@ Operands<CsrArgs> csr_operands(const char* op, const CsrInputs& in) {
 
 ForwardTensors forward_cpu(const CsrInputs& in) {
   check_csr_attention(kForward, in);
-  return run_forward(csr_operands(kForward, in).args, in.query, in.value, cpu_kernels(in.query).csr_forward);
+  return run_forward(csr_operands(kForward, in).args, in.query, in.value,
+                     on_threads(cpu_kernels(in.query).csr_forward));
 }
 
 ForwardTensors forward_meta(const CsrInputs& in) {
@@ -151,7 +152,7 @@ GradTensors backward_meta(const CsrGradInputs& in) {
 GradTensors backward_cpu(const CsrGradInputs& in) {
   GradTensors grads = backward_meta(in);  // the same checks and results
   run_backward(csr_operands(kBackward, in.inputs()).args, in.grad_output, in.output, in.logsumexp, grads,
-               cpu_kernels(in.query).csr_backward);
+               on_threads(cpu_kernels(in.query).csr_backward));
   return grads;
 }
 

@@ -1,9 +1,10 @@
 // fiak::prior_attention: CPU, Meta, Autograd and Autocast. Schemas and shapes are in library.cpp.
+#include "torch/prior_attention.h"
+
 #include <torch/library.h>
 
 #include <string>
 
-#include "torch/attention.h"
 #include "torch/checks.h"
 
 namespace fiak {
@@ -68,6 +69,38 @@ ForwardTensors forward_autograd(const PriorInputs& in) {
   return {results[0], results[1]};
 }
 
+ForwardTensors forward_cpu(const PriorInputs& in) {
+  check_prior_attention(kForward, in);
+  return run_forward(prior_operands(kForward, in).args, in.query, in.value,
+                     on_threads(cpu_kernels(in.query).prior_forward));
+}
+
+GradTensors backward_cpu(const PriorGradInputs& in) {
+  GradTensors grads = prior_backward_meta(in);  // the same checks and results
+  run_backward(prior_operands(kBackward, in.inputs()).args, in.grad_output, in.output, in.logsumexp, grads,
+               on_threads(cpu_kernels(in.query).prior_backward));
+  return grads;
+}
+
+template <class Result, Result (*function)(const PriorInputs&)>
+constexpr auto* forward_kernel = Kernel<function, PriorInputs::Signature<Result>>::call;
+
+template <GradTensors (*function)(const PriorGradInputs&)>
+constexpr auto* backward_kernel = Kernel<function, PriorGradInputs::Signature>::call;
+
+}  // namespace
+
+ForwardTensors prior_forward_meta(const PriorInputs& in) {
+  check_prior_attention(kForward, in);
+  return empty_forward(in.query, in.value);
+}
+
+GradTensors prior_backward_meta(const PriorGradInputs& in) {
+  check_prior_attention(kBackward, in.inputs());
+  check_attention_backward(kBackward, in.query, in.value, in.grad_output, in.output, in.logsumexp);
+  return empty_grads(in.query, in.key, in.value, in.prior, in.output_mask);
+}
+
 Operands<PriorArgs> prior_operands(const char* op, const PriorInputs& in) {
   auto operands = attention_operands<PriorArgs>(op, in);
   PriorArgs& args = operands.args;
@@ -85,37 +118,6 @@ Operands<PriorArgs> prior_operands(const char* op, const PriorInputs& in) {
   return operands;
 }
 
-ForwardTensors forward_cpu(const PriorInputs& in) {
-  check_prior_attention(kForward, in);
-  return run_forward(prior_operands(kForward, in).args, in.query, in.value, cpu_kernels(in.query).prior_forward);
-}
-
-ForwardTensors forward_meta(const PriorInputs& in) {
-  check_prior_attention(kForward, in);
-  return empty_forward(in.query, in.value);
-}
-
-GradTensors backward_meta(const PriorGradInputs& in) {
-  check_prior_attention(kBackward, in.inputs());
-  check_attention_backward(kBackward, in.query, in.value, in.grad_output, in.output, in.logsumexp);
-  return empty_grads(in.query, in.key, in.value, in.prior, in.output_mask);
-}
-
-GradTensors backward_cpu(const PriorGradInputs& in) {
-  GradTensors grads = backward_meta(in);  // the same checks and results
-  run_backward(prior_operands(kBackward, in.inputs()).args, in.grad_output, in.output, in.logsumexp, grads,
-               cpu_kernels(in.query).prior_backward);
-  return grads;
-}
-
-template <class Result, Result (*function)(const PriorInputs&)>
-constexpr auto* forward_kernel = Kernel<function, PriorInputs::Signature<Result>>::call;
-
-template <GradTensors (*function)(const PriorGradInputs&)>
-constexpr auto* backward_kernel = Kernel<function, PriorGradInputs::Signature>::call;
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(fiak, CompositeImplicitAutograd, m) { m.impl("prior_attention", forward_kernel<Tensor, attention>); }
 
 TORCH_LIBRARY_IMPL(fiak, AutocastCPU, m) { m.impl("prior_attention", forward_kernel<Tensor, attention_in_autocast>); }
@@ -132,8 +134,8 @@ TORCH_LIBRARY_IMPL(fiak, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fiak, Meta, m) {
-  m.impl("prior_attention_forward", forward_kernel<ForwardTensors, forward_meta>);
-  m.impl("prior_attention_backward", backward_kernel<backward_meta>);
+  m.impl("prior_attention_forward", forward_kernel<ForwardTensors, prior_forward_meta>);
+  m.impl("prior_attention_backward", backward_kernel<prior_backward_meta>);
 }
 
 }  // namespace fiak

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -22,6 +23,24 @@ inline unsigned grid_stride_blocks(int64_t items, int64_t items_per_block, const
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), kernel);
   const int64_t wanted = (items + items_per_block - 1) / items_per_block;
   return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, int64_t{processors} * 32));
+}
+
+/// Checks a one-dimensional grid and a block's dynamic shared memory against the current device's limits, and opts in
+/// to more than the 48 KiB that every kernel may have.
+inline void prepare(const void* kernel, int64_t blocks, size_t shared_bytes, const char* name) {
+  const auto refuse = [&](const std::string& what, int64_t needed, int64_t limit) {
+    if (needed <= limit) return;
+    throw std::runtime_error(std::string(name) + ": needs " + std::to_string(needed) + " " + what + ", of at most " +
+                             std::to_string(limit));
+  };
+  refuse("blocks", blocks, std::numeric_limits<int32_t>::max());
+  if (shared_bytes <= 48 * 1024) return;
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  refuse("bytes of shared memory", static_cast<int64_t>(shared_bytes), limit);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name);
 }
 
 }  // namespace fiak::cuda

@@ -1,0 +1,245 @@
+// The device code of prior_attention, run on the CPU by simt, as one more implementation that must pass every test.
+// clang-format off
+#include "simt/simt.h"  // first: it stands in for what nvcc knows by itself
+// clang-format on
+#include <array>
+#include <cstdio>
+#include <set>
+#include <utility>
+
+#include "kernels/cuda/prior_attention.cuh"
+#include "tests/attention_problem.h"
+
+namespace fiak::tests {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+/// Of the next launch. Every launch of a test has another seed; simt::Error and TearDown print it.
+simt::Schedule schedule;
+simt::Sites sites;  // of all launches since it was cleared
+
+constexpr auto kLaunch = [](const char* name, auto* kernel, int64_t blocks, int threads, size_t shared_bytes,
+                            const auto& params) {
+  ++schedule.seed;
+  sites.merge(simt::run({name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes}, schedule,
+                        kernel, params));
+};
+
+bool has_pairs(const AttentionArgs& args) {
+  return args.batch > 0 && args.query_heads > 0 && args.queries > 0 && args.keys > 0;
+}
+
+/// As the op does it: kernels are launched where there are pairs.
+void forward(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).prior_forward(args, result, parallel);
+  const auto seed = static_cast<int64_t>(args.seed);
+  cuda::prior_forward(args, &seed, result, kLaunch);
+}
+
+void backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
+  if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).prior_backward(args, grads, parallel);
+  const auto seed = static_cast<int64_t>(args.seed);
+  std::vector<float> delta(args.batch * args.query_heads * args.queries);
+  cuda::prior_backward(args, &seed, grads, delta.data(), kLaunch);
+}
+
+const cpu::Kernels kCudaKernels = [] {
+  cpu::Kernels kernels = cpu::kernels(cpu::Isa::kScalar);
+  kernels.prior_forward = forward;
+  kernels.prior_backward = backward;
+  return kernels;
+}();
+
+class PriorAttentionCuda : public testing::TestWithParam<DType>, protected KernelChecks {
+ protected:
+  void SetUp() override { schedule = {}; }
+  void TearDown() override {
+    if (HasFailure()) std::printf("the latest launch had seed %d\n", static_cast<int>(schedule.seed));
+  }
+  DType dtype() const override { return GetParam(); }
+  const cpu::Kernels& kernels() const override { return kCudaKernels; }
+};
+
+constexpr int kRounds = simt::kThreadSanitizer ? 2 : kSanitized ? 8 : 60;
+
+TEST_P(PriorAttentionCuda, MatchesScalarFloat64) { matches_scalar_float64(random_prior_problem, kRounds); }
+TEST_P(PriorAttentionCuda, LeavesOutUnwantedGradients) {
+  leaves_out_unwanted_gradients(random_prior_problem, kRounds / 8);
+}
+TEST_P(PriorAttentionCuda, KeepsNanInItsPlace) { keeps_nan_in_its_place(random_prior_problem, kRounds / 6 + 1); }
+TEST_P(PriorAttentionCuda, IgnoresHugeScoresOutsideTheSupport) {
+  ignores_huge_scores_outside_the_support(random_prior_problem, kRounds / 4 + 1);
+}
+TEST_P(PriorAttentionCuda, GivesTheSameBitsInAnyOrder) {  // with every number of threads comes another schedule
+  gives_the_same_bits_on_any_number_of_threads(random_prior_problem, kRounds / 4 + 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, PriorAttentionCuda,
+                         testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Every pair of properties
+
+constexpr int64_t kSizes[] = {0, 1, 15, 16, 17, 63, 64, 65, 197};
+constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 80, 128, 256};
+/// How many values each property of a case has, in make_case's order.
+constexpr std::array kValues = {3, 9, 9, 8, 8, 3, 2, 3, 2, 2, 2, 2, 5};
+using Choice = std::array<int, kValues.size()>;
+
+PriorCase make_case(const Choice& choice) {
+  constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  constexpr int64_t kHeads[][2] = {{1, 1}, {1, 3}, {2, 2}};  // of keys, and of queries for each
+  constexpr double kScales[] = {1, 0, -1};
+  PriorCase c;
+  c.batch = 2;
+  c.dtype = kDTypes[choice[0]];
+  c.queries = kSizes[choice[1]];
+  c.keys = kSizes[choice[2]];
+  c.head_size = kHeadSizes[choice[3]];
+  c.value_size = kHeadSizes[choice[4]];
+  c.key_heads = kHeads[choice[5]][0];
+  c.heads_per_key_head = kHeads[choice[5]][1];
+  c.groups = 1 + choice[6];
+  c.scale_factor = kScales[choice[7]];
+  c.score = choice[8] == 0 ? Score::kDot : Score::kGaussian;
+  c.dropout_p = choice[9] == 0 ? 0 : 0.3;
+  c.is_causal = choice[10] != 0;
+  c.has_kv_lens = choice[11] != 0;
+  c.prior = static_cast<PriorCase::Prior>(choice[12]);
+  return c;
+}
+
+/// Choices that contain every pair of values of two properties.
+std::vector<Choice> pairwise_choices(Random& random) {
+  const auto for_pairs = [](auto&& use) {
+    for (size_t p = 0; p < kValues.size(); ++p) {
+      for (size_t q = p + 1; q < kValues.size(); ++q) use(p, q);
+    }
+  };
+  std::set<std::array<size_t, 4>> uncovered;  // two properties and their values
+  for_pairs([&](size_t p, size_t q) {
+    for (int v = 0; v < kValues[p]; ++v) {
+      for (int w = 0; w < kValues[q]; ++w) uncovered.insert({p, q, static_cast<size_t>(v), static_cast<size_t>(w)});
+    }
+  });
+  std::vector<Choice> choices;
+  while (!uncovered.empty()) {
+    const auto [p, q, v, w] = *uncovered.begin();
+    Choice best{};
+    size_t least = uncovered.size();
+    for (int attempt = 0; attempt < 40; ++attempt) {
+      Choice choice;
+      for (size_t i = 0; i < choice.size(); ++i) choice[i] = static_cast<int>(random.integer(0, kValues[i] - 1));
+      choice[p] = static_cast<int>(v);
+      choice[q] = static_cast<int>(w);
+      size_t left = uncovered.size();
+      for_pairs([&](size_t a, size_t b) {
+        left -= uncovered.count({a, b, static_cast<size_t>(choice[a]), static_cast<size_t>(choice[b])});
+      });
+      if (left < least) {
+        least = left;
+        best = choice;
+      }
+    }
+    for_pairs([&](size_t a, size_t b) {
+      uncovered.erase({a, b, static_cast<size_t>(best[a]), static_cast<size_t>(best[b])});
+    });
+    choices.push_back(best);
+  }
+  return choices;
+}
+
+class PriorAttentionCudaCases : public testing::Test, protected KernelChecks {
+ protected:
+  DType dtype() const override { return dtype_; }
+  const cpu::Kernels& kernels() const override { return kCudaKernels; }
+  DType dtype_ = DType::kFloat32;
+};
+
+TEST_F(PriorAttentionCudaCases, HaveEveryPairOfProperties) {
+  Random random(20);
+  int run = 0;
+  for (const Choice& choice : pairwise_choices(random)) {
+    const PriorCase properties = make_case(choice);
+    const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_size <= 80;
+    if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 5)) continue;
+    const Problem problem = prior_problem(random, properties);
+    dtype_ = properties.dtype;
+    schedule.seed = static_cast<uint64_t>(1000 * ++run);
+    matches_scalar_float64(problem, problem.describe() + ", case " + std::to_string(run));
+    if (HasFatalFailure()) return;
+  }
+  std::printf("%d cases\n", run);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Faults on purpose
+
+class PriorAttentionCudaFaults : public testing::TestWithParam<DType> {
+ protected:
+  void TearDown() override { schedule = {}; }
+};
+
+TEST_P(PriorAttentionCudaFaults, AreNoticedAtEverySite) {
+  if (kSanitized) GTEST_SKIP() << "the plain build does it";
+  Random random(21);
+  PriorCase properties{};
+  properties.dtype = GetParam();
+  properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+  properties.queries = 70;
+  properties.keys = 300;
+  properties.head_size = properties.value_size = 22;
+  properties.score = Score::kGaussian;
+  properties.scale_factor = 1;
+  std::vector<Problem> problems;
+  for (const auto prior : {PriorCase::Prior::kPairs, PriorCase::Prior::kKeys}) {
+    properties.prior = prior;
+    Problem& problem = problems.emplace_back(prior_problem(random, properties));
+    for (Tensor* operand : {&problem.query, &problem.key, &problem.value, &problem.grad_output}) {
+      // Rows of 24 elements, 2 of them NaN: copied asynchronously, but for their end.
+      *operand = Tensor(DType::kFloat64, 1, 1, operand->rows, operand->columns, false, 2);
+      operand->fill(random);
+      *operand = operand->to(properties.dtype).to(DType::kFloat64);
+    }
+  }
+  const auto bytes = [&](const simt::Schedule& with) {
+    schedule = with;
+    std::vector<std::vector<unsigned char>> all;
+    for (const Problem& problem : problems) {
+      Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
+      problem.backward(kCudaKernels, threads(1), results);
+      for (const Tensor* result : {&results.output, &results.logsumexp, &results.grad_query, &results.grad_key,
+                                   &results.grad_value, &results.grad_weight}) {
+        all.push_back(result->bytes());
+      }
+    }
+    return all;
+  };
+  sites.clear();
+  const auto clean = bytes({});
+  EXPECT_GE(sites.size(), 5u);
+  for (const simt::Site& site : simt::Sites(sites)) {
+    bool noticed = false;
+    for (uint64_t seed = 1; seed <= 8 && !noticed; ++seed) {
+      try {
+        noticed = bytes({1000 * seed, site}) != clean;
+      } catch (const simt::Error&) {
+        noticed = true;
+      }
+    }
+    EXPECT_TRUE(noticed) << site.text();
+  }
+  std::printf("%d sites\n", static_cast<int>(sites.size()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, PriorAttentionCudaFaults, testing::Values(DType::kFloat32, DType::kFloat16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+
+}  // namespace
+}  // namespace fiak::tests
