@@ -10,8 +10,7 @@
 //    a missing one of these as a data race, within a block and across blocks. AddressSanitizer sees accesses out of
 //    bounds, of global and of shared memory.
 //  - Faults on purpose: `Schedule::broken` names a line whose barrier or wait is left out, whose atomic is torn apart,
-//  or
-//    whose cp.async copies bytes that it should have zeroed. Tests show that each such fault is noticed.
+//    or whose cp.async copies bytes that it should have zeroed. Tests show that each such fault is noticed.
 //
 // Kernels take one struct and run on one-dimensional grids. Instructions without a C++ name are wrapped by
 // kernels/cuda/ptx.cuh, whose host versions are in this header.

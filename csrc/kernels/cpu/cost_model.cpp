@@ -18,9 +18,9 @@ struct Rates {
   double pair, pair_multiply, dense_row, number;
 };
 
-constexpr Rates kAvx2Rates = {{0.99, 0.90, 0.90}, 0.197, 0.178, 37.9, 2.8, 0.639, 0.0180, 20.8, 0.16};
-constexpr Rates kAvx512Rates = {{0.71, 0.67, 2.02}, 0.352, 0.27, 23.1, 5.5, 0.399, 0.0171, 19.5, 0.136};
-constexpr Rates kAvx512Bf16Rates = {{0.57, 1.04, 1.04}, 0.500, 0, 22.1, 11.1, 0.421, 0.0085, 14.7, 0};
+constexpr Rates kAvx2Rates = {{1.00, 0.90, 0.90}, 0.197, 0.191, 39.7, 2.5, 0.668, 0.0175, 7.8, 0.43};
+constexpr Rates kAvx512Rates = {{0.71, 0.66, 2.03}, 0.353, 0.283, 23.6, 5.2, 0.425, 0.0165, 6.8, 0.41};
+constexpr Rates kAvx512Bf16Rates = {{0.37, 1.00, 1.20}, 0.526, 0.123, 32.8, 5.0, 0.445, 0.0081, 3.6, 0.21};
 
 const Rates& rates(Isa isa) {
   return isa == Isa::kAvx2 ? kAvx2Rates : isa == Isa::kAvx512 ? kAvx512Rates : kAvx512Bf16Rates;
