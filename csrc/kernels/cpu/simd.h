@@ -69,12 +69,6 @@ template <int kOrder>
 FIAK_INLINE Vec permute_lanes(Vec x) {
   return _mm512_permute_ps(x, kOrder);
 }
-/// x in the first `count` lanes of those numbered by `numbers`, y in the others.
-FIAK_INLINE Vec select_first(Vec x, Vec y, const int32_t* numbers, int64_t count) {
-  const __mmask16 mask =
-      _mm512_cmplt_epi32_mask(_mm512_load_si512(numbers), _mm512_set1_epi32(static_cast<int32_t>(count)));
-  return _mm512_mask_mov_ps(y, mask, x);
-}
 FIAK_INLINE bool all_between(Vec x, float low, float high) {
   return (_mm512_cmp_ps_mask(x, broadcast(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, broadcast(high), _CMP_LT_OQ)) ==
          0xffff;
@@ -246,12 +240,6 @@ FIAK_INLINE Vec unpack_high_pairs(Vec a, Vec b) {
 template <int kOrder>
 FIAK_INLINE Vec permute_lanes(Vec x) {
   return _mm256_permute_ps(x, kOrder);
-}
-/// x in the first `count` lanes of those numbered by `numbers`, y in the others.
-FIAK_INLINE Vec select_first(Vec x, Vec y, const int32_t* numbers, int64_t count) {
-  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)),
-                                          _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers)));
-  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(mask));
 }
 FIAK_INLINE bool all_between(Vec x, float low, float high) {
   return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(x, broadcast(low), _CMP_GE_OQ),
