@@ -35,8 +35,8 @@ ENTRIES = (
     "packed_vector",
 )
 DENSE = ("pair", "pair_multiply", "dense_row", "number")
-# Nanoseconds to copy a vector, or a number, of K and V. The case table, where every key has many queries, cannot tell
-# these costs from those of a row; they decide where there are few.
+# Nanoseconds to copy a vector, or a number, of K and V, fitted once on a Zen 5 core and held since: the case table,
+# where every key has many queries, hardly tells these costs from those of a row, and they decide where there are few.
 COPIES = {
     "avx2": {"entries": 2.5, "dense": 0.43},
     "avx512": {"entries": 5.2, "dense": 0.41},

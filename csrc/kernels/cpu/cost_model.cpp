@@ -10,6 +10,7 @@ namespace fiak::cpu {
 namespace {
 
 /// Nanoseconds of one of each, as `python -m benchmarks.cost_model --fit` prints them. Measured on one Zen 4 core.
+/// The costs of copying, packed_vector and number, are what it holds fixed.
 struct Rates {
   // Per entry: of an entry, by elements (1, 2, 4); for each vector of its packed rows of K and V; more for those that
   // the L1 cache does not hold; of a run of entries (those of a row in a block of keys); of a vector of K or V to pack.

@@ -637,17 +637,18 @@ class CsrBackward {
     const bool weighing = values != nullptr || dropout_.active();
     const int64_t row_floats = most_run_floats<kElements>(1, columns);
     const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / 2 / row_floats));
-    const int64_t most = pass_rows * row_floats, picked_floats = (pass_rows * columns + kIndexPadding) / 2;
-    Carver scratch{static_cast<char*>(
-        thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) + carved(pass_rows * kGroupFloats) +
-                       carved(columns) + carved(weighing ? row_floats : 0) + carved(weighing ? picked_floats : 0)))};
+    const int64_t most = pass_rows * row_floats;
+    const int64_t picked_floats = values != nullptr ? (pass_rows * columns + kIndexPadding) / 2 : 0;
+    Carver scratch{static_cast<char*>(thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) +
+                                                     carved(pass_rows * kGroupFloats) + carved(columns) +
+                                                     carved(weighing ? row_floats : 0) + carved(picked_floats)))};
     auto* runs = reinterpret_cast<Run*>(scratch.floats(pass_rows * kRunFloats));
     float* scores = scratch.floats(most);
     float* products = scratch.floats(most);
     float* shifts = scratch.floats(pass_rows * kGroupFloats);
     auto* places = reinterpret_cast<uint32_t*>(scratch.floats(columns));
     float* factors = scratch.floats(weighing ? row_floats : 0);  // of dropout, for one row
-    auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(weighing ? picked_floats : 0));
+    auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(picked_floats));
     if (columns_wanted()) first_places(x, head, tile, begin, places);
     const int64_t first_index = tile.key - base;
 
