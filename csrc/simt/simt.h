@@ -24,10 +24,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/kernel.h"
 #include "kernels/dtypes.h"
 
 #define __device__
-#define __global__
+#define __global__ inline
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -87,6 +88,12 @@ Sites run(const Launch& launch, const Schedule& schedule, void (*kernel)(Params)
         c->kernel(c->params);
       },
       static_cast<const void*>(&call));
+}
+
+template <class Params>
+Sites run(const cuda::Kernel<Params>& kernel, int64_t blocks, const Schedule& schedule, const Params& params) {
+  return run({kernel.name, static_cast<unsigned>(blocks), static_cast<unsigned>(kernel.threads), kernel.shared_bytes},
+             schedule, kernel.function, params);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

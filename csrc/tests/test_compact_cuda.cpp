@@ -60,11 +60,8 @@ TEST(CompactRowsCuda, EqualsTheCpuKernels) {
     };
     (expand ? cpu::expand_rows : cpu::compact_rows)(args, input, output(expected), tests::threads(1));
     cuda::with_copy_unit(args, input, output(actual), [&](auto unit, const cuda::CopyRowsParams& params) {
-      using Unit = decltype(unit);
-      auto* kernel = expand ? cuda::expand_rows_kernel<Unit> : cuda::compact_rows_kernel<Unit>;
-      const unsigned blocks = 1 + static_cast<unsigned>(trial) % 3;
-      simt::run({expand ? "expand_rows_kernel" : "compact_rows_kernel", blocks, cuda::kBlockThreads},
-                {static_cast<uint64_t>(trial), {}}, kernel, params);
+      const auto kernel = expand ? cuda::expand_rows_kernel(unit) : cuda::compact_rows_kernel(unit);
+      simt::run(kernel, 1 + trial % 3, {static_cast<uint64_t>(trial), {}}, params);
     });
     ASSERT_EQ(actual, expected) << "trial " << trial;
   }
@@ -75,7 +72,7 @@ TEST(CompactRowsCuda, TrapsOnARowOutOfRange) {
   const float source[4] = {};
   float target[1];
   const cuda::CopyRowsParams params{source, target, keep, 1, 1, 4, 1, 1, {4, 4, 1}, {1, 1, 1}};
-  EXPECT_THROW(simt::run({"compact_rows_kernel", 1, 32}, {}, cuda::compact_rows_kernel<uint32_t>, params), simt::Error);
+  EXPECT_THROW(simt::run(cuda::compact_rows_kernel(uint32_t{}), 1, {}, params), simt::Error);
 }
 
 }  // namespace

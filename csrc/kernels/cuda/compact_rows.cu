@@ -6,32 +6,26 @@
 namespace fiak::cuda {
 namespace {
 
-template <bool kExpand>
-void launch(const CompactRowsArgs& args, const Input& source, const Output& target, void* stream) {
-  constexpr const char* kName = kExpand ? "expand_rows_kernel" : "compact_rows_kernel";
-  const int64_t rows = args.batch * args.heads * (kExpand ? args.rows : args.kept);
+/// Copies to `target_rows` rows of each head with the kernel that kernel_of(unit) describes.
+template <class KernelOf>
+void launch(const CompactRowsArgs& args, int64_t target_rows, const Input& source, const Output& target, void* stream,
+            KernelOf&& kernel_of) {
+  const int64_t rows = args.batch * args.heads * target_rows;
   if (rows == 0 || args.columns == 0) return;
-  const unsigned blocks = grid_stride_blocks(rows, kBlockThreads / kWarpThreads, kName);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   with_copy_unit(args, source, target, [&](auto unit, const CopyRowsParams& params) {
-    using Unit = decltype(unit);
-    if constexpr (kExpand) {
-      expand_rows_kernel<Unit><<<blocks, kBlockThreads, 0, cuda_stream>>>(params);
-    } else {
-      compact_rows_kernel<Unit><<<blocks, kBlockThreads, 0, cuda_stream>>>(params);
-    }
+    const auto kernel = kernel_of(unit);
+    LaunchOnStream{stream}(kernel, grid_stride_blocks(rows, kernel.threads / kWarpThreads, kernel.name), params);
   });
-  check(cudaGetLastError(), kName);
 }
 
 }  // namespace
 
 void compact_rows(const CompactRowsArgs& args, const Input& source, const Output& target, void* stream) {
-  launch<false>(args, source, target, stream);
+  launch(args, args.kept, source, target, stream, [](auto unit) { return compact_rows_kernel(unit); });
 }
 
 void expand_rows(const CompactRowsArgs& args, const Input& source, const Output& target, void* stream) {
-  launch<true>(args, source, target, stream);
+  launch(args, args.rows, source, target, stream, [](auto unit) { return expand_rows_kernel(unit); });
 }
 
 }  // namespace fiak::cuda

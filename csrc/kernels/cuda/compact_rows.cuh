@@ -1,14 +1,17 @@
 // Device code of compact_kv and its backward: whole rows are copied or zeroed, a warp for each, in units of up to 16
 // bytes. No shared memory, no barriers. Keeps to what both nvcc and csrc/simt compile.
 //
-//   compact_rows_kernel<Unit>(CopyRowsParams)  target row k  = source row keep[h, k], zeros where that is -1
-//   expand_rows_kernel<Unit>(CopyRowsParams)   target row r  = source row k with keep[h, k] == r, zeros where none
-//   grid: any number of blocks of kBlockThreads threads (rows are dealt out in a grid-stride loop); shared memory: 0
+//   fiak_compact_rows_<unit>    target row k  = source row keep[h, k], zeros where that is -1
+//   fiak_compact_expand_<unit>  target row r  = source row k with keep[h, k] == r, zeros where none
+//
+// <unit>: u8, u16, u32, u64 or u128. parameters: CopyRowsParams, 14 fields of 8 bytes in the order of copy_units.h;
+// grid: any number of blocks (rows are dealt out in a grid-stride loop); block: kBlockThreads; shared memory: 0.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/cuda/copy_units.h"
+#include "kernels/cuda/kernel.h"
 
 namespace fiak::cuda {
 
@@ -56,7 +59,7 @@ __device__ inline void copy_one(const CopyRowsParams& params, int64_t b, int64_t
 }
 
 template <class Unit>
-__global__ void compact_rows_kernel(CopyRowsParams params) {
+__device__ inline void compact_rows(const CopyRowsParams& params) {
   for_target_rows(params, params.kept, [&](int64_t b, int64_t h, int64_t k) {
     const int64_t row = params.keep[h * params.kept + k];
     if (row >= params.rows) __trap();  // keep's values are on the device; out of bounds must not be read
@@ -65,10 +68,35 @@ __global__ void compact_rows_kernel(CopyRowsParams params) {
 }
 
 template <class Unit>
-__global__ void expand_rows_kernel(CopyRowsParams params) {
+__device__ inline void expand_rows(const CopyRowsParams& params) {
   for_target_rows(params, params.rows, [&](int64_t b, int64_t h, int64_t row) {
     copy_one<Unit>(params, b, h, find_row(params.keep + h * params.kept, params.kept, row), row);
   });
+}
+
+#define FIAK_COPY_KERNELS(unit, Unit)                                                                \
+  FIAK_KERNEL(fiak_compact_rows_##unit, compact_rows_kernel(Unit), CopyRowsParams, kBlockThreads, 0, \
+              compact_rows<Unit>)                                                                    \
+  FIAK_KERNEL(fiak_compact_expand_##unit, expand_rows_kernel(Unit), CopyRowsParams, kBlockThreads, 0, expand_rows<Unit>)
+FIAK_COPY_KERNELS(u8, uint8_t)
+FIAK_COPY_KERNELS(u16, uint16_t)
+FIAK_COPY_KERNELS(u32, uint32_t)
+FIAK_COPY_KERNELS(u64, uint64_t)
+FIAK_COPY_KERNELS(u128, Unit16)
+#undef FIAK_COPY_KERNELS
+
+/// visit(Kernel) for all of them.
+template <class Visit>
+void for_each_compact_rows_kernel(Visit&& visit) {
+  const auto both = [&](auto unit) {
+    visit(compact_rows_kernel(unit));
+    visit(expand_rows_kernel(unit));
+  };
+  both(uint8_t{});
+  both(uint16_t{});
+  both(uint32_t{});
+  both(uint64_t{});
+  both(Unit16{});
 }
 
 }  // namespace fiak::cuda

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/kernel.h"
+
 namespace fiak::cuda {
 
 inline void check(cudaError_t error, const char* kernel) {
@@ -17,12 +19,12 @@ inline void check(cudaError_t error, const char* kernel) {
 
 /// Blocks for `items` pieces of work, `items_per_block` each, dealt out in a grid-stride loop: enough to fill the
 /// device several times, and far below the grid's limit whatever the sizes.
-inline unsigned grid_stride_blocks(int64_t items, int64_t items_per_block, const char* kernel) {
+inline int64_t grid_stride_blocks(int64_t items, int64_t items_per_block, const char* kernel) {
   int device = 0, processors = 0;
   check(cudaGetDevice(&device), kernel);
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), kernel);
   const int64_t wanted = (items + items_per_block - 1) / items_per_block;
-  return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, int64_t{processors} * 32));
+  return std::clamp<int64_t>(wanted, 1, int64_t{processors} * 32);
 }
 
 /// Checks a one-dimensional grid and a block's dynamic shared memory against the current device's limits, and opts in
@@ -42,5 +44,18 @@ inline void prepare(const void* kernel, int64_t blocks, size_t shared_bytes, con
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         name);
 }
+
+/// Launches a described kernel on a stream of the current device.
+struct LaunchOnStream {
+  void* stream;  ///< a cudaStream_t
+
+  template <class Params>
+  void operator()(const Kernel<Params>& kernel, int64_t blocks, const Params& params) const {
+    prepare(reinterpret_cast<const void*>(kernel.function), blocks, kernel.shared_bytes, kernel.name);
+    kernel.function<<<static_cast<unsigned>(blocks), static_cast<unsigned>(kernel.threads), kernel.shared_bytes,
+                      static_cast<cudaStream_t>(stream)>>>(params);
+    check(cudaGetLastError(), kernel.name);
+  }
+};
 
 }  // namespace fiak::cuda

@@ -1,0 +1,14 @@
+// Every kernel of the library.
+#pragma once
+
+#include "kernels/cuda/compact_rows.cuh"
+
+namespace fiak::cuda {
+
+/// visit(Kernel) for each of them.
+template <class Visit>
+void for_each_kernel(Visit&& visit) {
+  for_each_compact_rows_kernel(visit);
+}
+
+}  // namespace fiak::cuda
