@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FIAK_HOST_DEVICE __host__ __device__
-#else
-#define FIAK_HOST_DEVICE
-#endif
+#include "kernels/types.h"
 
 namespace fiak {
 

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+/// Of what device code calls, too.
+#if defined(__CUDACC__)
+#define FIAK_HOST_DEVICE __host__ __device__
+#else
+#define FIAK_HOST_DEVICE
+#endif
+
 namespace fiak {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };

@@ -23,11 +23,9 @@ constexpr bool kSanitized = false;
 simt::Schedule schedule;
 simt::Sites sites;  // of all launches since it was cleared
 
-constexpr auto kLaunch = [](const char* name, auto* kernel, int64_t blocks, int threads, size_t shared_bytes,
-                            const auto& params) {
+constexpr auto kLaunch = [](const auto& kernel, int64_t blocks, const auto& params) {
   ++schedule.seed;
-  sites.merge(simt::run({name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes}, schedule,
-                        kernel, params));
+  sites.merge(simt::run(kernel, blocks, schedule, params));
 };
 
 bool has_pairs(const AttentionArgs& args) {

@@ -7,12 +7,9 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/ptx.cuh"
-#include "kernels/types.h"
+#include "kernels/cuda/attention_common.cuh"
 
 namespace fiak::cuda {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct alignas(16) Float4 {
   float x, y, z, w;
@@ -21,8 +18,6 @@ struct alignas(8) Float2 {
   float x, y;
 };
 
-__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 /// Of a product's 16 x 8 tiles, a thread has elements e = 0..3: rows group_row() + 8 (e / 2), columns group_column() +
 /// e % 2. Four neighbouring lanes, a quad, share rows.
 __device__ __forceinline__ int group_row() { return lane_index() / 4; }
@@ -35,16 +30,6 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ __forceinline__ float quad_maximum(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
-template <class Element>
-__device__ __forceinline__ const Element* head_of(const Input& x, int64_t b, int64_t h) {
-  return static_cast<const Element*>(x.data) + b * x.batch_stride + h * x.head_stride;
-}
-
-template <class Element>
-__device__ __forceinline__ Element* head_of(const Output& x, int64_t b, int64_t h) {
-  return static_cast<Element*>(x.data) + b * x.batch_stride + h * x.head_stride;
 }
 
 /// Starts to copy rows [first, first + kRows) of a head to shared memory. Rows from `end` on, and columns from
@@ -69,20 +54,23 @@ __device__ __forceinline__ void load_rows(Element (&tile)[kRows][kStride], const
   }
 }
 
-/// consume(i, stage) for i in [0, count), after load(i, stage), which runs one step ahead where there are two stages.
-/// What is loaded before, by asynchronous copies, is there for the first consume, too.
-template <int kStages, class Load, class Consume>
-__device__ __forceinline__ void stream(int count, Load&& load, Consume&& consume) {
-  if (kStages == 2 && count > 0) load(0, 0);
+/// consume(i, stage), after load(i, stage), for those i in [0, count) that `next` leaves: next(i) is the first of them
+/// from i on. Loading runs one step ahead where there are two stages. What is loaded before, by asynchronous copies, is
+/// there for the first consume, too.
+template <int kStages, class Next, class Load, class Consume>
+__device__ __forceinline__ void stream(int count, Next&& next, Load&& load, Consume&& consume) {
+  int i = next(0);
+  if (kStages == 2 && i < count) load(i, 0);
   copy_async_commit();
-  for (int i = 0; i < count; ++i) {
-    const int ahead = i + kStages - 1;
-    if (ahead < count) load(ahead, ahead % kStages);
+  for (int stage = 0; i < count; stage = (stage + 1) % kStages) {
+    const int following = kStages == 2 ? next(i + 1) : i;
+    if (following < count) load(following, (stage + kStages - 1) % kStages);
     copy_async_commit();
     copy_async_wait<kStages - 1>();
     __syncthreads();
-    consume(i, i % kStages);
+    consume(i, stage);
     __syncthreads();  // all have read what the next load writes to
+    i = kStages == 2 ? following : next(i + 1);
   }
 }
 

@@ -8,12 +8,6 @@
 namespace fiak {
 namespace {
 
-constexpr uint64_t kMagic = 0x32306e616c506946;  // "FiPlan02"
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int64_t blocks(int64_t size) { return std::max<int64_t>(1, (size + kPlanBlock - 1) / kPlanBlock); }
-
 int64_t at(const void* data, bool wide, int64_t index) {
   return wide ? static_cast<const int64_t*>(data)[index] : static_cast<const int32_t*>(data)[index];
 }
@@ -156,29 +150,6 @@ void build_bits(const Index* crow, const Index* col, const PlanHeader& header, c
 
 }  // namespace
 
-PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, int64_t nnz) {
-  PlanLayout layout{};
-  layout.heads = num_queries > 0 ? num_rows / num_queries : 0;
-  layout.key_blocks = blocks(num_keys);
-  layout.query_blocks = blocks(num_queries);
-  int64_t offset = aligned(sizeof(PlanHeader));
-  const auto section = [&offset](int64_t& start, int64_t bytes) {
-    start = offset;
-    offset += aligned(bytes);
-  };
-  section(layout.row_segments, (num_rows * layout.key_blocks + 1) * 8);
-  section(layout.columns, (nnz + kPlanPadding) * 2);
-  section(layout.column_segments, (layout.heads * num_keys * layout.query_blocks + 1) * 8);
-  section(layout.rows, (nnz + kPlanPadding) * 2);
-  section(layout.positions, nnz * 4);
-  const bool has_bits = nnz * kPlanBitsShare >= num_rows * num_keys;
-  layout.row_words = has_bits ? (num_keys + 63) / 64 : 0;
-  section(layout.bits, num_rows * layout.row_words * 8);
-  section(layout.tiles, has_bits ? layout.heads * 8 : 0);
-  layout.bytes = offset;
-  return layout;
-}
-
 std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
   if (num_queries > 0 ? csr.num_rows % num_queries != 0 : csr.num_rows != 0) {
     return "crow_indices must hold a multiple of num_queries rows, " + std::to_string(num_queries) + " (got " +
@@ -193,7 +164,7 @@ std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_ke
 void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan) {
   const PlanLayout layout = plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz);
   std::memset(plan, 0, layout.bytes);
-  PlanHeader header{kMagic, layout.bytes, csr.num_rows, num_queries, num_keys, csr.nnz, {}, {}};
+  PlanHeader header{kPlanMagic, layout.bytes, csr.num_rows, num_queries, num_keys, csr.nnz, {}, {}};
   for (int i = 0; i < kPlanSamples; ++i) {
     header.crow_sample[i] = sampled(csr.crow, csr.wide, i, csr.num_rows + 1);
     header.col_sample[i] = sampled(csr.col, csr.wide, i, csr.nnz);
@@ -215,7 +186,8 @@ std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, i
   PlanHeader header;
   if (bytes < static_cast<int64_t>(sizeof header)) return got("plan must come from csr_plan; it is too short", bytes);
   std::memcpy(&header, plan, sizeof header);
-  if (header.magic != kMagic) return "plan must come from csr_plan of this version; its first bytes are not a plan's";
+  if (header.magic != kPlanMagic)
+    return "plan must come from csr_plan of this version; its first bytes are not a plan's";
   if (header.bytes != bytes) return got("plan must have the size that its header names", bytes);
   if (header.num_rows != csr.num_rows || header.nnz != csr.nnz || header.num_keys != num_keys) {
     return "plan must be made for this pattern of " + std::to_string(csr.num_rows) + " rows, " +
@@ -243,31 +215,6 @@ std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, i
   if (std::memcmp(expected.data(), plan, bytes) != 0)
     return "plan must be what csr_plan makes of this pattern; its body differs";
   return {};
-}
-
-PlanView view_plan(const void* plan) {
-  PlanHeader header;
-  std::memcpy(&header, plan, sizeof header);
-  const PlanLayout layout = plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz);
-  const auto* bytes = static_cast<const char*>(plan);
-  PlanView view;
-  view.heads = layout.heads;
-  view.num_queries = header.num_queries;
-  view.num_keys = header.num_keys;
-  view.nnz = header.nnz;
-  view.key_blocks = layout.key_blocks;
-  view.query_blocks = layout.query_blocks;
-  view.row_segments = reinterpret_cast<const int64_t*>(bytes + layout.row_segments);
-  view.columns = reinterpret_cast<const uint16_t*>(bytes + layout.columns);
-  view.column_segments = reinterpret_cast<const int64_t*>(bytes + layout.column_segments);
-  view.rows = reinterpret_cast<const uint16_t*>(bytes + layout.rows);
-  view.positions = reinterpret_cast<const uint32_t*>(bytes + layout.positions);
-  if (layout.row_words > 0) {
-    view.row_words = layout.row_words;
-    view.bits = reinterpret_cast<const uint64_t*>(bytes + layout.bits);
-    view.tiles = reinterpret_cast<const int64_t*>(bytes + layout.tiles);
-  }
-  return view;
 }
 
 }  // namespace fiak

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/types.h"
+
 namespace fiak {
 
 constexpr int64_t kPlanBlock = 65536;
@@ -22,6 +24,8 @@ constexpr int64_t kPlanPadding = 32;    ///< readable 16-bit indices behind the 
 constexpr int64_t kPlanBitsShare = 16;  ///< plans have bits where nnz * kPlanBitsShare >= rows * keys
 constexpr int64_t kPlanTileRows = 24, kPlanTileKeys = 16;
 constexpr int kPlanSamples = 8;
+
+constexpr uint64_t kPlanMagic = 0x32306e616c506946;  // "FiPlan02"
 
 struct PlanHeader {
   uint64_t magic;
@@ -36,10 +40,38 @@ struct PlanLayout {
   int64_t row_segments, columns, column_segments, rows, positions, bits, tiles, bytes;
   int64_t row_words;  ///< 64-bit words of a row of bits; 0 where there are none
 };
-PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys, int64_t nnz);
+FIAK_HOST_DEVICE static inline PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys,
+                                                      int64_t nnz) {
+  struct Sections {
+    int64_t end;
+    FIAK_HOST_DEVICE int64_t add(int64_t bytes) {
+      const int64_t start = end;
+      end += (bytes + 63) / 64 * 64;
+      return start;
+    }
+  };
+  PlanLayout layout{};
+  layout.heads = num_queries > 0 ? num_rows / num_queries : 0;
+  layout.key_blocks = num_keys > kPlanBlock ? (num_keys + kPlanBlock - 1) / kPlanBlock : 1;
+  layout.query_blocks = num_queries > kPlanBlock ? (num_queries + kPlanBlock - 1) / kPlanBlock : 1;
+  const bool has_bits = nnz * kPlanBitsShare >= num_rows * num_keys;
+  layout.row_words = has_bits ? (num_keys + 63) / 64 : 0;
+  Sections sections{0};
+  sections.add(sizeof(PlanHeader));
+  layout.row_segments = sections.add((num_rows * layout.key_blocks + 1) * 8);
+  layout.columns = sections.add((nnz + kPlanPadding) * 2);
+  layout.column_segments = sections.add((layout.heads * num_keys * layout.query_blocks + 1) * 8);
+  layout.rows = sections.add((nnz + kPlanPadding) * 2);
+  layout.positions = sections.add(nnz * 4);
+  layout.bits = sections.add(num_rows * layout.row_words * 8);
+  layout.tiles = sections.add(has_bits ? layout.heads * 8 : 0);
+  layout.bytes = sections.end;
+  return layout;
+}
 
 /// What the kernels read.
 struct PlanView {
+  const PlanHeader* header = nullptr;
   int64_t heads = 0, num_queries = 0, num_keys = 0, nnz = 0, key_blocks = 1, query_blocks = 1;
   const int64_t* row_segments = nullptr;     ///< [heads * num_queries * key_blocks + 1], offsets into columns
   const uint16_t* columns = nullptr;         ///< [nnz], column - 65536 * block
@@ -70,6 +102,29 @@ void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, vo
 /// the indices tell, in O(1); else what is wrong. `deep` compares the body with a newly built plan.
 std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, int64_t num_keys, bool deep);
 
-PlanView view_plan(const void* plan);
+FIAK_HOST_DEVICE static inline PlanView view_plan(const void* plan) {
+  const auto* header = static_cast<const PlanHeader*>(plan);
+  const auto* bytes = static_cast<const char*>(plan);
+  const PlanLayout layout = plan_layout(header->num_rows, header->num_queries, header->num_keys, header->nnz);
+  PlanView view;
+  view.header = header;
+  view.heads = layout.heads;
+  view.num_queries = header->num_queries;
+  view.num_keys = header->num_keys;
+  view.nnz = header->nnz;
+  view.key_blocks = layout.key_blocks;
+  view.query_blocks = layout.query_blocks;
+  view.row_segments = reinterpret_cast<const int64_t*>(bytes + layout.row_segments);
+  view.columns = reinterpret_cast<const uint16_t*>(bytes + layout.columns);
+  view.column_segments = reinterpret_cast<const int64_t*>(bytes + layout.column_segments);
+  view.rows = reinterpret_cast<const uint16_t*>(bytes + layout.rows);
+  view.positions = reinterpret_cast<const uint32_t*>(bytes + layout.positions);
+  if (layout.row_words > 0) {
+    view.row_words = layout.row_words;
+    view.bits = reinterpret_cast<const uint64_t*>(bytes + layout.bits);
+    view.tiles = reinterpret_cast<const int64_t*>(bytes + layout.tiles);
+  }
+  return view;
+}
 
 }  // namespace fiak

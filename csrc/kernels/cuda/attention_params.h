@@ -1,0 +1,165 @@
+// The parameters that the attention kernels take, made on the host. Pointers are the device's.
+//
+// Every kernel takes one plain struct: ForwardParams or BackwardParams of its op's Weights, which say what pairs there
+// are and what they weigh (PriorWeights, CsrWeights).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/dtypes.h"
+#include "kernels/philox.h"
+
+namespace fiak::cuda {
+
+struct AttentionParams {
+  Input query, key, value;
+  const int64_t* kv_lens;  ///< [batch], each in 0..keys, or null
+  const int64_t* seed;     ///< one number; read where dropout_threshold is not 0
+  uint64_t dropout_threshold;
+  float dropout_kept;
+  float scale;
+  int32_t batch, query_heads, key_heads, queries, keys, head_size, value_size;
+  bool is_gaussian;
+};
+
+template <class Weights>
+struct ForwardParams : AttentionParams {
+  Weights weights;
+  Output output;
+  float* logsumexp;  ///< [batch, query_heads, queries]
+};
+
+template <class Weights>
+struct BackwardParams : AttentionParams {
+  Weights weights;
+  Input grad_output, output;
+  const float* logsumexp;  ///< [batch, query_heads, queries]
+  float* delta;            ///< the same; the sums of grad_output * output, which the first kernel writes for the others
+  Output grad_query, grad_key, grad_value;
+  float* grad_weight;  ///< in the weights' own shape
+};
+
+/// The weights of prior_attention: w of [groups, heads, rows, keys], strides 0 where it is broadcast.
+struct PriorWeights {
+  const float* prior;  ///< null: all weights are 1
+  int64_t group_stride, head_stride, row_stride;
+  int32_t groups, heads, rows;
+  bool is_causal;
+};
+
+/// The weights of csr_attention: its pattern, by the plan that csr_plan made, and the entries' values.
+struct CsrWeights {
+  const void* plan;
+  int64_t num_rows, nnz;         ///< of the pattern; the kernels trap where the plan is of another one
+  const float* values;           ///< [nnz], or null: all weights are 1
+  const int64_t* query_offsets;  ///< [batch]: query n is row n + offset of its head; or null for 0
+  int32_t selected;              ///< a CsrKernel
+};
+
+inline AttentionParams attention_params(const AttentionArgs& args, const int64_t* seed) {
+  const Dropout dropout = make_dropout(args.dropout_p, 0);
+  return {args.query,
+          args.key,
+          args.value,
+          args.kv_lens,
+          seed,
+          dropout.threshold,
+          static_cast<float>(dropout.kept),
+          static_cast<float>(args.scale),
+          static_cast<int32_t>(args.batch),
+          static_cast<int32_t>(args.query_heads),
+          static_cast<int32_t>(args.key_heads),
+          static_cast<int32_t>(args.queries),
+          static_cast<int32_t>(args.keys),
+          static_cast<int32_t>(args.head_size),
+          static_cast<int32_t>(args.value_size),
+          args.score == Score::kGaussian};
+}
+
+inline PriorWeights weights_of(const PriorArgs& args) {
+  return {static_cast<const float*>(args.prior),
+          args.prior_group_stride,
+          args.prior_head_stride,
+          args.prior_row_stride,
+          static_cast<int32_t>(args.prior_groups),
+          static_cast<int32_t>(args.prior_heads),
+          static_cast<int32_t>(args.prior_rows),
+          args.is_causal};
+}
+
+template <class Weights>
+ForwardParams<Weights> forward_params(const AttentionArgs& args, const Weights& weights, const int64_t* seed,
+                                      const ForwardResult& result) {
+  return {attention_params(args, seed), weights, result.output, static_cast<float*>(result.logsumexp)};
+}
+
+/// `delta` is scratch, [batch, query_heads, queries].
+template <class Weights>
+BackwardParams<Weights> backward_params(const AttentionArgs& args, const Weights& weights, const int64_t* seed,
+                                        const BackwardArgs& grads, float* delta) {
+  return {attention_params(args, seed),
+          weights,
+          grads.grad_output,
+          grads.output,
+          static_cast<const float*>(grads.logsumexp),
+          delta,
+          grads.grad_query,
+          grads.grad_key,
+          grads.grad_value,
+          static_cast<float*>(grads.grad_weight)};
+}
+
+/// How many tiles it takes to cover a size.
+FIAK_HOST_DEVICE inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+/// A number as a type.
+template <int kNumber>
+struct Constant {
+  static constexpr int value = kNumber;
+};
+
+/// call(Element{}, Constant<kHead>{}) for the kernels of these arguments: kHead is the least of 64, 128 and 256 that
+/// neither head_size nor value_size exceeds.
+template <class Call>
+void with_kernel_of(const AttentionArgs& args, Call&& call) {
+  const auto with_head = [&](auto element) {
+    const int64_t size = std::max(args.head_size, args.value_size);
+    if (size <= 64) return call(element, Constant<64>{});
+    if (size <= 128) return call(element, Constant<128>{});
+    call(element, Constant<256>{});
+  };
+  switch (args.dtype) {
+    case DType::kFloat16:
+      return with_head(Half{});
+    case DType::kBFloat16:
+      return with_head(BFloat16{});
+    default:
+      return with_head(float{});
+  }
+}
+
+/// define(dtype's name, Element) for every dtype, and define(dtype's name, Element, kHead) for every head, too.
+#define FIAK_FOR_ATTENTION_DTYPES(define) define(f32, float) define(f16, Half) define(bf16, BFloat16)
+#define FIAK_FOR_ATTENTION_TYPES(define)                                                                              \
+  define(f32, float, 64) define(f32, float, 128) define(f32, float, 256) define(f16, Half, 64) define(f16, Half, 128) \
+      define(f16, Half, 256) define(bf16, BFloat16, 64) define(bf16, BFloat16, 128) define(bf16, BFloat16, 256)
+
+/// visit(Element{}), and visit(Element{}, Constant<kHead>{}), likewise.
+template <class Visit>
+void for_each_attention_dtype(Visit&& visit) {
+  visit(float{});
+  visit(Half{});
+  visit(BFloat16{});
+}
+template <class Visit>
+void for_each_attention_type(Visit&& visit) {
+  for_each_attention_dtype([&](auto element) {
+    visit(element, Constant<64>{});
+    visit(element, Constant<128>{});
+    visit(element, Constant<256>{});
+  });
+}
+
+}  // namespace fiak::cuda
