@@ -159,6 +159,8 @@ To bit_cast(const From& from) {
 #define blockDim ::fiak::simt::indices.block_size
 #define gridDim ::fiak::simt::indices.grid_size
 
+inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
+
 [[noreturn]] inline void __trap() { fiak::simt::trap(); }
 
 inline void __syncthreads(fiak::simt::Site site = fiak::simt::Site::here()) {

@@ -92,6 +92,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&sums)[kTiles][4], const
       }
     }
   } else {
+#pragma unroll 2
     for (int k = 0; k < columns; k += 4) {
       const auto add = [](float& sum, const Float4& x, const Float4& y) {
         sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
@@ -135,7 +136,7 @@ __device__ __forceinline__ void multiply_by_columns(float (&sums)[kColumnTiles][
   } else {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
+#pragma unroll(kColumnTiles < 32 ? 8 : 2)
       for (int k = 0; k < 8; ++k) {
         const int source = lane / 4 * 4 + k / 2;
         const float w0 = __shfl_sync(kAllLanes, weights[t][k % 2], source);

@@ -26,10 +26,12 @@ using PriorBackwardParams = BackwardParams<PriorWeights>;
 
 struct PriorSupport {
   using Weights = PriorWeights;
+  struct Shared {};
+
   const AttentionParams& params;
   const PriorWeights& weights;
 
-  __device__ PriorSupport(const AttentionParams& params, const PriorWeights& weights)
+  __device__ PriorSupport(const AttentionParams& params, const PriorWeights& weights, Shared&)
       : params(params), weights(weights) {}
 
   template <class Element>
@@ -122,6 +124,7 @@ struct GradPriorShared {
   Element key[T::kStreamed][T::kStride], value[T::kStreamed][T::kStride];
   float key_bias[T::kStreamed];
   float sums[T::kWarps][T::kStreamed];
+  PriorSupport::Shared support;
 };
 
 /// A block computes the gradient of kOwn rows and kStreamed keys of one prior, summed over all pairs that share a
@@ -130,7 +133,7 @@ template <class Element, int kHead>
 __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
   using T = BackwardTiling<Element, kHead>;
   auto& shared = shared_memory<GradPriorShared<Element, kHead>>();
-  const PriorSupport support(params, params.weights);
+  const PriorSupport support(params, params.weights, shared.support);
   const int64_t key_tiles = tiles_of(params.keys, T::kStreamed), row_tiles = tiles_of(params.weights.rows, T::kOwn);
   const int first_key = static_cast<int>(blockIdx.x % key_tiles) * T::kStreamed;
   const int first_row = static_cast<int>(blockIdx.x / key_tiles % row_tiles) * T::kOwn;
@@ -222,11 +225,11 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
 
 #define FIAK_PRIOR_KERNELS(dtype, Element, kHead)                                                                   \
   FIAK_KERNEL(fiak_prior_forward_##dtype##_d##kHead, prior_forward_kernel(Element, Constant<kHead>),                \
-              PriorForwardParams, (ForwardTiling<Element, kHead>::kThreads), sizeof(ForwardShared<Element, kHead>), \
-              tile_forward<PriorSupport, Element, kHead>)                                                           \
+              PriorForwardParams, (ForwardTiling<Element, kHead>::kThreads),                                        \
+              sizeof(ForwardShared<PriorSupport, Element, kHead>), tile_forward<PriorSupport, Element, kHead>)      \
   FIAK_KERNEL(fiak_prior_grad_query_##dtype##_d##kHead, prior_grad_query_kernel(Element, Constant<kHead>),          \
               PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                      \
-              sizeof(GradQueryShared<Element, kHead>), tile_grad_query<PriorSupport, Element, kHead>)               \
+              sizeof(GradQueryShared<PriorSupport, Element, kHead>), tile_grad_query<PriorSupport, Element, kHead>) \
   FIAK_KERNEL(fiak_prior_grad_key_##dtype##_d##kHead, prior_grad_key_kernel(Element, Constant<kHead>),              \
               PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                      \
               sizeof(GradKeyValueShared<PriorSupport, Element, kHead>),                                             \

@@ -6,6 +6,7 @@
 // 0, or hidden, or not in the pattern. A Support has:
 //
 //   Weights                      the part of the kernels' parameters that it is made of
+//   Shared                       what of it lies in shared memory
 //   computes(b, key_head)        false where kernels of another kind compute this key head and its query heads
 //   end_of_keys(head, query)     from which key on all are hidden from the queries before `query`
 //   first_query(key)             the first query that may see a key
@@ -143,11 +144,12 @@ struct ForwardTiling : Tiling<Element, kHead> {
   static constexpr int kThreads = 32 * kWarps;
 };
 
-template <class Element, int kHead, class T = ForwardTiling<Element, kHead>>
+template <class Support, class Element, int kHead, class T = ForwardTiling<Element, kHead>>
 struct ForwardShared {
   alignas(16) Element query[T::kOwn][T::kStride];
   Element key[2][T::kStreamed][T::kStride], value[2][T::kStreamed][T::kStride];
   float key_bias[T::kStreamed];
+  typename Support::Shared support;
 };
 
 /// A block computes ForwardTiling's kOwn queries of one head, a warp 16 of them; keys and values stream through shared
@@ -155,8 +157,8 @@ struct ForwardShared {
 template <class Support, class Element, int kHead>
 __device__ __forceinline__ void tile_forward(const ForwardParams<typename Support::Weights>& params) {
   using T = ForwardTiling<Element, kHead>;
-  auto& shared = shared_memory<ForwardShared<Element, kHead>>();
-  const Support support(params, params.weights);
+  auto& shared = shared_memory<ForwardShared<Support, Element, kHead>>();
+  const Support support(params, params.weights, shared.support);
   const int64_t tiles = tiles_of(params.queries, T::kOwn);
   const Head head(params, blockIdx.x / tiles);
   if (!support.template computes<Element>(head.b, head.key_head)) return;
@@ -234,12 +236,13 @@ struct BackwardTiling : Tiling<Element, kHead> {
   static constexpr int kThreads = 32 * kWarps;
 };
 
-template <class Element, int kHead, class T = BackwardTiling<Element, kHead>>
+template <class Support, class Element, int kHead, class T = BackwardTiling<Element, kHead>>
 struct GradQueryShared {
   alignas(16) Element query[T::kOwn][T::kStride];
   Element grad_output[T::kOwn][T::kStride];
   Element key[T::kStages][T::kStreamed][T::kStride], value[T::kStages][T::kStreamed][T::kStride];
   float key_bias[T::kStreamed];
+  typename Support::Shared support;
 };
 
 template <class Support, class Element, int kHead, class T = BackwardTiling<Element, kHead>>
@@ -248,7 +251,9 @@ struct GradKeyValueShared {
   Element value[T::kOwn][T::kStride];
   Element query[T::kStages][T::kStreamed][T::kStride], grad_output[T::kStages][T::kStreamed][T::kStride];
   float logsumexp[T::kStages][T::kStreamed], delta[T::kStages][T::kStreamed];
+  float key_bias[T::kOwn];
   typename Support::template KeyRows<T::kOwn>::template Staged<T::kStreamed> weights[T::kStages];
+  typename Support::Shared support;
 };
 
 /// Makes of a score its pair's w exp(s - logsumexp): 0 outside the support and in empty rows.
@@ -262,8 +267,8 @@ __device__ __forceinline__ float probability(float score, float log_weight, floa
 template <class Support, class Element, int kHead>
 __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Support::Weights>& params) {
   using T = BackwardTiling<Element, kHead>;
-  auto& shared = shared_memory<GradQueryShared<Element, kHead>>();
-  const Support support(params, params.weights);
+  auto& shared = shared_memory<GradQueryShared<Support, Element, kHead>>();
+  const Support support(params, params.weights, shared.support);
   const int64_t tiles = tiles_of(params.queries, T::kOwn);
   const Head head(params, blockIdx.x / tiles);
   if (!support.template computes<Element>(head.b, head.key_head)) return;
@@ -305,7 +310,7 @@ template <class Support, class Element, int kHead, bool kGradKey>
 __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typename Support::Weights>& params) {
   using T = BackwardTiling<Element, kHead>;
   auto& shared = shared_memory<GradKeyValueShared<Support, Element, kHead>>();
-  const Support support(params, params.weights);
+  const Support support(params, params.weights, shared.support);
   const int64_t tiles = tiles_of(params.keys, T::kOwn);
   const int b = static_cast<int>(blockIdx.x / tiles / params.key_heads);
   const int key_head = static_cast<int>(blockIdx.x / tiles % params.key_heads);
@@ -328,7 +333,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   const auto first_query_at = [&](int i) { return (first_tile + i % head_tiles) * T::kStreamed; };
 
   float sums[T::kColumnTiles][4] = {};
-  float biases[2] = {}, sum[2] = {};  // of d s; of rows group_row() and group_row() + 8
+  float sum[2] = {};  // of d s; of rows group_row() and group_row() + 8
   bool has_biases = false;
   const typename Support::template KeyRows<T::kOwn> rows(support, first_key);
   stream<T::kStages>(
@@ -354,10 +359,8 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
       },
       [&](int i, int stage) {
         if (params.is_gaussian && !has_biases) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            biases[r] = key_bias_of(shared.key[16 * warp_index() + group_row() + 8 * r], params);
-          }
+          compute_key_biases<T::kThreads>(shared.key_bias, shared.key, params);
+          __syncthreads();
           has_biases = true;
         }
         const Head head = head_at(i);
@@ -370,7 +373,8 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            scores[t][e] = probability(scores[t][e], weights[t][e], biases[e / 2],
+            const float bias = params.is_gaussian ? shared.key_bias[16 * warp_index() + group_row() + e / 2 * 8] : 0.0f;
+            scores[t][e] = probability(scores[t][e], weights[t][e], bias,
                                        shared.logsumexp[stage][8 * t + group_column() + e % 2], params);
           }
         }
