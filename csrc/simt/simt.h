@@ -179,6 +179,10 @@ template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes, fiak::simt::Site site = fiak::simt::Site::here()) {
   return __shfl_sync(mask, value, static_cast<int>(fiak::simt::lane()) ^ lanes, site);
 }
+inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value, fiak::simt::Site site = fiak::simt::Site::here()) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) value |= __shfl_xor_sync(mask, value, lanes, site);
+  return value;
+}
 inline uint32_t __ballot_sync(uint32_t mask, bool predicate, fiak::simt::Site site = fiak::simt::Site::here()) {
   return fiak::simt::ballot(mask, predicate, site);
 }

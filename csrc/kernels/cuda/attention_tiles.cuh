@@ -32,17 +32,17 @@ __device__ __forceinline__ float quad_maximum(float x) {
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-/// Starts to copy rows [first, first + kRows) of a head to shared memory. Rows from `end` on, and columns from
-/// `columns` on to a multiple of 16, become zero; they are not read.
+/// Starts to copy rows [first, first + kRows) of a head to shared memory. Rows from `end` on, those whose bit in `used`
+/// is not set, and columns from `columns` on to a multiple of 16, become zero; they are not read.
 template <int kThreads, class Element, int kRows, int kStride>
 __device__ __forceinline__ void load_rows(Element (&tile)[kRows][kStride], const Element* head, int64_t row_stride,
-                                          int first, int end, int columns) {
+                                          int first, int end, int columns, uint64_t used = ~uint64_t{0}) {
   constexpr int kChunk = 16 / sizeof(Element);
   constexpr int kChunks = kStride / kChunk - 1;
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * kChunk;
     if (column >= (columns + 15) / 16 * 16) continue;
-    const bool inside = first + row < end && column < columns;
+    const bool inside = first + row < end && column < columns && (used >> row & 1) != 0;
     const int count = !inside ? 0 : columns - column < kChunk ? columns - column : kChunk;
     const Element* source = inside ? head + (first + row) * row_stride + column : head;
     Element* target = &tile[row][column];

@@ -44,10 +44,11 @@ struct CsrSupport {
   }
   __device__ int end_of_keys(const Head& head, int) const { return head.keys; }
   __device__ int first_query(int) const { return 0; }
+  __device__ int offset(const Head& head) const { return static_cast<int>(pattern.offset(params, weights, head.b)); }
 
   /// The pattern's row of a head's query 0.
   __device__ int64_t first_row(const Head& head) const {
-    return pattern.first_row(params, head.b, head.h) + pattern.offset(params, weights, head.b);
+    return pattern.first_row(params, head.b, head.h) + offset(head);
   }
 
   /// The bits of kKeys keys from `key` on, a multiple of kKeys.
@@ -55,18 +56,6 @@ struct CsrSupport {
   __device__ __forceinline__ uint64_t bits(int64_t row, int key) const {
     static_assert(64 % kKeys == 0, "they must lie in one word");
     return pattern.plan.bits[row * pattern.plan.row_words + key / 64] >> (key % 64) & low_bits(kKeys);
-  }
-
-  /// Whether any of `kRows` queries from `query` on, whose head's query 0 has the given row, has an entry among kKeys
-  /// keys from `key` on; the warp works together.
-  template <int kRows, int kKeys>
-  __device__ __forceinline__ bool any_entry(int64_t first_row, int query, int key) const {
-    bool any = false;
-#pragma unroll
-    for (int r = lane_index(); r < kRows; r += 32) {
-      if (query + r < params.queries) any = any || bits<kKeys>(first_row + query + r, key) != 0;
-    }
-    return __any_sync(kAllLanes, any);
   }
 
   /// Which entry is the first of a row from `key` on.
@@ -84,10 +73,23 @@ struct CsrSupport {
         : support_(support), first_row_(support.first_row(head)), first_query_(first_query), keys_(head.keys) {}
 
     template <int kKeys>
-    __device__ int next(int i, int count) const {
-      while (i < count && !support_.template any_entry<kRows, kKeys>(first_row_, first_query_, i * kKeys)) ++i;
+    __device__ int next(int i, int count) {
+      for (; i < count; ++i) {
+        uint64_t used = 0;
+#pragma unroll
+        for (int r = lane_index(); r < kRows; r += 32) {
+          if (first_query_ + r < support_.params.queries) {
+            used |= support_.template bits<kKeys>(first_row_ + first_query_ + r, i * kKeys);
+          }
+        }
+        const unsigned low = __reduce_or_sync(kAllLanes, static_cast<unsigned>(used));
+        const unsigned high = kKeys > 32 ? __reduce_or_sync(kAllLanes, static_cast<unsigned>(used >> 32)) : 0;
+        used_ = uint64_t{high} << 32 | low;
+        if (used_ != 0) break;
+      }
       return i;
     }
+    __device__ uint64_t used() const { return used_; }
 
     template <int kTiles>
     __device__ __forceinline__ bool load(float (&tiles)[kTiles][4], int key) {
@@ -138,6 +140,7 @@ struct CsrSupport {
     const CsrSupport& support_;
     int64_t first_row_;
     int first_query_, keys_;
+    uint64_t used_ = 0;
     int passed_[2] = {};  // entries of rows group_row() and group_row() + 8 before the tile, where there are values
   };
 
@@ -153,9 +156,19 @@ struct CsrSupport {
     __device__ KeyRows(const CsrSupport& support, int first_key) : support_(support), first_key_(first_key) {}
 
     template <int kQueries>
-    __device__ bool has_pairs(const Head& head, int query) const {
-      return support_.template any_entry<kQueries, kRows>(support_.first_row(head), query, first_key_);
+    __device__ bool has_pairs(const Head& head, int query) {
+      const int64_t first_row = support_.first_row(head);
+      used_ = 0;
+#pragma unroll
+      for (int first = 0; first < kQueries; first += 32) {
+        const int r = first + lane_index();
+        const bool any = r < kQueries && query + r < support_.params.queries &&
+                         support_.template bits<kRows>(first_row + query + r, first_key_) != 0;
+        used_ |= uint64_t{__ballot_sync(kAllLanes, any)} << first;
+      }
+      return used_ != 0;
     }
+    __device__ uint64_t used() const { return used_; }
 
     template <class Staged>
     __device__ void stage(Staged& staged, const Head& head, int first_query, int thread) const {
@@ -197,6 +210,7 @@ struct CsrSupport {
    private:
     const CsrSupport& support_;
     int first_key_;
+    uint64_t used_ = 0;
   };
 };
 

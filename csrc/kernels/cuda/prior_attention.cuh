@@ -42,6 +42,7 @@ struct PriorSupport {
     return weights.is_causal ? min(head.keys, query) : head.keys;
   }
   __device__ int first_query(int key) const { return weights.is_causal ? key : 0; }
+  __device__ int offset(const Head&) const { return 0; }
 
   /// Row 0 of a head's weights, or null.
   __device__ const float* prior(const Head& head) const {
@@ -79,6 +80,7 @@ struct PriorSupport {
     __device__ int next(int i, int) const {
       return i;
     }
+    __device__ uint64_t used() const { return ~uint64_t{0}; }
     template <int kTiles>
     __device__ __forceinline__ bool load(float (&tiles)[kTiles][4], int key) const {
       return support_.template load<false>(tiles, head_, prior_, warp_query_, key);
@@ -104,6 +106,7 @@ struct PriorSupport {
     __device__ bool has_pairs(const Head&, int) const {
       return true;
     }
+    __device__ uint64_t used() const { return ~uint64_t{0}; }
     template <class Staged>
     __device__ void stage(Staged&, const Head&, int, int) const {}
     template <int kTiles, class Staged>

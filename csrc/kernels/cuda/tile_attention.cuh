@@ -10,6 +10,7 @@
 //   computes(b, key_head)        false where kernels of another kind compute this key head and its query heads
 //   end_of_keys(head, query)     from which key on all are hidden from the queries before `query`
 //   first_query(key)             the first query that may see a key
+//   offset(head)                 what to add to a query for its row of the weights
 //   QueryRows<kRows>             the weights of a block of queries, for products of queries by keys:
 //     next<kKeys>(i, count)        the first of the tiles of kKeys keys from i on in which any of the queries has a
 //     pair,
@@ -19,6 +20,7 @@
 //   KeyRows<kRows>               the weights of a block of keys, for products of keys by queries:
 //     Staged<kQueries>             what of a tile of queries lies in shared memory
 //     has_pairs<kQueries>(head, query)             whether any of the keys has a pair in the tile, for the whole warp
+//     used()                                       a bit for each of its queries, likewise
 //     stage(staged, head, query)                   fills it; for the whole block
 //     load(weights, staged, head, query)           as above
 //
@@ -76,7 +78,7 @@ __device__ __forceinline__ void compute_key_biases(float (&biases)[kRows], const
   }
 }
 
-/// Multiplies a product's tiles by dropout's factors.
+/// Multiplies a product's tiles by dropout's factors; n is the first query's row of the weights.
 template <bool kKeysAreRows, int kTiles>
 __device__ __forceinline__ void apply_dropout(float (&tiles)[kTiles][4], const AttentionParams& params,
                                               const Head& head, int n, int j) {
@@ -120,9 +122,10 @@ __device__ __forceinline__ void for_key_tiles(Shared& shared, const AttentionPar
   stream<kStages>(
       count, [&](int i) { return rows.template next<T::kStreamed>(i, count); },
       [&](int i, int stage) {
-        load_rows<T::kThreads>(shared.key[stage], key, params.key.row_stride, i * T::kStreamed, end, params.head_size);
+        load_rows<T::kThreads>(shared.key[stage], key, params.key.row_stride, i * T::kStreamed, end, params.head_size,
+                               rows.used());
         load_rows<T::kThreads>(shared.value[stage], value, params.value.row_stride, i * T::kStreamed, end,
-                               params.value_size);
+                               params.value_size, rows.used());
       },
       [&](int i, int stage) {
         if (params.is_gaussian) {
@@ -207,7 +210,8 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Suppor
             sum[e / 2] += scores[t][e];
           }
         }
-        if (params.dropout_threshold != 0) apply_dropout<false>(scores, params, head, warp_query, first_key);
+        if (params.dropout_threshold != 0)
+          apply_dropout<false>(scores, params, head, warp_query + support.offset(head), first_key);
         multiply_by_columns(output, scores, shared.value[stage], params.value_size);
       });
 
@@ -286,7 +290,8 @@ __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Su
         float scores[T::kTiles][4] = {}, grads[T::kTiles][4] = {};
         multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key[stage], params.head_size);
         multiply_by_rows(grads, &shared.grad_output[16 * warp_index()], shared.value[stage], params.value_size);
-        if (params.dropout_threshold != 0) apply_dropout<false>(grads, params, head, warp_query, first_key);
+        if (params.dropout_threshold != 0)
+          apply_dropout<false>(grads, params, head, warp_query + support.offset(head), first_key);
 #pragma unroll
         for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
@@ -335,7 +340,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   float sums[T::kColumnTiles][4] = {};
   float sum[2] = {};  // of d s; of rows group_row() and group_row() + 8
   bool has_biases = false;
-  const typename Support::template KeyRows<T::kOwn> rows(support, first_key);
+  typename Support::template KeyRows<T::kOwn> rows(support, first_key);
   stream<T::kStages>(
       count,
       [&](int i) {
@@ -346,9 +351,10 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         const Head head = head_at(i);
         const int first_query = first_query_at(i);
         load_rows<T::kThreads>(shared.query[stage], head_of<Element>(params.query, b, head.h), params.query.row_stride,
-                               first_query, params.queries, params.head_size);
+                               first_query, params.queries, params.head_size, rows.used());
         load_rows<T::kThreads>(shared.grad_output[stage], head_of<Element>(params.grad_output, b, head.h),
-                               params.grad_output.row_stride, first_query, params.queries, params.value_size);
+                               params.grad_output.row_stride, first_query, params.queries, params.value_size,
+                               rows.used());
         const int thread = static_cast<int>(threadIdx.x);
         if (thread < T::kStreamed) {
           const RowState row(params, head, first_query + thread);
@@ -381,7 +387,8 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         if constexpr (kGradKey) {
           float grads[T::kTiles][4] = {};
           multiply_by_rows(grads, &shared.value[16 * warp_index()], shared.grad_output[stage], params.value_size);
-          if (params.dropout_threshold != 0) apply_dropout<true>(grads, params, head, first_query, warp_key);
+          if (params.dropout_threshold != 0)
+            apply_dropout<true>(grads, params, head, first_query + support.offset(head), warp_key);
 #pragma unroll
           for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
@@ -393,7 +400,8 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
           }
           multiply_by_columns(sums, scores, shared.query[stage], params.head_size);
         } else {
-          if (params.dropout_threshold != 0) apply_dropout<true>(scores, params, head, first_query, warp_key);
+          if (params.dropout_threshold != 0)
+            apply_dropout<true>(scores, params, head, first_query + support.offset(head), warp_key);
           multiply_by_columns(sums, scores, shared.grad_output[stage], params.value_size);
         }
       });
