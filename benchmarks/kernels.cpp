@@ -28,7 +28,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <random>
 #include <sstream>
@@ -40,6 +39,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/dtypes.h"
 #include "machine.h"
+#include "recorded.h"
 
 namespace fiak {
 namespace {
@@ -83,42 +83,6 @@ struct Mask {
   std::string name() const { return kind + ":" + std::to_string(pruned); }
 };
 
-/// A recorded mask (masks/README.md): uint8 [layers, heads, length, ceil(length / 8)], bits from the lowest.
-struct Recorded {
-  explicit Recorded(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    const size_t shape = bytes.find("'shape': (");
-    if (shape == std::string::npos || bytes.compare(1, 5, "NUMPY") != 0)
-      throw std::runtime_error("cannot read " + path);
-    int64_t layers = 0, layer_heads = 0;
-    if (std::sscanf(bytes.c_str() + shape, "'shape': (%ld, %ld, %ld, %ld", &layers, &layer_heads, &length, &stride) !=
-        4) {
-      throw std::runtime_error(path + " must have four dimensions");
-    }
-    heads = layers * layer_heads;
-    bits.assign(bytes.end() - heads * length * stride, bytes.end());
-    is_causal = true;
-    for (int64_t i = 0; i < length; ++i) {
-      for (int64_t j = i + 1; j < length; ++j) is_causal = is_causal && !at(0, i, j);
-    }
-  }
-  bool at(int64_t head, int64_t row, int64_t column) const {
-    return bits[(head * length + row) * stride + column / 8] >> column % 8 & 1;
-  }
-  /// benchmarks.cases.recorded_heads: tiled, and mirrored below the diagonal of a causal mask.
-  bool tiled(int64_t head, int64_t row, int64_t column) const {
-    row %= length;
-    column %= length;
-    if (is_causal && column > row) std::swap(row, column);
-    return at(head % heads, row, column);
-  }
-
-  int64_t heads = 0, length = 0, stride = 0;
-  bool is_causal = false;
-  std::vector<unsigned char> bits;
-};
-
 std::string recorded_path(const Case& c, int pruned) {
   return FIAK_BENCHMARKS "/masks/" + c.recorded + "_" + std::to_string(pruned) + ".npy";
 }
@@ -128,8 +92,8 @@ class Pattern {
  public:
   Pattern(const Case& c, const Mask& mask) : queries_(c.queries), keys_(c.keys) {
     std::mt19937 engine(7);
-    const std::unique_ptr<Recorded> recorded(mask.kind == "recorded" ? new Recorded(recorded_path(c, mask.pruned))
-                                                                     : nullptr);
+    const std::unique_ptr<benchmarks::RecordedMask> recorded(
+        mask.kind == "recorded" ? new benchmarks::RecordedMask(recorded_path(c, mask.pruned)) : nullptr);
     const double limit = mask.pruned / 100.0 * 4294967296.0;
     std::vector<bool> read(c.key_heads * c.keys);
     for (int64_t row = 0; row < c.query_heads * c.queries; ++row) {

@@ -196,9 +196,10 @@ def test_which_kernel() -> None:
         with pytest.raises(ValueError, match=r"device must be .* kernels of prior_attention for \(got cuda\)"):
             fiak_ext.which_kernel("prior_attention", torch.float16, "cuda")
     else:
-        assert fiak_ext.which_kernel("prior_attention", torch.float16, "cuda") == "prior_attention/cuda"
-        with pytest.raises(ValueError, match=r"dtype must not be torch\.float64 for prior_attention on CUDA"):
-            fiak_ext.which_kernel("prior_attention", torch.float64, "cuda")
+        for op in ("prior_attention", "csr_attention"):
+            assert fiak_ext.which_kernel(op, torch.float16, "cuda") == f"{op}/cuda"
+            with pytest.raises(ValueError, match=rf"dtype must not be torch\.float64 for {op} on CUDA"):
+                fiak_ext.which_kernel(op, torch.float64, "cuda")
 
 
 def test_everything_public_is_there() -> None:

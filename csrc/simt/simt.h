@@ -247,6 +247,20 @@ inline void ldmatrix_transposed(uint32_t (&d)[4], const void* row, simt::Site si
   simt::exchange_matrices(elements, d, true, site);
 }
 
+inline float as_float(uint32_t bits) { return bits_to_float(bits); }
+inline void load_16_bytes(uint32_t* words, const void* source, bool is_read) {
+  std::memset(words, 0, 16);
+  if (!is_read) return;
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0) simt::trap();
+  std::memcpy(words, source, 16);
+}
+template <class Element>
+void load_elements(uint32_t* words, const Element* source, int count) {
+  constexpr int kMost = 16 / sizeof(Element);
+  std::memset(words, 0, 16);
+  if (count > 0) std::memcpy(words, source, (count < kMost ? count : kMost) * sizeof(Element));
+}
+
 inline void copy_async(void* target, const void* source, unsigned bytes, simt::Site site = simt::Site::here()) {
   const simt::Copy copy{target, source, simt::broken(site) ? 16 : bytes};
   if (reinterpret_cast<uintptr_t>(target) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) simt::trap();

@@ -262,9 +262,11 @@ void clear_blocks(Random& random, Tensor& weight) {
 
 }  // namespace
 
-Problem prior_problem(Random& random, const PriorCase& properties) {
-  using Prior = PriorCase::Prior;
-  const PriorCase& p = properties;
+namespace {
+
+/// What the cases of both ops have in common.
+template <class Case>
+Problem problem_of(Random& random, const Case& p) {
   Problem problem;
   AttentionArgs& args = problem.args;
   args.batch = p.batch;
@@ -280,6 +282,16 @@ Problem prior_problem(Random& random, const PriorCase& properties) {
   args.seed = static_cast<uint64_t>(random.integer(0, std::numeric_limits<int64_t>::max() - 1)) * 3;
   for (int64_t b = 0; b < p.batch && p.has_kv_lens; ++b) problem.kv_lens.push_back(random.integer(0, p.keys));
   fill_operands(random, p.dtype, problem);
+  return problem;
+}
+
+}  // namespace
+
+Problem prior_problem(Random& random, const PriorCase& properties) {
+  using Prior = PriorCase::Prior;
+  const PriorCase& p = properties;
+  Problem problem = problem_of(random, p);
+  const AttentionArgs& args = problem.args;
   problem.is_causal = p.is_causal;
   problem.has_weight = p.prior != Prior::kNone;
   problem.weight = Tensor(DType::kFloat64, 1, 1, 1, 0);
@@ -301,23 +313,11 @@ Sizes decode_sizes(Random& random) {
   return {random.chance(0.8) ? random.integer(1, 9) : random.integer(10, 17), keys, 40};
 }
 
-/// Adds the rest of a call of csr_attention to a problem, with the pattern that make(heads, rows) gives.
-template <class MakePattern>
-Problem with_pattern(Random& random, Problem problem, double values, MakePattern&& make) {
+/// Makes NaN of the keys and values that no row of the pattern keeps: they are never read.
+void hide_unseen_keys(Problem& problem) {
   const AttentionArgs& args = problem.args;
-  const int64_t groups = random_groups(random, args.batch);
-  int64_t rows = std::max<int64_t>(args.queries, 1);  // a pattern without rows has no heads: the op calls no kernel
-  if (random.chance(0.3)) {
-    rows += random.integer(0, 20);
-    for (int64_t b = 0; b < args.batch; ++b) problem.query_offsets.push_back(random.integer(0, rows - args.queries));
-  }
-  problem.pattern = std::make_shared<Pattern>(make(groups * args.query_heads, rows));
   const Pattern& pattern = *problem.pattern;
-  problem.has_weight = random.chance(values);
-  problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? pattern.nnz() : 0);
-  fill_weights(random, problem.weight);
-
-  // What no row of the pattern keeps is never read.
+  const int64_t groups = pattern.heads / args.query_heads, rows = pattern.queries;
   std::vector<bool> kept(args.batch * args.key_heads * args.keys, false);
   const int64_t shared = args.query_heads / args.key_heads;
   for (int64_t b = 0; b < args.batch; ++b) {
@@ -334,6 +334,25 @@ Problem with_pattern(Random& random, Problem problem, double values, MakePattern
     problem.key.set_row(row / args.keys / args.key_heads, row / args.keys % args.key_heads, row % args.keys, kNaN);
     problem.value.set_row(row / args.keys / args.key_heads, row / args.keys % args.key_heads, row % args.keys, kNaN);
   }
+}
+
+/// Adds the rest of a call of csr_attention to a problem, with the pattern that make(heads, rows) gives.
+template <class MakePattern>
+Problem with_pattern(Random& random, Problem problem, double values, MakePattern&& make) {
+  const AttentionArgs& args = problem.args;
+  const int64_t groups = random_groups(random, args.batch);
+  int64_t rows = std::max<int64_t>(args.queries, 1);  // a pattern without rows has no heads: the op calls no kernel
+  if (random.chance(0.3)) {
+    rows += random.integer(0, 20);
+    for (int64_t b = 0; b < args.batch; ++b) problem.query_offsets.push_back(random.integer(0, rows - args.queries));
+  }
+  problem.pattern = std::make_shared<Pattern>(make(groups * args.query_heads, rows));
+  const Pattern& pattern = *problem.pattern;
+  problem.has_weight = random.chance(values);
+  problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? pattern.nnz() : 0);
+  fill_weights(random, problem.weight);
+
+  hide_unseen_keys(problem);
   return problem;
 }
 
@@ -367,6 +386,54 @@ Problem with_random_pattern(Random& random, const Problem& problem) {
 }
 
 }  // namespace
+
+namespace {
+
+/// A pattern as CsrCase describes it.
+Pattern kept_pattern(Random& random, int64_t heads, int64_t rows, int64_t keys, CsrCase::Kept kept) {
+  using Kept = CsrCase::Kept;
+  constexpr double kDensities[] = {0, 0.02, 0.15, 0.5, 1, 0.5};
+  if (kept != Kept::kGaps) {
+    return Pattern(random, heads, rows, keys, kDensities[static_cast<int>(kept)], kept == Kept::kCausal);
+  }
+  constexpr int64_t kBlock = 50;
+  std::vector<int64_t> crow{0}, col;
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t odd = random.integer(0, 1);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const bool is_kept = row % 5 != 1 && j % 7 != 2 && (row / kBlock + j / kBlock) % 2 == odd;
+        if (is_kept && random.chance(0.3)) col.push_back(j);
+      }
+      crow.push_back(static_cast<int64_t>(col.size()));
+    }
+  }
+  return Pattern(heads, rows, keys, crow, col);
+}
+
+}  // namespace
+
+Problem csr_problem(Random& random, const CsrCase& properties, std::shared_ptr<Pattern> pattern) {
+  Problem problem = problem_of(random, properties);
+  const AttentionArgs& args = problem.args;
+  problem.pattern = std::move(pattern);
+  for (int64_t b = 0; b < args.batch && properties.has_query_offsets; ++b) {
+    problem.query_offsets.push_back(random.integer(0, problem.pattern->queries - args.queries));
+  }
+  problem.has_weight = properties.has_values;
+  problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? problem.pattern->nnz() : 0);
+  fill_weights(random, problem.weight);
+  hide_unseen_keys(problem);
+  return problem;
+}
+
+Problem csr_problem(Random& random, const CsrCase& properties) {
+  const CsrCase& p = properties;
+  const int64_t heads = p.groups * p.key_heads * p.heads_per_key_head;
+  // A pattern without rows has no heads: the op calls no kernel.
+  const int64_t rows = std::max<int64_t>(p.queries, 1) + (p.has_query_offsets ? random.integer(0, 20) : 0);
+  return csr_problem(random, p, std::make_shared<Pattern>(kept_pattern(random, heads, rows, p.keys, p.kept)));
+}
 
 Problem random_csr_problem(Random& random, DType dtype) {
   return with_random_pattern(random, random_problem(random, dtype));

@@ -67,6 +67,23 @@ struct PriorCase {
 };
 Problem prior_problem(Random& random, const PriorCase& properties);
 
+/// A call of csr_attention whose every property is given.
+struct CsrCase {
+  /// kThin, kSparse and kHalf: 2%, 15% and 50% of the pairs; kCausal: 50% of those with j <= i; kGaps: 30%, and empty
+  /// rows, columns and whole blocks of pairs.
+  enum class Kept { kNone, kThin, kSparse, kHalf, kAll, kCausal, kGaps };
+
+  DType dtype;
+  int64_t batch, groups, key_heads, heads_per_key_head, queries, keys, head_size, value_size;
+  Score score;
+  double scale_factor, dropout_p;  ///< times 1 / sqrt(head_size)
+  bool has_kv_lens, has_query_offsets, has_values;
+  Kept kept;
+};
+Problem csr_problem(Random& random, const CsrCase& properties);
+/// The same with a pattern of groups * query heads, of at least `queries` rows each.
+Problem csr_problem(Random& random, const CsrCase& properties, std::shared_ptr<Pattern> pattern);
+
 /// What some implementation's kernels must do in one dtype.
 class KernelChecks {
  protected:

@@ -1,4 +1,6 @@
 // fiak::csr_attention and fiak::csr_plan: CPU, Meta, Autograd and Autocast. Schemas and shapes are in library.cpp.
+#include "torch/csr_attention.h"
+
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -6,7 +8,6 @@
 #include <string>
 
 #include "kernels/pattern/plan.h"
-#include "torch/attention.h"
 #include "torch/checks.h"
 
 namespace fiak {
@@ -138,28 +139,11 @@ ForwardTensors forward_cpu(const CsrInputs& in) {
                      on_threads(cpu_kernels(in.query).csr_forward));
 }
 
-ForwardTensors forward_meta(const CsrInputs& in) {
-  check_csr_attention(kForward, in);
-  return empty_forward(in.query, in.value);
-}
-
-GradTensors backward_meta(const CsrGradInputs& in) {
-  check_csr_attention(kBackward, in.inputs());
-  check_attention_backward(kBackward, in.query, in.value, in.grad_output, in.output, in.logsumexp);
-  return empty_grads(in.query, in.key, in.value, in.values, in.output_mask);
-}
-
 GradTensors backward_cpu(const CsrGradInputs& in) {
-  GradTensors grads = backward_meta(in);  // the same checks and results
+  GradTensors grads = csr_backward_meta(in);  // the same checks and results
   run_backward(csr_operands(kBackward, in.inputs()).args, in.grad_output, in.output, in.logsumexp, grads,
                on_threads(cpu_kernels(in.query).csr_backward));
   return grads;
-}
-
-Tensor plan_cpu(const Tensor& crow_indices, const Tensor& col_indices, int64_t num_queries, int64_t num_keys) {
-  check_csr_plan(crow_indices, col_indices, num_queries, num_keys);
-  const Tensor crow = crow_indices.contiguous(), col = col_indices.contiguous();
-  return make_plan(kPlan, csr_indices(crow, col), num_queries, num_keys);
 }
 
 /// plan_layout(...).bytes of symbolic sizes.
@@ -189,6 +173,23 @@ constexpr auto* backward_kernel = Kernel<function, CsrGradInputs::Signature>::ca
 
 }  // namespace
 
+ForwardTensors csr_forward_meta(const CsrInputs& in) {
+  check_csr_attention(kForward, in);
+  return empty_forward(in.query, in.value);
+}
+
+GradTensors csr_backward_meta(const CsrGradInputs& in) {
+  check_csr_attention(kBackward, in.inputs());
+  check_attention_backward(kBackward, in.query, in.value, in.grad_output, in.output, in.logsumexp);
+  return empty_grads(in.query, in.key, in.value, in.values, in.output_mask);
+}
+
+Tensor csr_plan_cpu(const Tensor& crow_indices, const Tensor& col_indices, int64_t num_queries, int64_t num_keys) {
+  check_csr_plan(crow_indices, col_indices, num_queries, num_keys);
+  const Tensor crow = crow_indices.contiguous(), col = col_indices.contiguous();
+  return make_plan(kPlan, csr_indices(crow, col), num_queries, num_keys);
+}
+
 TORCH_LIBRARY_IMPL(fiak, CompositeImplicitAutograd, m) { m.impl("csr_attention", forward_kernel<Tensor, attention>); }
 
 TORCH_LIBRARY_IMPL(fiak, AutocastCPU, m) { m.impl("csr_attention", forward_kernel<Tensor, attention_in_autocast>); }
@@ -202,12 +203,12 @@ TORCH_LIBRARY_IMPL(fiak, Autograd, m) {
 TORCH_LIBRARY_IMPL(fiak, CPU, m) {
   m.impl("csr_attention_forward", forward_kernel<ForwardTensors, forward_cpu>);
   m.impl("csr_attention_backward", backward_kernel<backward_cpu>);
-  m.impl("csr_plan", plan_cpu);
+  m.impl("csr_plan", csr_plan_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fiak, Meta, m) {
-  m.impl("csr_attention_forward", forward_kernel<ForwardTensors, forward_meta>);
-  m.impl("csr_attention_backward", backward_kernel<backward_meta>);
+  m.impl("csr_attention_forward", forward_kernel<ForwardTensors, csr_forward_meta>);
+  m.impl("csr_attention_backward", backward_kernel<csr_backward_meta>);
   m.impl("csr_plan", plan_meta);
 }
 

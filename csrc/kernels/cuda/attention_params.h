@@ -52,10 +52,10 @@ struct PriorWeights {
 /// The weights of csr_attention: its pattern, by the plan that csr_plan made, and the entries' values.
 struct CsrWeights {
   const void* plan;
-  int64_t num_rows, nnz;         ///< of the pattern; the kernels trap where the plan is of another one
-  const float* values;           ///< [nnz], or null: all weights are 1
-  const int64_t* query_offsets;  ///< [batch]: query n is row n + offset of its head; or null for 0
-  int32_t selected;              ///< a CsrKernel
+  int64_t plan_bytes, num_rows, nnz;  ///< of plan and pattern; the kernels trap where the plan is of another one
+  const float* values;                ///< [nnz], or null: all weights are 1
+  const int64_t* query_offsets;       ///< [batch]: query n is row n + offset of its head; or null for 0
+  int32_t selected;                   ///< a CsrKernel
 };
 
 inline AttentionParams attention_params(const AttentionArgs& args, const int64_t* seed) {

@@ -54,8 +54,8 @@ struct CsrPattern {
  private:
   static __device__ PlanView view(const CsrWeights& weights, int64_t keys) {
     const auto* header = static_cast<const PlanHeader*>(weights.plan);
-    if (header->magic != kPlanMagic || header->num_rows != weights.num_rows || header->nnz != weights.nnz ||
-        header->num_keys != keys) {
+    if (header->magic != kPlanMagic || header->bytes != weights.plan_bytes || header->num_rows != weights.num_rows ||
+        header->nnz != weights.nnz || header->num_keys != keys) {
       __trap();
     }
     return view_plan(weights.plan);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/compact_rows.cuh"
+#include "kernels/cuda/csr_attention.cuh"
 #include "kernels/cuda/prior_attention.cuh"
 
 namespace fiak::cuda {
@@ -10,6 +11,7 @@ namespace fiak::cuda {
 template <class Visit>
 void for_each_kernel(Visit&& visit) {
   for_each_compact_rows_kernel(visit);
+  for_each_csr_entries_kernel(visit);
   for_each_prior_kernel(visit);
 }
 

@@ -83,6 +83,44 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&d)[4], const void
                : "memory");
 }
 
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
+/// 16 aligned bytes of global memory that the kernel does not write to; zeros where they are not to be read.
+__device__ __forceinline__ void load_16_bytes(uint32_t* words, const void* source, bool is_read) {
+  asm("{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
+      "mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
+      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+      : "l"(source), "r"(static_cast<uint32_t>(is_read)));
+}
+/// The same of elements anywhere, of which only the first `count` are read.
+template <class Element>
+__device__ __forceinline__ void load_elements(uint32_t* words, const Element* source, int count) {
+  static_assert(sizeof(Element) == 2, "");
+  asm("{\n .reg .pred p;\n .reg .b16 x<8>;\n"
+      "setp.gt.s32 p, %5, 0;\n mov.b16 x0, 0;\n @p ld.global.b16 x0, [%4 + 0];\n"
+      "setp.gt.s32 p, %5, 1;\n mov.b16 x1, 0;\n @p ld.global.b16 x1, [%4 + 2];\n"
+      "setp.gt.s32 p, %5, 2;\n mov.b16 x2, 0;\n @p ld.global.b16 x2, [%4 + 4];\n"
+      "setp.gt.s32 p, %5, 3;\n mov.b16 x3, 0;\n @p ld.global.b16 x3, [%4 + 6];\n"
+      "setp.gt.s32 p, %5, 4;\n mov.b16 x4, 0;\n @p ld.global.b16 x4, [%4 + 8];\n"
+      "setp.gt.s32 p, %5, 5;\n mov.b16 x5, 0;\n @p ld.global.b16 x5, [%4 + 10];\n"
+      "setp.gt.s32 p, %5, 6;\n mov.b16 x6, 0;\n @p ld.global.b16 x6, [%4 + 12];\n"
+      "setp.gt.s32 p, %5, 7;\n mov.b16 x7, 0;\n @p ld.global.b16 x7, [%4 + 14];\n"
+      "mov.b32 %0, {x0, x1};\n mov.b32 %1, {x2, x3};\n mov.b32 %2, {x4, x5};\n mov.b32 %3, {x6, x7};\n}"
+      : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+      : "l"(source), "r"(count));
+}
+__device__ __forceinline__ void load_elements(uint32_t* words, const float* source, int count) {
+  asm("{\n .reg .pred p;\n"
+      "setp.gt.s32 p, %5, 0;\n mov.b32 %0, 0;\n @p ld.global.b32 %0, [%4 + 0];\n"
+      "setp.gt.s32 p, %5, 1;\n mov.b32 %1, 0;\n @p ld.global.b32 %1, [%4 + 4];\n"
+      "setp.gt.s32 p, %5, 2;\n mov.b32 %2, 0;\n @p ld.global.b32 %2, [%4 + 8];\n"
+      "setp.gt.s32 p, %5, 3;\n mov.b32 %3, 0;\n @p ld.global.b32 %3, [%4 + 12];\n"
+      "}"
+      : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+      : "l"(source), "r"(count));
+}
+
 /// Copies up to 16 bytes from global to shared memory, both 16-byte aligned, and zeroes the rest of the 16.
 __device__ __forceinline__ void copy_async(void* target, const void* source, unsigned bytes) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));

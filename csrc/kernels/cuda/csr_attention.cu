@@ -1,0 +1,17 @@
+#include "kernels/cuda/csr_attention.cuh"
+#include "kernels/cuda/csr_attention.h"
+#include "kernels/cuda/launch.h"
+
+namespace fiak::cuda {
+
+void csr_attention_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+                           const ForwardResult& result, void* stream) {
+  csr_forward(args, weights, seed, result, LaunchOnStream{stream});
+}
+
+void csr_attention_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+                            const BackwardArgs& grads, float* delta, void* stream) {
+  csr_backward(args, weights, seed, grads, delta, LaunchOnStream{stream});
+}
+
+}  // namespace fiak::cuda

@@ -1,0 +1,323 @@
+// The device code of csr_attention, run on the CPU by simt, as one more implementation that must pass every test.
+// clang-format off
+#include "simt/simt.h"  // first: it stands in for what nvcc knows by itself
+// clang-format on
+#include <cstdio>
+#include <vector>
+
+#include "benchmarks/recorded.h"
+#include "kernels/cuda/csr_attention.cuh"
+#include "tests/attention_problem.h"
+#include "tests/pairwise.h"
+
+namespace fiak::tests {
+namespace {
+
+using cuda::CsrKernel;
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+/// Of the next launch. Every launch of a test has another seed; simt::Error and TearDown print it.
+simt::Schedule schedule;
+simt::Sites sites;  // of all launches since it was cleared
+CsrKernel selected = CsrKernel::kAuto;
+
+constexpr auto kLaunch = [](const auto& kernel, int64_t blocks, const auto& params) {
+  ++schedule.seed;
+  sites.merge(simt::run(kernel, blocks, schedule, params));
+};
+
+bool has_pairs(const AttentionArgs& args) {
+  return args.batch > 0 && args.query_heads > 0 && args.queries > 0 && args.keys > 0;
+}
+
+cuda::CsrWeights weights_of(const CsrArgs& args) {
+  const PlanHeader* plan = args.plan.header;
+  return {plan,
+          plan->bytes,
+          plan->num_rows,
+          plan->nnz,
+          static_cast<const float*>(args.values),
+          args.query_offsets,
+          static_cast<int32_t>(selected)};
+}
+
+/// As the op does it: kernels are launched where there are pairs.
+void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
+  if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).csr_forward(args, result, parallel);
+  const auto seed = static_cast<int64_t>(args.seed);
+  cuda::csr_forward(args, weights_of(args), &seed, result, kLaunch);
+}
+
+void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
+  if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).csr_backward(args, grads, parallel);
+  const auto seed = static_cast<int64_t>(args.seed);
+  std::vector<float> delta(args.batch * args.query_heads * args.queries);
+  cuda::csr_backward(args, weights_of(args), &seed, grads, delta.data(), kLaunch);
+}
+
+const cpu::Kernels kCudaKernels = [] {
+  cpu::Kernels kernels = cpu::kernels(cpu::Isa::kScalar);
+  kernels.csr_forward = forward;
+  kernels.csr_backward = backward;
+  return kernels;
+}();
+
+class CsrAttentionCuda : public testing::TestWithParam<DType>, protected KernelChecks {
+ protected:
+  void SetUp() override {
+    schedule = {};
+    selected = CsrKernel::kAuto;
+  }
+  void TearDown() override {
+    if (HasFailure()) std::printf("the latest launch had seed %d\n", static_cast<int>(schedule.seed));
+  }
+  DType dtype() const override { return GetParam(); }
+  const cpu::Kernels& kernels() const override { return kCudaKernels; }
+
+  /// The check with each kernel wherever it can run, and with their choice.
+  template <class Check>
+  void with_each_kernel(Check&& check) {
+    for (const CsrKernel kernel : {CsrKernel::kEntries, CsrKernel::kTiles, CsrKernel::kAuto}) {
+      selected = kernel;
+      SCOPED_TRACE(static_cast<int>(kernel));
+      check();
+      if (HasFatalFailure()) return;
+    }
+  }
+};
+
+constexpr int kRounds = simt::kThreadSanitizer ? 2 : kSanitized ? 8 : 32;
+
+TEST_P(CsrAttentionCuda, MatchesScalarFloat64) {
+  with_each_kernel([&] { matches_scalar_float64(random_csr_problem, kRounds); });
+}
+TEST_P(CsrAttentionCuda, MatchesScalarFloat64OnLongPatterns) {
+  if (simt::kThreadSanitizer) GTEST_SKIP() << "the plain build does it";
+  with_each_kernel([&] { matches_scalar_float64(random_long_csr_problem, kSanitized ? 1 : 3); });
+}
+TEST_P(CsrAttentionCuda, LeavesOutUnwantedGradients) {
+  leaves_out_unwanted_gradients(random_csr_problem, kSanitized ? 1 : 3);
+}
+TEST_P(CsrAttentionCuda, KeepsNanInItsPlace) {
+  with_each_kernel([&] { keeps_nan_in_its_place(random_csr_problem, kRounds / 8 + 1); });
+}
+TEST_P(CsrAttentionCuda, IgnoresHugeScoresOutsideTheSupport) {
+  with_each_kernel([&] { ignores_huge_scores_outside_the_support(random_csr_problem, kRounds / 8 + 1); });
+}
+TEST_P(CsrAttentionCuda, GivesTheSameBitsInAnyOrder) {  // with every number of threads comes another schedule
+  with_each_kernel([&] { gives_the_same_bits_on_any_number_of_threads(random_csr_problem, kRounds / 8 + 1); });
+}
+
+/// Rows of several of the plan's blocks of 65536 keys, and columns of several of its blocks of 65536 queries.
+TEST_P(CsrAttentionCuda, SpansBlocksOfKeysAndQueries) {
+  if (simt::kThreadSanitizer) GTEST_SKIP() << "the plain build does it";
+  CsrCase properties{};
+  properties.dtype = dtype();
+  properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+  properties.head_size = 5;
+  properties.value_size = 3;
+  properties.scale_factor = 1;
+  properties.has_kv_lens = properties.has_values = true;
+  Random random(22);
+  const auto check = [&](const Problem& problem, unsigned wanted) {
+    Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
+    Results yardstick = problem.forward(scalar(), dtype(), threads(1));
+    const Results actual = problem.forward(kernels(), dtype(), threads(1));
+    Results grads = yardstick;
+    problem.backward(scalar(), threads(1), exact, wanted);
+    problem.backward(scalar(), threads(1), yardstick, wanted);
+    problem.backward(kernels(), threads(1), grads, wanted);
+    expect_close(actual.output, exact.output, yardstick.output, "output of " + problem.describe());
+    for (const auto member : {&Results::grad_query, &Results::grad_key, &Results::grad_value, &Results::grad_weight}) {
+      expect_close(grads.*member, exact.*member, yardstick.*member, problem.describe());
+    }
+  };
+  properties.queries = 3;
+  properties.keys = 66000;
+  Problem wide = csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 3, 66000, 0.01));
+  wide.kv_lens[0] = 65990;
+  check(wide, kGradQuery | kGradWeight);
+  properties.queries = 80;
+  properties.keys = 3;
+  properties.has_kv_lens = false;
+  properties.has_query_offsets = true;
+  Problem high = csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 65600, 3, 0.3));
+  high.query_offsets[0] = 65500;
+  check(high, kGradQuery | kGradKey | kGradValue);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, CsrAttentionCuda, testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Every pair of properties
+
+constexpr int64_t kSizes[] = {0, 1, 15, 16, 17, 63, 64, 65, 197};
+constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 80, 128, 256};
+/// How many values each property of a case has, in make_case's order.
+constexpr Choice<16> kValues = {3, 9, 9, 8, 8, 3, 2, 3, 2, 2, 2, 2, 2, 7, 3, 2};
+
+CsrCase make_case(const Choice<16>& choice) {
+  constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  constexpr int64_t kHeads[][2] = {{1, 1}, {1, 2}, {2, 1}};  // of keys, and of queries for each
+  constexpr double kScales[] = {1, 0, -1};
+  CsrCase c;
+  c.dtype = kDTypes[choice[0]];
+  c.queries = kSizes[choice[1]];
+  c.keys = kSizes[choice[2]];
+  c.head_size = kHeadSizes[choice[3]];
+  c.value_size = kHeadSizes[choice[4]];
+  c.key_heads = kHeads[choice[5]][0];
+  c.heads_per_key_head = kHeads[choice[5]][1];
+  c.groups = 1 + choice[6];
+  c.scale_factor = kScales[choice[7]];
+  c.score = choice[8] == 0 ? Score::kDot : Score::kGaussian;
+  c.dropout_p = choice[9] == 0 ? 0 : 0.3;
+  c.has_kv_lens = choice[10] != 0;
+  c.has_query_offsets = choice[11] != 0;
+  c.has_values = choice[12] != 0;
+  c.kept = static_cast<CsrCase::Kept>(choice[13]);
+  c.batch = c.groups * (1 + 2 * choice[15]);  // one element of a group, or three
+  return c;
+}
+
+class CsrAttentionCudaCases : public testing::Test, protected KernelChecks {
+ protected:
+  void TearDown() override { selected = CsrKernel::kAuto; }
+  DType dtype() const override { return dtype_; }
+  const cpu::Kernels& kernels() const override { return kCudaKernels; }
+  DType dtype_ = DType::kFloat32;
+};
+
+TEST_F(CsrAttentionCudaCases, HaveEveryPairOfProperties) {
+  constexpr CsrKernel kSelected[] = {CsrKernel::kEntries, CsrKernel::kTiles, CsrKernel::kAuto};
+  Random random(20);
+  int run = 0;
+  for_choices(kValues, random, [&](const Choice<16>& choice) {
+    const CsrCase properties = make_case(choice);
+    const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_size <= 80;
+    if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 5)) return true;
+    const Problem problem = csr_problem(random, properties);
+    dtype_ = properties.dtype;
+    selected = kSelected[choice[14]];
+    schedule.seed = static_cast<uint64_t>(1000 * ++run);
+    matches_scalar_float64(problem, problem.describe() + ", case " + std::to_string(run));
+    return !HasFailure();
+  });
+  std::printf("%d cases\n", run);
+}
+
+TEST_F(CsrAttentionCudaCases, OfRecordedLearnedMasks) {
+  if (simt::kThreadSanitizer) GTEST_SKIP() << "the plain build does it";
+  Random random(23);
+  const std::vector<std::string> names = {"lm_kjv_n128_70", "minilm_n48_50", "vit_fashion_n197_90"};
+  for (size_t i = 0; i < names.size(); ++i) {
+    const benchmarks::RecordedMask mask(FIAK_BENCHMARKS "/masks/" + names[i] + ".npy");
+    if (kSanitized && mask.length > 50) continue;
+    constexpr int64_t kHeads = 2;
+    const int64_t first = random.integer(0, mask.heads - kHeads);
+    std::vector<int64_t> crow{0}, col;
+    for (int64_t row = 0; row < kHeads * mask.length; ++row) {
+      for (int64_t j = 0; j < mask.length; ++j) {
+        if (mask.at(first + row / mask.length, row % mask.length, j)) col.push_back(j);
+      }
+      crow.push_back(static_cast<int64_t>(col.size()));
+    }
+    CsrCase properties{};
+    properties.dtype = dtype_ = i % 2 == 0 ? DType::kFloat16 : DType::kFloat32;
+    properties.batch = 2;
+    properties.groups = properties.heads_per_key_head = 1;
+    properties.key_heads = kHeads;
+    properties.queries = properties.keys = mask.length;
+    properties.head_size = properties.value_size = 48;
+    properties.scale_factor = 1;
+    properties.has_values = true;
+    const auto pattern = std::make_shared<Pattern>(kHeads, mask.length, mask.length, crow, col);
+    matches_scalar_float64(csr_problem(random, properties, pattern), names[i]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What must not be trusted, and what there is to break
+
+class CsrAttentionCudaChecks : public testing::Test {
+ protected:
+  CsrAttentionCudaChecks() {
+    CsrCase properties{};
+    properties.dtype = DType::kFloat32;
+    properties.batch = properties.heads_per_key_head = 2;
+    properties.groups = properties.key_heads = 1;
+    properties.queries = properties.keys = 5;
+    properties.head_size = properties.value_size = 4;
+    properties.scale_factor = 1;
+    properties.has_kv_lens = properties.has_query_offsets = properties.has_values = true;
+    properties.kept = CsrCase::Kept::kAll;
+    Random random(24);
+    problem_ = csr_problem(random, properties);
+  }
+  /// Whether forward and every gradient run with the weights that change() leaves.
+  template <class Change>
+  bool traps(Change&& change) {
+    static Change* current;
+    current = &change;
+    cpu::Kernels kernels = kCudaKernels;
+    kernels.csr_forward = [](const CsrArgs& args, const ForwardResult& result, const Parallel&) {
+      cuda::CsrWeights weights = weights_of(args);
+      (*current)(weights);
+      cuda::csr_forward(args, weights, nullptr, result, kLaunch);
+    };
+    try {
+      problem_.forward(kernels, DType::kFloat32, threads(1));
+    } catch (const simt::Error&) {
+      return true;
+    }
+    return false;
+  }
+  Problem problem_;
+};
+
+TEST_F(CsrAttentionCudaChecks, TrapOnAPlanOfAnotherPattern) {
+  EXPECT_FALSE(traps([](cuda::CsrWeights&) {}));
+  EXPECT_TRUE(traps([](cuda::CsrWeights& weights) { ++weights.nnz; }));
+  EXPECT_TRUE(traps([](cuda::CsrWeights& weights) { --weights.num_rows; }));
+  EXPECT_TRUE(traps([](cuda::CsrWeights& weights) { weights.plan_bytes -= 64; }));
+  static PlanHeader other;
+  EXPECT_TRUE(traps([](cuda::CsrWeights& weights) {
+    other = *static_cast<const PlanHeader*>(weights.plan);
+    other.magic += 1;
+    weights.plan = &other;
+  }));
+}
+
+TEST_F(CsrAttentionCudaChecks, TrapOnCountsOutOfRange) {
+  const std::vector<int64_t> kv_lens = problem_.kv_lens, offsets = problem_.query_offsets;
+  for (const int64_t count : {-1, 6}) {
+    problem_.kv_lens[1] = count;
+    EXPECT_TRUE(traps([](cuda::CsrWeights&) {}));
+  }
+  problem_.kv_lens = kv_lens;
+  for (const int64_t offset : {int64_t{-1}, problem_.pattern->queries - 4}) {
+    problem_.query_offsets[1] = offset;
+    EXPECT_TRUE(traps([](cuda::CsrWeights&) {}));
+  }
+  problem_.query_offsets = offsets;
+  EXPECT_FALSE(traps([](cuda::CsrWeights&) {}));
+}
+
+/// The warps of the kernels over entries share nothing: no barriers, no atomics.
+TEST_F(CsrAttentionCudaChecks, EntriesNeedNoOrder) {
+  sites.clear();
+  selected = CsrKernel::kEntries;
+  Results results = problem_.forward(kCudaKernels, DType::kFloat32, threads(1));
+  problem_.backward(kCudaKernels, threads(1), results);
+  selected = CsrKernel::kAuto;
+  EXPECT_TRUE(sites.empty()) << sites.begin()->text();
+}
+
+}  // namespace
+}  // namespace fiak::tests
