@@ -22,7 +22,7 @@
 //     grid: ceil(batch * query_heads * queries / kDeltaWarps); block: 32 * kDeltaWarps
 //   block: 32 * kEntriesWarps but for delta; shared memory: 0
 //
-// Heads that CsrPattern::uses_tiles gives to the kernels over tiles are left out.
+// Heads that CsrPattern::uses_tiles gives to the kernels over tiles are left out, but for grad_weight.
 #pragma once
 
 #include "kernels/cuda/attention_tiles.cuh"
@@ -584,8 +584,6 @@ __device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams&
   const int64_t row = pattern_row - pattern_head * pattern.plan.num_queries;
   const int group = static_cast<int>(pattern_head / params.query_heads);
   const int h = static_cast<int>(pattern_head % params.query_heads);
-  const int key_head = h / (params.query_heads / params.key_heads);
-  if (pattern.uses_tiles(params, params.weights, group, key_head, sizeof(Element) == 2)) return;
   for (int first = group; first < params.batch; first += kElements * pattern.groups) {
     const Elements<kElements> elements(params, pattern.groups, first);
     const auto query_of = [&](int e) {

@@ -12,6 +12,7 @@ template <class Visit>
 void for_each_kernel(Visit&& visit) {
   for_each_compact_rows_kernel(visit);
   for_each_csr_entries_kernel(visit);
+  for_each_csr_tiles_kernel(visit);
   for_each_prior_kernel(visit);
 }
 
