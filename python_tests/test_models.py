@@ -196,7 +196,8 @@ def test_which_kernel() -> None:
         with pytest.raises(ValueError, match=r"device must be .* kernels of prior_attention for \(got cuda\)"):
             fiak_ext.which_kernel("prior_attention", torch.float16, "cuda")
     else:
-        assert fiak_ext.which_kernel("prior_attention", torch.float16, "cuda") == "prior_attention/cuda"
+        for name in ("prior_attention", "compact_kv", "compact_linear"):
+            assert fiak_ext.which_kernel(name, torch.float16, "cuda") == f"{name}/cuda"
         with pytest.raises(ValueError, match=r"dtype must not be torch\.float64 for prior_attention on CUDA"):
             fiak_ext.which_kernel("prior_attention", torch.float64, "cuda")
 
