@@ -1,6 +1,9 @@
 # make demo, make test: all that a fresh machine with Python >= 3.10, a C++20 compiler and make needs.
-# FIAK_REQUIRE=all makes every skipped part an error. CMAKE_ARGS is passed on, for example CMAKE_ARGS=-DFIAK_CUDA=off.
+# FIAK_REQUIRE=all makes every skipped part an error. CMAKE_ARGS is passed on, for example CMAKE_ARGS=-DFIAK_CUDA=off or
+# CMAKE_ARGS=-DFIAK_CUDA_ARCHS=all. make soak goes through all combinations of what the tests of the CUDA kernels vary,
+# for SOAK_MINUTES each, and prints what FIAK_SOAK_FROM must be to go on from there.
 PYTHON ?= python3
+SOAK_MINUTES ?= 60
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export FIAK_REQUIRE ?=
@@ -8,7 +11,7 @@ export FIAK_REQUIRE ?=
 CONFIGURE = cmake -S . -G Ninja -DPython_EXECUTABLE=$(VENV)/bin/python -DFIAK_REQUIRE=$(FIAK_REQUIRE) $(CMAKE_ARGS)
 CXX_FILES = $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build configure sanitize sanitize-address sanitize-thread bench lint format clean
+.PHONY: demo test soak build configure sanitize sanitize-address sanitize-thread bench lint format clean
 
 demo: build
 	python -m fiak_ext demo $(DEMO_ARGS)
@@ -19,6 +22,10 @@ test: build $(VENV)/installed-dev
 	$(MAKE) sanitize-address
 	@cat build/release/skipped.txt
 	python -m pytest
+
+soak: configure
+	cmake --build build/release --target fiak_tests
+	FIAK_SOAK=$(SOAK_MINUTES) build/release/fiak_tests --gtest_filter='*EveryPair*'
 
 build: configure
 	cmake --build build/release --target python

@@ -2,7 +2,8 @@ from typing import Any
 
 def build_info() -> dict[str, Any]:
     """What the library was built with: torch and compiler (versions), isas (with kernels of their own), cuda
-    (nvcc's version, or None) and cuda_architectures (where there are CUDA kernels)."""
+    (nvcc's version, or None) and, where there are CUDA kernels, cuda_architectures: '80-real 80-virtual' is code
+    for sm_80, and PTX for what is newer."""
 
 def cpu_capabilities() -> dict[str, Any]:
     """This machine: model, machine_isa, selected_isa (lowered by FIAK_CPU_ISA), flags (name -> bool)."""

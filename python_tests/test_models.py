@@ -196,8 +196,9 @@ def test_which_kernel() -> None:
         with pytest.raises(ValueError, match=r"device must be .* kernels of prior_attention for \(got cuda\)"):
             fiak_ext.which_kernel("prior_attention", torch.float16, "cuda")
     else:
-        for op in ("prior_attention", "csr_attention"):
+        for op in ("prior_attention", "csr_attention", "compact_kv", "compact_linear"):
             assert fiak_ext.which_kernel(op, torch.float16, "cuda") == f"{op}/cuda"
+        for op in ("prior_attention", "csr_attention"):
             with pytest.raises(ValueError, match=rf"dtype must not be torch\.float64 for {op} on CUDA"):
                 fiak_ext.which_kernel(op, torch.float64, "cuda")
 

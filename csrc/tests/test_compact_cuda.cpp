@@ -1,4 +1,5 @@
-// The device code of compact_kv, run on the CPU, against the CPU kernels, byte for byte.
+// The device code of compact_kv, run on the CPU, against the CPU kernels, byte for byte; and that of compact_linear, as
+// one more implementation that must pass every test.
 // clang-format off
 #include "simt/simt.h"  // first: it stands in for what nvcc knows by itself
 // clang-format on
@@ -10,11 +11,19 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cuda/compact_linear.cuh"
 #include "kernels/cuda/compact_rows.cuh"
-#include "tests/support.h"
+#include "tests/compact_problem.h"
+#include "tests/pairwise.h"
 
-namespace fiak {
+namespace fiak::tests {
 namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
 
 struct Copy {
   CompactRowsArgs args;
@@ -58,7 +67,7 @@ TEST(CompactRowsCuda, EqualsTheCpuKernels) {
     const auto output = [&](std::vector<unsigned char>& bytes) {
       return Output{bytes.data(), args.heads * to_rows * row, to_rows * row, row};
     };
-    (expand ? cpu::expand_rows : cpu::compact_rows)(args, input, output(expected), tests::threads(1));
+    (expand ? cpu::expand_rows : cpu::compact_rows)(args, input, output(expected), threads(1));
     cuda::with_copy_unit(args, input, output(actual), [&](auto unit, const cuda::CopyRowsParams& params) {
       const auto kernel = expand ? cuda::expand_rows_kernel(unit) : cuda::compact_rows_kernel(unit);
       simt::run(kernel, 1 + trial % 3, {static_cast<uint64_t>(trial), {}}, params);
@@ -75,5 +84,135 @@ TEST(CompactRowsCuda, TrapsOnARowOutOfRange) {
   EXPECT_THROW(simt::run(cuda::compact_rows_kernel(uint32_t{}), 1, {}, params), simt::Error);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// compact_linear
+
+/// Of the next launch. Every launch of a test has another seed; simt::Error and TearDown print it.
+simt::Schedule schedule;
+simt::Sites sites;  // of all launches since it was cleared
+
+constexpr auto kLaunch = [](const auto& kernel, int64_t blocks, const auto& params) {
+  ++schedule.seed;
+  sites.merge(simt::run(kernel, blocks, schedule, params));
+};
+
+const cpu::Kernels kCudaKernels = [] {
+  cpu::Kernels kernels = cpu::kernels(cpu::Isa::kScalar);
+  kernels.compact_linear_forward = [](const CompactLinearArgs& args, const Output& output, const Parallel&) {
+    cuda::linear_forward(args, output, kLaunch);
+  };
+  kernels.compact_linear_backward = [](const CompactLinearArgs& args, const CompactLinearGrads& grads,
+                                       const Parallel&) { cuda::linear_backward(args, grads, kLaunch); };
+  return kernels;
+}();
+
+class CompactLinearCuda : public testing::TestWithParam<DType>, protected LinearChecks {
+ protected:
+  void SetUp() override { schedule = {}; }
+  void TearDown() override {
+    if (HasFailure()) std::printf("the latest launch had seed %d\n", static_cast<int>(schedule.seed));
+    schedule = {};
+  }
+  DType dtype() const override { return GetParam(); }
+  const cpu::Kernels& kernels() const override { return kCudaKernels; }
+};
+
+constexpr int kRounds = simt::kThreadSanitizer ? 1 : kSanitized ? 6 : 30;
+
+TEST_P(CompactLinearCuda, MatchesScalarFloat64) { linear_matches_scalar_float64(kRounds); }
+TEST_P(CompactLinearCuda, GivesTheSameBitsInAnyOrder) {  // with every number of threads comes another schedule
+  linear_gives_the_same_bits_on_any_number_of_threads(kRounds / 4 + 1);
+}
+TEST_P(CompactLinearCuda, KeepsNanInItsPlace) { linear_keeps_nan_in_its_place(kRounds / 4 + 1); }
+
+TEST_P(CompactLinearCuda, HasEveryPairOfSizes) {
+  constexpr int64_t kRows[] = {0, 1, 16, 63, 64, 65, 130};
+  constexpr int64_t kKept[] = {0, 1, 15, 17, 64, 65};
+  constexpr int64_t kFeatures[] = {1, 8, 31, 32, 33, 64, 65, 130};
+  constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 65, 80, 128};
+  constexpr int64_t kGaps[] = {0, 1, 8};
+  Random random(34);
+  int run = 0;
+  for_choices<8>({7, 6, 8, 8, 3, 2, 3, 2}, random, [&](const Choice<8>& choice) {
+    const LinearSizes sizes{1 + choice[6],        1 + 2 * choice[7],     kRows[choice[0]], kKept[choice[1]],
+                            kFeatures[choice[2]], kHeadSizes[choice[3]], choice[5] != 0,   kGaps[choice[4]]};
+    const bool small = sizes.rows <= 65 && sizes.in_features <= 65 && sizes.head_size <= 65 && sizes.heads == 1;
+    if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 3)) return true;
+    schedule.seed = static_cast<uint64_t>(1000 * ++run);
+    linear_matches_scalar_float64(linear_call(random, sizes, dtype()));
+    return !HasFailure();
+  });
+  std::printf("%d cases\n", run);
+}
+
+TEST_P(CompactLinearCuda, LeavesOutUnwantedGradients) {
+  Random random(35);
+  const LinearCall call = linear_call(random, {2, 2, 9, 5, 20, 12, true, 0}, dtype());
+  const LinearResults all = run(call, kernels(), dtype(), threads(1));
+  const Tensor input = call.input.to(dtype()), weight = call.weight.to(dtype()), grad = call.grad_output.to(dtype());
+  CompactLinearArgs args = call.args;
+  args.dtype = dtype();
+  args.keep = call.keep.data();
+  args.input = input.input();
+  args.weight = weight.data();
+  args.weight_stride = weight.row_stride;
+  for (int wanted = 0; wanted < 8; ++wanted) {
+    LinearResults some{Tensor(), all.grad_input, all.grad_weight, all.grad_bias};
+    const auto data = [&](Tensor& result, int bit) -> void* {
+      if ((wanted & bit) == 0) return nullptr;
+      result.fill(random);
+      return result.data();
+    };
+    kernels().compact_linear_backward(
+        args, {grad.input(), data(some.grad_input, 1), data(some.grad_weight, 2), data(some.grad_bias, 4)}, threads(1));
+    for (const auto member : {&LinearResults::grad_input, &LinearResults::grad_weight, &LinearResults::grad_bias}) {
+      expect_identical(some.*member, all.*member, call.what);
+    }
+  }
+}
+
+TEST_P(CompactLinearCuda, TrapsOnARowOutOfRange) {
+  Random random(36);
+  LinearCall call = linear_call(random, {1, 1, 4, 2, 8, 8, false, 0}, dtype());
+  call.keep = {1, 4};
+  EXPECT_THROW(run(call, kernels(), dtype(), threads(1)), simt::Error);
+}
+
+TEST_P(CompactLinearCuda, FaultsAreNoticedAtEverySite) {
+  if (kSanitized) GTEST_SKIP() << "the plain build does it";
+  Random random(37);
+  // Rows of 24 or 40 elements, 2 of them NaN: copied asynchronously, but for their end.
+  std::vector<LinearCall> calls;
+  for (const int64_t size : {22, 38}) calls.push_back(linear_call(random, {3, 2, 70, 66, 150, size, true, 2}, dtype()));
+  const auto bytes = [&](const simt::Schedule& with) {
+    schedule = with;
+    std::vector<std::vector<unsigned char>> all;
+    for (const LinearCall& call : calls) {
+      const LinearResults results = run(call, kernels(), dtype(), threads(1));
+      for (const auto member : LinearResults::kMembers) all.push_back((results.*member).bytes());
+    }
+    return all;
+  };
+  sites.clear();
+  const auto clean = bytes({});
+  EXPECT_GE(sites.size(), 6u);
+  for (const simt::Site& site : simt::Sites(sites)) {
+    bool noticed = false;
+    for (uint64_t seed = 1; seed <= 8 && !noticed; ++seed) {
+      try {
+        noticed = bytes({1000 * seed, site}) != clean;
+      } catch (const simt::Error&) {
+        noticed = true;
+      }
+    }
+    EXPECT_TRUE(noticed) << site.text();
+  }
+  std::printf("%d sites\n", static_cast<int>(sites.size()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, CompactLinearCuda,
+                         testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+
 }  // namespace
-}  // namespace fiak
+}  // namespace fiak::tests

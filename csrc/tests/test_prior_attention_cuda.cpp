@@ -2,13 +2,11 @@
 // clang-format off
 #include "simt/simt.h"  // first: it stands in for what nvcc knows by itself
 // clang-format on
-#include <array>
 #include <cstdio>
-#include <set>
-#include <utility>
 
 #include "kernels/cuda/prior_attention.cuh"
 #include "tests/attention_problem.h"
+#include "tests/pairwise.h"
 
 namespace fiak::tests {
 namespace {
@@ -87,10 +85,9 @@ INSTANTIATE_TEST_SUITE_P(Kernels, PriorAttentionCuda,
 constexpr int64_t kSizes[] = {0, 1, 15, 16, 17, 63, 64, 65, 197};
 constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 80, 128, 256};
 /// How many values each property of a case has, in make_case's order.
-constexpr std::array kValues = {3, 9, 9, 8, 8, 3, 2, 3, 2, 2, 2, 2, 5};
-using Choice = std::array<int, kValues.size()>;
+constexpr Choice<13> kValues = {3, 9, 9, 8, 8, 3, 2, 3, 2, 2, 2, 2, 5};
 
-PriorCase make_case(const Choice& choice) {
+PriorCase make_case(const Choice<13>& choice) {
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   constexpr int64_t kHeads[][2] = {{1, 1}, {1, 3}, {2, 2}};  // of keys, and of queries for each
   constexpr double kScales[] = {1, 0, -1};
@@ -113,46 +110,6 @@ PriorCase make_case(const Choice& choice) {
   return c;
 }
 
-/// Choices that contain every pair of values of two properties.
-std::vector<Choice> pairwise_choices(Random& random) {
-  const auto for_pairs = [](auto&& use) {
-    for (size_t p = 0; p < kValues.size(); ++p) {
-      for (size_t q = p + 1; q < kValues.size(); ++q) use(p, q);
-    }
-  };
-  std::set<std::array<size_t, 4>> uncovered;  // two properties and their values
-  for_pairs([&](size_t p, size_t q) {
-    for (int v = 0; v < kValues[p]; ++v) {
-      for (int w = 0; w < kValues[q]; ++w) uncovered.insert({p, q, static_cast<size_t>(v), static_cast<size_t>(w)});
-    }
-  });
-  std::vector<Choice> choices;
-  while (!uncovered.empty()) {
-    const auto [p, q, v, w] = *uncovered.begin();
-    Choice best{};
-    size_t least = uncovered.size();
-    for (int attempt = 0; attempt < 40; ++attempt) {
-      Choice choice;
-      for (size_t i = 0; i < choice.size(); ++i) choice[i] = static_cast<int>(random.integer(0, kValues[i] - 1));
-      choice[p] = static_cast<int>(v);
-      choice[q] = static_cast<int>(w);
-      size_t left = uncovered.size();
-      for_pairs([&](size_t a, size_t b) {
-        left -= uncovered.count({a, b, static_cast<size_t>(choice[a]), static_cast<size_t>(choice[b])});
-      });
-      if (left < least) {
-        least = left;
-        best = choice;
-      }
-    }
-    for_pairs([&](size_t a, size_t b) {
-      uncovered.erase({a, b, static_cast<size_t>(best[a]), static_cast<size_t>(best[b])});
-    });
-    choices.push_back(best);
-  }
-  return choices;
-}
-
 class PriorAttentionCudaCases : public testing::Test, protected KernelChecks {
  protected:
   DType dtype() const override { return dtype_; }
@@ -163,16 +120,16 @@ class PriorAttentionCudaCases : public testing::Test, protected KernelChecks {
 TEST_F(PriorAttentionCudaCases, HaveEveryPairOfProperties) {
   Random random(20);
   int run = 0;
-  for (const Choice& choice : pairwise_choices(random)) {
+  for_choices(kValues, random, [&](const Choice<13>& choice) {
     const PriorCase properties = make_case(choice);
     const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_size <= 80;
-    if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 5)) continue;
+    if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 5)) return true;
     const Problem problem = prior_problem(random, properties);
     dtype_ = properties.dtype;
     schedule.seed = static_cast<uint64_t>(1000 * ++run);
     matches_scalar_float64(problem, problem.describe() + ", case " + std::to_string(run));
-    if (HasFatalFailure()) return;
-  }
+    return !HasFailure();
+  });
   std::printf("%d cases\n", run);
 }
 

@@ -46,13 +46,48 @@ TensorPair kv_backward_meta(const OptionalTensor& grad_key, const OptionalTensor
           grad_value.has_value() ? empty_rows(*grad_value, num_keys) : Tensor()};
 }
 
+Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& keep) {
+  check_compact_linear("compact_linear", input, weight, bias, keep);
+  const SymInt heads = keep.sym_size(0);
+  return empty_like_sizes({input.sym_size(0), heads, keep.sym_size(1), weight.sym_size(0) / heads.max(1)}, input,
+                          input.scalar_type());
+}
+
+CompactLinearArgs linear_args(const Tensor& input, const Tensor& weight, const Tensor& keep) {
+  CompactLinearArgs args;
+  args.batch = input.size(0);
+  args.heads = keep.size(0);
+  args.rows = input.size(1);
+  args.kept = keep.size(1);
+  args.in_features = input.size(2);
+  args.head_size = weight.size(0) / std::max<int64_t>(args.heads, 1);
+  args.dtype = kernel_dtype(input.scalar_type());
+  args.keep = keep.const_data_ptr<int64_t>();
+  args.input = {input.const_data_ptr(), input.stride(0), 0, input.stride(1)};
+  args.weight = weight.const_data_ptr();
+  args.weight_stride = weight.stride(0);
+  return args;
+}
+
+LinearGrads linear_backward_meta(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                 const Tensor& keep, LinearMask output_mask) {
+  check_compact_linear_backward(grad_output, input, weight, keep);
+  const auto empty = [&](bool wanted, c10::SymIntArrayRef sizes) {
+    return wanted ? empty_like_sizes(sizes, input, input.scalar_type()) : Tensor();
+  };
+  return {empty(output_mask[0], input.sym_sizes()), empty(output_mask[1], weight.sym_sizes()),
+          empty(output_mask[2], weight.sym_sizes().slice(0, 1))};
+}
+
+CompactLinearGrads linear_grads(const Tensor& grad_output, const LinearGrads& grads) {
+  const auto data = [](const Tensor& grad) { return grad.defined() ? grad.mutable_data_ptr() : nullptr; };
+  return {readable(grad_output), data(std::get<0>(grads)), data(std::get<1>(grads)), data(std::get<2>(grads))};
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-using LinearGrads = std::tuple<Tensor, Tensor, Tensor>;  ///< of input, weight, bias
-using LinearMask = std::array<bool, 3>;
 
 /// keep, contiguous, with every row checked to ascend within 0..rows - 1 up to its padding of -1.
 Tensor checked_keep(const char* op, const Tensor& keep, int64_t rows) {
@@ -143,29 +178,6 @@ Tensor linear_autocast(const Tensor& input, const Tensor& weight, const Optional
   return call_linear(autocast(input), autocast(weight), bias.has_value() ? autocast(*bias) : bias, keep);
 }
 
-Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& keep) {
-  check_compact_linear("compact_linear", input, weight, bias, keep);
-  const SymInt heads = keep.sym_size(0);
-  return empty_like_sizes({input.sym_size(0), heads, keep.sym_size(1), weight.sym_size(0) / heads.max(1)}, input,
-                          input.scalar_type());
-}
-
-CompactLinearArgs linear_args(const Tensor& input, const Tensor& weight, const Tensor& keep) {
-  CompactLinearArgs args;
-  args.batch = input.size(0);
-  args.heads = keep.size(0);
-  args.rows = input.size(1);
-  args.kept = keep.size(1);
-  args.in_features = input.size(2);
-  args.head_size = weight.size(0) / std::max<int64_t>(args.heads, 1);
-  args.dtype = kernel_dtype(input.scalar_type());
-  args.keep = keep.const_data_ptr<int64_t>();
-  args.input = {input.const_data_ptr(), input.stride(0), 0, input.stride(1)};
-  args.weight = weight.const_data_ptr();
-  args.weight_stride = weight.stride(0);
-  return args;
-}
-
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& keep) {
   const Tensor output = linear_meta(input, weight, bias, keep);  // the same checks and result
   const Tensor checked = checked_keep("compact_linear", keep, input.size(1));
@@ -177,26 +189,14 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   return output;
 }
 
-LinearGrads linear_backward_meta(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                 const Tensor& keep, LinearMask output_mask) {
-  check_compact_linear_backward(grad_output, input, weight, keep);
-  const auto empty = [&](bool wanted, c10::SymIntArrayRef sizes) {
-    return wanted ? empty_like_sizes(sizes, input, input.scalar_type()) : Tensor();
-  };
-  return {empty(output_mask[0], input.sym_sizes()), empty(output_mask[1], weight.sym_sizes()),
-          empty(output_mask[2], weight.sym_sizes().slice(0, 1))};
-}
-
 LinearGrads linear_backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                 const Tensor& keep, LinearMask output_mask) {
   LinearGrads result = linear_backward_meta(grad_output, input, weight, keep, output_mask);
   const Tensor checked = checked_keep("compact_linear_backward", keep, input.size(1));
   const Tensor input_rows = contiguous_rows(input), weight_rows = contiguous_rows(weight);
   const Tensor grad_rows = contiguous_rows(grad_output);
-  const auto data = [](const Tensor& grad) { return grad.defined() ? grad.mutable_data_ptr() : nullptr; };
-  const CompactLinearGrads grads{readable(grad_rows), data(std::get<0>(result)), data(std::get<1>(result)),
-                                 data(std::get<2>(result))};
-  cpu_kernels(input).compact_linear_backward(linear_args(input_rows, weight_rows, checked), grads, cpu_parallel());
+  cpu_kernels(input).compact_linear_backward(linear_args(input_rows, weight_rows, checked),
+                                             linear_grads(grad_rows, result), cpu_parallel());
   return result;
 }
 

@@ -31,7 +31,7 @@ py::dict build_info() {
   info["isas"] = isas;
 #if defined(FIAK_CUDA_VERSION)
   info["cuda"] = FIAK_CUDA_VERSION;
-  info["cuda_architectures"] = FIAK_CUDA_ARCHITECTURES;
+  info["cuda_architectures"] = FIAK_CUDA_ARCHS;
 #else
   info["cuda"] = py::none();
 #endif
@@ -90,7 +90,8 @@ std::string kernel_isa(const std::string& dtype) {
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
              "What the library was built with: torch and compiler (versions), isas (with kernels of their own), cuda "
-             "(nvcc's version, or None) and cuda_architectures (where there are CUDA kernels).");
+             "(nvcc's version, or None) and, where there are CUDA kernels, cuda_architectures: '80-real 80-virtual' is "
+             "code for sm_80, and PTX for what is newer.");
   module.def("cpu_capabilities", &cpu_capabilities,
              "This machine: model, machine_isa, selected_isa (lowered by FIAK_CPU_ISA), flags (name -> bool).");
   module.def("kernel_isa", &kernel_isa, py::arg("dtype"),

@@ -74,6 +74,13 @@ __device__ __forceinline__ void stream(int count, Next&& next, Load&& load, Cons
   }
 }
 
+/// The same for all i.
+template <int kStages, class Load, class Consume>
+__device__ __forceinline__ void stream(int count, Load&& load, Consume&& consume) {
+  stream<kStages>(
+      count, [](int i) { return i; }, load, consume);
+}
+
 /// sums (16 x 8 kTiles) += a b^T, of 16 rows of a and 8 kTiles rows of b, over their columns.
 template <int kTiles, class Element, int kStride>
 __device__ __forceinline__ void multiply_by_rows(float (&sums)[kTiles][4], const Element (*a)[kStride],

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/copy_units.h"
+#include "kernels/cuda/keep.cuh"
 #include "kernels/cuda/kernel.h"
 
 namespace fiak::cuda {
@@ -22,20 +23,6 @@ constexpr int kWarpThreads = 32;
 template <class Unit>
 __device__ inline void copy_row(const Unit* source, Unit* target, int64_t units, int lane) {
   for (int64_t i = lane; i < units; i += kWarpThreads) target[i] = source != nullptr ? source[i] : Unit{};
-}
-
-/// The k with keep[k] == row, or -1. The -1 at the end count as larger than any row.
-__device__ inline int64_t find_row(const int64_t* keep, int64_t kept, int64_t row) {
-  int64_t low = 0, high = kept;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (keep[middle] >= 0 && keep[middle] < row) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low < kept && keep[low] == row ? low : -1;
 }
 
 /// copy(batch, head, row of target) for this warp's share of all rows of the target.
@@ -61,16 +48,14 @@ __device__ inline void copy_one(const CopyRowsParams& params, int64_t b, int64_t
 template <class Unit>
 __device__ inline void compact_rows(const CopyRowsParams& params) {
   for_target_rows(params, params.kept, [&](int64_t b, int64_t h, int64_t k) {
-    const int64_t row = params.keep[h * params.kept + k];
-    if (row >= params.rows) __trap();  // keep's values are on the device; out of bounds must not be read
-    copy_one<Unit>(params, b, h, row, k);
+    copy_one<Unit>(params, b, h, kept_row(params.keep, params.kept, params.rows, h, k), k);
   });
 }
 
 template <class Unit>
 __device__ inline void expand_rows(const CopyRowsParams& params) {
   for_target_rows(params, params.rows, [&](int64_t b, int64_t h, int64_t row) {
-    copy_one<Unit>(params, b, h, find_row(params.keep + h * params.kept, params.kept, row), row);
+    copy_one<Unit>(params, b, h, find_row(params.keep, params.kept, h, row), row);
   });
 }
 
