@@ -1,9 +1,11 @@
 # make demo, make test: all that a fresh machine with Python >= 3.10, a C++20 compiler and make needs.
 # FIAK_REQUIRE=all makes every skipped part an error. CMAKE_ARGS is passed on, for example CMAKE_ARGS=-DFIAK_CUDA=off or
 # CMAKE_ARGS=-DFIAK_CUDA_ARCHS=all. make soak goes through all combinations of what the tests of the CUDA kernels vary,
-# for SOAK_MINUTES each, and prints what FIAK_SOAK_FROM must be to go on from there.
+# for SOAK_MINUTES each, and prints what FIAK_SOAK_FROM must be to go on from there. SANITIZED is what ctest gets to
+# choose the tests of make sanitize.
 PYTHON ?= python3
 SOAK_MINUTES ?= 60
+SANITIZED ?=
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export FIAK_REQUIRE ?=
@@ -41,7 +43,7 @@ sanitize-thread: SANITIZERS := thread
 sanitize-address sanitize-thread: $(VENV)/installed
 	$(CONFIGURE) -B build/$@ -DFIAK_BUILD_TESTS=ON -DFIAK_SANITIZE=$(SANITIZERS)
 	cmake --build build/$@
-	ctest --test-dir build/$@ --output-on-failure
+	ctest --test-dir build/$@ --output-on-failure $(SANITIZED)
 
 bench: build
 	cmake --build build/release
@@ -52,6 +54,7 @@ lint: $(VENV)/installed-dev
 	ruff check
 	ruff format --check
 	clang-format --dry-run -Werror $(CXX_FILES)
+	shellcheck .ci/run benchmarks/gpu.sh
 	mypy
 
 format: $(VENV)/installed-dev

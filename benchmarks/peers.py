@@ -43,7 +43,7 @@ def flex(case: Case, mask: Tensor) -> Attention:
     def keeps(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask[head, query, key]
 
-    blocks = create_block_mask(keeps, None, case.query_heads, case.queries, case.keys, device="cpu")
+    blocks = create_block_mask(keeps, None, case.query_heads, case.queries, case.keys, device=mask.device)
     torch._dynamo.reset()  # else shapes of an earlier case become dynamic
     return partial(
         torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=blocks, enable_gqa=_grouped(case)
