@@ -212,6 +212,26 @@ std::string Problem::describe() const {
   return text.str();
 }
 
+void Problem::lay_rows_apart(Random& random) {
+  for (Tensor* operand : {&query, &key, &value, &grad_output}) {
+    const int64_t gap = (operand->columns + 7) / 8 * 8 - operand->columns;
+    *operand = Tensor(DType::kFloat64, operand->batch, operand->heads, operand->rows, operand->columns, false, gap);
+    operand->fill(random);
+    *operand = operand->to(args.dtype).to(DType::kFloat64);
+  }
+}
+
+std::vector<std::vector<unsigned char>> Problem::bytes(const cpu::Kernels& kernels, DType dtype) const {
+  Results results = forward(kernels, dtype, threads(1));
+  backward(kernels, threads(1), results);
+  std::vector<std::vector<unsigned char>> all;
+  for (const Tensor* result : {&results.output, &results.logsumexp, &results.grad_query, &results.grad_key,
+                               &results.grad_value, &results.grad_weight}) {
+    all.push_back(result->bytes());
+  }
+  return all;
+}
+
 namespace {
 
 Problem with_prior(Random& random, Problem problem) {

@@ -35,6 +35,11 @@ struct Problem {
   /// Whether query n of head h attends to key j.
   bool in_support(int64_t b, int64_t h, int64_t n, int64_t j) const;
   std::string describe() const;
+  /// Gives operands new numbers, and rows that are a multiple of 8 numbers apart, NaN between them: what is copied
+  /// asynchronously but for the end of a row.
+  void lay_rows_apart(Random& random);
+  /// All results of forward and backward.
+  std::vector<std::vector<unsigned char>> bytes(const cpu::Kernels& kernels, DType dtype) const;
 
  private:
   template <class Call>

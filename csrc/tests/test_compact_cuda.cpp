@@ -15,15 +15,10 @@
 #include "kernels/cuda/compact_rows.cuh"
 #include "tests/compact_problem.h"
 #include "tests/pairwise.h"
+#include "tests/simt_checks.h"
 
 namespace fiak::tests {
 namespace {
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
 
 struct Copy {
   CompactRowsArgs args;
@@ -87,15 +82,6 @@ TEST(CompactRowsCuda, TrapsOnARowOutOfRange) {
 // ---------------------------------------------------------------------------------------------------------------------
 // compact_linear
 
-/// Of the next launch. Every launch of a test has another seed; simt::Error and TearDown print it.
-simt::Schedule schedule;
-simt::Sites sites;  // of all launches since it was cleared
-
-constexpr auto kLaunch = [](const auto& kernel, int64_t blocks, const auto& params) {
-  ++schedule.seed;
-  sites.merge(simt::run(kernel, blocks, schedule, params));
-};
-
 const cpu::Kernels kCudaKernels = [] {
   cpu::Kernels kernels = cpu::kernels(cpu::Isa::kScalar);
   kernels.compact_linear_forward = [](const CompactLinearArgs& args, const Output& output, const Parallel&) {
@@ -110,7 +96,7 @@ class CompactLinearCuda : public testing::TestWithParam<DType>, protected Linear
  protected:
   void SetUp() override { schedule = {}; }
   void TearDown() override {
-    if (HasFailure()) std::printf("the latest launch had seed %d\n", static_cast<int>(schedule.seed));
+    if (HasFailure()) print_seed();
     schedule = {};
   }
   DType dtype() const override { return GetParam(); }
@@ -184,30 +170,14 @@ TEST_P(CompactLinearCuda, FaultsAreNoticedAtEverySite) {
   // Rows of 24 or 40 elements, 2 of them NaN: copied asynchronously, but for their end.
   std::vector<LinearCall> calls;
   for (const int64_t size : {22, 38}) calls.push_back(linear_call(random, {3, 2, 70, 66, 150, size, true, 2}, dtype()));
-  const auto bytes = [&](const simt::Schedule& with) {
-    schedule = with;
-    std::vector<std::vector<unsigned char>> all;
+  expect_faults_noticed(6, [&] {
+    Bytes all;
     for (const LinearCall& call : calls) {
       const LinearResults results = run(call, kernels(), dtype(), threads(1));
       for (const auto member : LinearResults::kMembers) all.push_back((results.*member).bytes());
     }
     return all;
-  };
-  sites.clear();
-  const auto clean = bytes({});
-  EXPECT_GE(sites.size(), 6u);
-  for (const simt::Site& site : simt::Sites(sites)) {
-    bool noticed = false;
-    for (uint64_t seed = 1; seed <= 8 && !noticed; ++seed) {
-      try {
-        noticed = bytes({1000 * seed, site}) != clean;
-      } catch (const simt::Error&) {
-        noticed = true;
-      }
-    }
-    EXPECT_TRUE(noticed) << site.text();
-  }
-  std::printf("%d sites\n", static_cast<int>(sites.size()));
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, CompactLinearCuda,

@@ -9,27 +9,14 @@
 #include "kernels/cuda/csr_attention.cuh"
 #include "tests/attention_problem.h"
 #include "tests/pairwise.h"
+#include "tests/simt_checks.h"
 
 namespace fiak::tests {
 namespace {
 
 using cuda::CsrKernel;
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-
-/// Of the next launch. Every launch of a test has another seed; simt::Error and TearDown print it.
-simt::Schedule schedule;
-simt::Sites sites;  // of all launches since it was cleared
 CsrKernel selected = CsrKernel::kAuto;
-
-constexpr auto kLaunch = [](const auto& kernel, int64_t blocks, const auto& params) {
-  ++schedule.seed;
-  sites.merge(simt::run(kernel, blocks, schedule, params));
-};
 
 bool has_pairs(const AttentionArgs& args) {
   return args.batch > 0 && args.query_heads > 0 && args.queries > 0 && args.keys > 0;
@@ -74,7 +61,7 @@ class CsrAttentionCuda : public testing::TestWithParam<DType>, protected KernelC
     selected = CsrKernel::kAuto;
   }
   void TearDown() override {
-    if (HasFailure()) std::printf("the latest launch had seed %d\n", static_cast<int>(schedule.seed));
+    if (HasFailure()) print_seed();
   }
   DType dtype() const override { return GetParam(); }
   const cpu::Kernels& kernels() const override { return kCudaKernels; }
@@ -308,6 +295,30 @@ TEST_F(CsrAttentionCudaChecks, TrapOnCountsOutOfRange) {
   problem_.query_offsets = offsets;
   EXPECT_FALSE(traps([](cuda::CsrWeights&) {}));
 }
+
+class CsrAttentionCudaFaults : public testing::TestWithParam<DType> {};
+
+TEST_P(CsrAttentionCudaFaults, OfTilesAreNoticedAtEverySite) {
+  if (kSanitized) GTEST_SKIP() << "the plain build does it";
+  Random random(25);
+  CsrCase properties{};
+  properties.dtype = GetParam();
+  properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+  properties.queries = 70;
+  properties.keys = 300;
+  properties.head_size = properties.value_size = 22;
+  properties.score = Score::kGaussian;
+  properties.scale_factor = 1;
+  properties.has_values = true;
+  Problem problem = csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 70, 300, 0.3));
+  problem.lay_rows_apart(random);
+  selected = CsrKernel::kTiles;
+  expect_faults_noticed(5, [&] { return problem.bytes(kCudaKernels, GetParam()); });
+  selected = CsrKernel::kAuto;
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, CsrAttentionCudaFaults, testing::Values(DType::kFloat32, DType::kFloat16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
 
 /// The warps of the kernels over entries share nothing: no barriers, no atomics.
 TEST_F(CsrAttentionCudaChecks, EntriesNeedNoOrder) {

@@ -7,24 +7,10 @@
 #include "kernels/cuda/prior_attention.cuh"
 #include "tests/attention_problem.h"
 #include "tests/pairwise.h"
+#include "tests/simt_checks.h"
 
 namespace fiak::tests {
 namespace {
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-
-/// Of the next launch. Every launch of a test has another seed; simt::Error and TearDown print it.
-simt::Schedule schedule;
-simt::Sites sites;  // of all launches since it was cleared
-
-constexpr auto kLaunch = [](const auto& kernel, int64_t blocks, const auto& params) {
-  ++schedule.seed;
-  sites.merge(simt::run(kernel, blocks, schedule, params));
-};
 
 bool has_pairs(const AttentionArgs& args) {
   return args.batch > 0 && args.query_heads > 0 && args.queries > 0 && args.keys > 0;
@@ -55,7 +41,7 @@ class PriorAttentionCuda : public testing::TestWithParam<DType>, protected Kerne
  protected:
   void SetUp() override { schedule = {}; }
   void TearDown() override {
-    if (HasFailure()) std::printf("the latest launch had seed %d\n", static_cast<int>(schedule.seed));
+    if (HasFailure()) print_seed();
   }
   DType dtype() const override { return GetParam(); }
   const cpu::Kernels& kernels() const override { return kCudaKernels; }
@@ -136,10 +122,7 @@ TEST_F(PriorAttentionCudaCases, HaveEveryPairOfProperties) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Faults on purpose
 
-class PriorAttentionCudaFaults : public testing::TestWithParam<DType> {
- protected:
-  void TearDown() override { schedule = {}; }
-};
+class PriorAttentionCudaFaults : public testing::TestWithParam<DType> {};
 
 TEST_P(PriorAttentionCudaFaults, AreNoticedAtEverySite) {
   if (kSanitized) GTEST_SKIP() << "the plain build does it";
@@ -155,42 +138,14 @@ TEST_P(PriorAttentionCudaFaults, AreNoticedAtEverySite) {
   std::vector<Problem> problems;
   for (const auto prior : {PriorCase::Prior::kPairs, PriorCase::Prior::kKeys}) {
     properties.prior = prior;
-    Problem& problem = problems.emplace_back(prior_problem(random, properties));
-    for (Tensor* operand : {&problem.query, &problem.key, &problem.value, &problem.grad_output}) {
-      // Rows of 24 elements, 2 of them NaN: copied asynchronously, but for their end.
-      *operand = Tensor(DType::kFloat64, 1, 1, operand->rows, operand->columns, false, 2);
-      operand->fill(random);
-      *operand = operand->to(properties.dtype).to(DType::kFloat64);
-    }
+    problems.push_back(prior_problem(random, properties));
+    problems.back().lay_rows_apart(random);
   }
-  const auto bytes = [&](const simt::Schedule& with) {
-    schedule = with;
-    std::vector<std::vector<unsigned char>> all;
-    for (const Problem& problem : problems) {
-      Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
-      problem.backward(kCudaKernels, threads(1), results);
-      for (const Tensor* result : {&results.output, &results.logsumexp, &results.grad_query, &results.grad_key,
-                                   &results.grad_value, &results.grad_weight}) {
-        all.push_back(result->bytes());
-      }
-    }
+  expect_faults_noticed(5, [&] {
+    Bytes all = problems[0].bytes(kCudaKernels, GetParam());
+    for (auto& bytes : problems[1].bytes(kCudaKernels, GetParam())) all.push_back(std::move(bytes));
     return all;
-  };
-  sites.clear();
-  const auto clean = bytes({});
-  EXPECT_GE(sites.size(), 5u);
-  for (const simt::Site& site : simt::Sites(sites)) {
-    bool noticed = false;
-    for (uint64_t seed = 1; seed <= 8 && !noticed; ++seed) {
-      try {
-        noticed = bytes({1000 * seed, site}) != clean;
-      } catch (const simt::Error&) {
-        noticed = true;
-      }
-    }
-    EXPECT_TRUE(noticed) << site.text();
-  }
-  std::printf("%d sites\n", static_cast<int>(sites.size()));
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, PriorAttentionCudaFaults, testing::Values(DType::kFloat32, DType::kFloat16),
