@@ -63,6 +63,11 @@ class ConvertedAttention(nn.Module):
         """Called once, after all attention of ``model`` is converted, with the arguments of :func:`convert`."""
 
     @property
+    def model_dim(self) -> int | None:
+        """Features of the tokens that ``forward`` projects, for ``flops.model_report``; None leaves projections out."""
+        return None
+
+    @property
     def num_key_heads(self) -> int:
         """Heads of key and value."""
         return self.prior_attention.num_heads

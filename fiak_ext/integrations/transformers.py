@@ -230,6 +230,11 @@ class _HuggingFaceAttention(ConvertedAttention):
                     own.fiak = dict(arguments)
                 module.config = own
 
+    @property
+    def model_dim(self) -> int:
+        size: int = self.config.hidden_size
+        return size
+
     def forward(
         self,
         hidden_states: Tensor,
