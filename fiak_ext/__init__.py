@@ -15,7 +15,7 @@ import torch
 from fiak_ext import _C, flops, reference
 from fiak_ext._C import build_info
 from fiak_ext.compaction import compact
-from fiak_ext.conversion import ConvertedAttention, convert, from_pretrained, register_attention
+from fiak_ext.conversion import ConvertedAttention, convert, from_pretrained, register_attention, resize_priors
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.packing import pack_linears
@@ -42,6 +42,7 @@ __all__ = [
     "prune",
     "reference",
     "register_attention",
+    "resize_priors",
     "which_kernel",
 ]
 

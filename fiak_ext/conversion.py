@@ -15,11 +15,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score
 
-__all__ = ["ConvertedAttention", "Padding", "convert", "expect", "from_pretrained", "register_attention", "roll"]
+__all__ = [
+    "ConvertedAttention",
+    "Padding",
+    "convert",
+    "expect",
+    "from_pretrained",
+    "register_attention",
+    "resize_priors",
+    "roll",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 Adapter = TypeVar("Adapter", bound="type[ConvertedAttention]")
@@ -204,6 +214,62 @@ def from_pretrained(folder: str | Path) -> Any:
     """
     integration = importlib.import_module("fiak_ext.integrations.transformers")
     return integration.from_pretrained(folder)
+
+
+def resize_priors(
+    model: Model, grid: tuple[int, int], new_grid: tuple[int, int], *, num_prefix_tokens: int = 1
+) -> Model:
+    """Fits the priors of an image model to another size of images, as position embeddings are, by bicubic resizing.
+
+    Queries and keys are positions of the grid of patches, row by row, behind the tokens that are none (class token).
+    Logits or pi are interpolated along both. Resize what else depends on the size with the model's own library (timm:
+    ``model.set_input_size``).
+
+    Args:
+        model: all its ``PriorAttention`` modules have as many queries and keys as ``grid`` and prefix say; none is
+            pruned. Changed in place; an optimizer made before holds the old priors.
+        grid: rows and columns of patches now.
+        new_grid: rows and columns of patches to be.
+        num_prefix_tokens: tokens before the patches.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: no ``PriorAttention``, a pruned one, one of another size, or a new grid without patches; the model
+            is then left as it was.
+    """
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
+    if not attentions:
+        raise ValueError(f"resize_priors: model must hold PriorAttention modules (got {type(model).__name__})")
+    if min(new_grid) < 1:
+        raise ValueError(f"resize_priors: new_grid must have at least one row and one column (got {new_grid})")
+    tokens = num_prefix_tokens + grid[0] * grid[1]
+    for name, attention in attentions.items():
+        if attention.is_pruned:
+            raise ValueError(f"resize_priors: model must not be pruned (got {name!r} pruned)")
+        if (attention.num_queries, attention.num_keys) != (tokens, tokens):
+            raise ValueError(
+                f"resize_priors: grid must be that of all attention (got {grid} and {num_prefix_tokens} tokens before "
+                f"it for {attention.num_queries} queries and {attention.num_keys} keys of {name!r})"
+            )
+    for attention in attentions.values():
+        prior = attention.prior
+        attention.num_queries = attention.num_keys = num_prefix_tokens + new_grid[0] * new_grid[1]
+        attention.posterior = attention.reached = None
+        if prior is not None:
+            resized = _resize(prior.detach(), grid, new_grid, num_prefix_tokens)
+            if prior.size(2) > 1:
+                resized = _resize(resized.mT, grid, new_grid, num_prefix_tokens).mT
+            attention.prior = nn.Parameter(resized.contiguous(), requires_grad=prior.requires_grad)
+    return model
+
+
+def _resize(prior: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """The last dimension of ``prior [groups, heads, rows, tokens]`` on another grid."""
+    prefix, patches = prior[..., :num_prefix_tokens], prior[..., num_prefix_tokens:]
+    patches = F.interpolate(patches.flatten(0, 1).unflatten(2, grid), new_grid, mode="bicubic", antialias=True)
+    return torch.cat([prefix, patches.flatten(2).unflatten(0, prior.shape[:2])], -1)
 
 
 @dataclass(frozen=True)

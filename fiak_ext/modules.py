@@ -250,6 +250,7 @@ class PriorAttention(nn.Module):
         if self.is_compacted:
             raise RuntimeError("PriorAttention.compact: the module is compacted already")
         pattern, keep = pattern.compact(num_key_heads)
+        _ = pattern.plan
         self._adopt(pattern, keep)
         return keep
 
@@ -414,7 +415,7 @@ class PriorAttention(nn.Module):
         """Pruned attention. A shorter input uses the pattern's first rows and columns without a pattern of its own."""
         pattern = self.pattern
         assert pattern is not None
-        if self._plan is None:
+        if self._plan is None and not torch.compiler.is_exporting():  # which has no tensors to keep
             self._plan = pattern.plan
         batch, _, queries, _ = query.shape
         keys = key.size(2)

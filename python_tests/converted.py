@@ -267,7 +267,8 @@ def _run_pixels(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def _text(name: str, make: Callable[[], nn.Module], is_causal: bool = False) -> Case:
-    return Case(name, make, lambda: {"input_ids": token_ids(8)}, _run, _run_with_mask, 8, 8, is_causal)
+    extra = {"use_cache": False} if is_causal else {}
+    return Case(name, make, lambda: {"input_ids": token_ids(8), **extra}, _run, _run_with_mask, 8, 8, is_causal)
 
 
 CASES = {

@@ -13,7 +13,7 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from fiak_ext import SparsePattern, calibrate, compact, convert, prune
+from fiak_ext import PriorAttention, SparsePattern, calibrate, compact, convert, prune, resize_priors
 
 
 def swin(img_size: int = 16) -> Any:
@@ -143,3 +143,63 @@ def test_dropout_of_attention() -> None:
     assert not torch.equal(converted(x), converted(x))
     converted.eval()
     assert torch.equal(converted(x), converted(x))
+
+
+# ---------------------------------------------------------------- images of another size
+
+
+def vit(kind: str = "fiak") -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=5, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4
+    )
+    return convert(model.double().eval(), kind=kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["fiak", "gmm", "softmax"])
+def test_priors_follow_the_size_of_images(kind: str) -> None:
+    converted = vit(kind)
+    original = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=5, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4
+    )
+    original.double().eval().load_state_dict(converted.state_dict(), strict=False)
+    larger = torch.randn(BATCH, 3, 24, 20, dtype=torch.float64)
+    for model in (original, converted):
+        model.set_input_size((24, 20))
+    with pytest.raises(ValueError, match="query must have at most 17 rows"):
+        converted(larger)
+    assert resize_priors(converted, (4, 4), (6, 5)) is converted
+    assert {attention.num_queries for attention in priors(converted)} == {31}
+    torch.testing.assert_close(converted(larger), original(larger))  # uniform priors stay uniform
+
+
+def test_priors_are_interpolated_along_queries_and_keys() -> None:
+    attention = PriorAttention(2, 1 + 12).double()
+    assert attention.prior is not None
+    rows, columns = torch.randn(2, 13, dtype=torch.float64).unbind(0)
+    attention.prior.data = (rows[:, None] + columns).expand(1, 2, -1, -1).clone()
+
+    def resized(x: Tensor) -> Tensor:
+        grid = x[1:].view(1, 1, 3, 4)
+        patches = nn.functional.interpolate(grid, (5, 2), mode="bicubic", antialias=True)
+        return torch.cat([x[:1], patches.flatten()])
+
+    resize_priors(attention, (3, 4), (5, 2))
+    torch.testing.assert_close(attention.prior[0, 1], resized(rows)[:, None] + resized(columns))
+    before = attention.prior.clone()
+    torch.testing.assert_close(resize_priors(attention, (5, 2), (5, 2)).prior, nn.Parameter(before))
+
+
+def test_what_resizing_refuses() -> None:
+    with pytest.raises(ValueError, match="model must hold PriorAttention modules"):
+        resize_priors(nn.Linear(2, 2), (2, 2), (3, 3))
+    converted = vit()
+    for grid, new_grid, message in (
+        ((3, 4), (5, 5), r"grid must be that of all"),
+        ((4, 4), (0, 4), r"at least one row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resize_priors(converted, grid, new_grid)
+    prune(converted, 0.5, importance="random")
+    with pytest.raises(ValueError, match=r"model must not be pruned \(got 'blocks\.0\.attn\.prior_attention' pruned"):
+        resize_priors(converted, (4, 4), (5, 5))

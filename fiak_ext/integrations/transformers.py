@@ -165,8 +165,9 @@ def from_pretrained(folder: str | Path) -> PreTrainedModel:
             f"it (got {arguments!r})"
         )
     architecture = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+    found = getattr(transformers, architecture, None)
+    model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    if model_class is None:
         raise ValueError(f"from_pretrained: architectures must name a model of transformers (got {architecture!r})")
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report what belongs to the priors as unexpected
