@@ -15,6 +15,7 @@ import torch
 from fiak_ext import _C, flops, reference
 from fiak_ext._C import build_info
 from fiak_ext.compaction import compact
+from fiak_ext.conversion import ConvertedAttention, convert, from_pretrained, register_attention, resize_priors
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.packing import pack_linears
@@ -23,6 +24,7 @@ from fiak_ext.pruning import PruningReport, calibrate, prune
 
 __all__ = [
     "CausalLM",
+    "ConvertedAttention",
     "MultiHeadSelfAttention",
     "PriorAttention",
     "PruningReport",
@@ -31,12 +33,16 @@ __all__ = [
     "build_info",
     "calibrate",
     "compact",
+    "convert",
     "deit_tiny",
     "flops",
+    "from_pretrained",
     "pack_linears",
     "param_groups",
     "prune",
     "reference",
+    "register_attention",
+    "resize_priors",
     "which_kernel",
 ]
 

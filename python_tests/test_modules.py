@@ -261,7 +261,7 @@ def test_the_recorder_sees_every_call() -> None:
     query, key, value = random_inputs(2, QUERIES, KEYS)
     lens = torch.tensor([3, 9])
     attention(query, key, value, kv_lens=lens)
-    assert calls == [(query, key, {"kv_lens": lens, "query_offsets": None})]
+    assert calls == [(query, key, {"kv_lens": lens, "query_offsets": None, "bias": None})]
 
 
 @pytest.mark.parametrize(
@@ -554,3 +554,46 @@ def test_representation() -> None:
     assert repr(PriorAttention(4, 7, 9, kind="gmm", is_causal=True, dropout_p=0.1)) == (
         "PriorAttention(4, 7, 9, kind='gmm', dense, parameterization='softmax', is_causal=True, dropout_p=0.1)"
     )
+
+
+# ---------------------------------------------------------------- an additive bias
+
+
+@pytest.mark.parametrize("state", ["dense", "softmax", "pruned", "compacted"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_bias_is_added_to_the_scores(shared: bool, state: str) -> None:
+    """Also where the largest biases of a row are at pairs that are pruned, far above all that are left."""
+    groups = 2
+    generator = torch.Generator().manual_seed(3)
+    bias = torch.randn((1 if shared else groups, HEADS, QUERIES, KEYS), dtype=torch.float64, generator=generator)
+    mask = random_mask(groups, HEADS, QUERIES, KEYS)
+    mask[..., 4] = False
+    mask[:, :, 2] = torch.arange(KEYS) == 5
+    query, key, value = random_inputs(4, QUERIES, KEYS)
+    if state in ("dense", "softmax"):
+        attention: PriorAttention = dense("fiak" if state == "dense" else "softmax", groups=groups)
+        weight = attention.weight() if state == "dense" else torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        inputs = (query, key, value)
+    else:
+        bias[:, :, :, 4] = 800.0
+        bias[:, :, 2, 5] = -800.0
+        attention = PriorAttention(HEADS, QUERIES, KEYS, groups=groups)
+        attention.set_pattern(SparsePattern.from_mask(mask))
+        weight, inputs = mask.double(), (query, key, value)
+        if state == "compacted":
+            inputs = (query, *torch.ops.fiak.compact_kv(key, value, attention.compact()))
+    largest = bias.masked_fill(weight.expand(groups, HEADS, QUERIES, KEYS) == 0, -torch.inf)
+    factor = (bias - largest.amax(-1, keepdim=True).clamp(min=-1e4)).exp().nan_to_num(posinf=0.0)
+    expected, _ = reference.prior_attention(query, key, value, (weight * factor).expand(groups, HEADS, QUERIES, KEYS))
+    torch.testing.assert_close(attention(*inputs, bias=bias), expected)
+
+
+def test_a_bias_of_other_sizes_is_refused() -> None:
+    attention = dense(groups=2)
+    query, key, value = random_inputs(2, QUERIES, KEYS)
+    bias = torch.zeros(2, HEADS, QUERIES, KEYS)
+    for wrong in (bias[0], bias.expand(2, -1, -1, -1)[:, :1], torch.zeros(3, HEADS, QUERIES, KEYS)):
+        with pytest.raises(ValueError, match=r"bias must be \[1 or 2, 4, 7, 9\] \(got shape"):
+            attention(query, key, value, bias=wrong)
+    with pytest.raises(ValueError, match=r"query and key must have 7 and 9 rows where there is a bias \(got 7 and 8\)"):
+        attention(query, key[:, :, :8], value[:, :, :8], bias=bias)
