@@ -14,29 +14,35 @@ import torch
 
 from fiak_ext import _C, flops, reference
 from fiak_ext._C import build_info
+from fiak_ext.calibration import SoftEM, calibrate, find_dead_rows
 from fiak_ext.compaction import compact
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.packing import pack_linears
 from fiak_ext.pattern import SparsePattern
-from fiak_ext.pruning import PruningReport, calibrate, prune
+from fiak_ext.pruning import patterns, prune, set_patterns
+from fiak_ext.pruning_report import PruningReport
 
 __all__ = [
     "CausalLM",
     "MultiHeadSelfAttention",
     "PriorAttention",
     "PruningReport",
+    "SoftEM",
     "SparsePattern",
     "VisionTransformer",
     "build_info",
     "calibrate",
     "compact",
     "deit_tiny",
+    "find_dead_rows",
     "flops",
     "pack_linears",
     "param_groups",
+    "patterns",
     "prune",
     "reference",
+    "set_patterns",
     "which_kernel",
 ]
 
