@@ -16,6 +16,7 @@ from fiak_ext import _C, flops, reference
 from fiak_ext._C import build_info
 from fiak_ext.calibration import SoftEM, calibrate, find_dead_rows
 from fiak_ext.compaction import compact
+from fiak_ext.conversion import ConvertedAttention, convert, register_attention
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.packing import pack_linears
@@ -25,6 +26,7 @@ from fiak_ext.pruning_report import PruningReport
 
 __all__ = [
     "CausalLM",
+    "ConvertedAttention",
     "MultiHeadSelfAttention",
     "PriorAttention",
     "PruningReport",
@@ -34,6 +36,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "compact",
+    "convert",
     "deit_tiny",
     "find_dead_rows",
     "flops",
@@ -42,6 +45,7 @@ __all__ = [
     "patterns",
     "prune",
     "reference",
+    "register_attention",
     "set_patterns",
     "which_kernel",
 ]

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fiak_ext.conversion import ConvertedAttention
 from fiak_ext.modules import MultiHeadSelfAttention
 
 __all__ = ["compact"]
@@ -21,7 +22,8 @@ def compact(model: Model) -> Model:
     optimizer; it cannot be pruned again.
 
     Args:
-        model: holds :class:`~fiak_ext.MultiHeadSelfAttention` modules, all pruned and none compacted; changed in place.
+        model: holds :class:`~fiak_ext.MultiHeadSelfAttention` modules, or attention that ``convert`` has put priors
+            into, all pruned and none compacted; changed in place.
 
     Returns:
         The model itself.
@@ -30,13 +32,21 @@ def compact(model: Model) -> Model:
         ValueError: a model without such modules, or with one that is not pruned or is compacted already; the model is
             then left as it was.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadSelfAttention)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (MultiHeadSelfAttention, ConvertedAttention))
+    }
     if not found:
-        raise ValueError(f"compact: model must hold MultiHeadSelfAttention modules (got {type(model).__name__})")
+        raise ValueError(
+            "compact: model must hold MultiHeadSelfAttention or converted attention modules "
+            f"(got {type(model).__name__})"
+        )
     for name, module in found.items():
-        if module.attention.is_compacted:
+        attention = module.prior_attention if isinstance(module, ConvertedAttention) else module.attention
+        if attention.is_compacted:
             raise ValueError(f"compact: model must not be compacted already (got {name!r} compacted)")
-        if not module.attention.is_pruned:
+        if not attention.is_pruned:
             raise ValueError(f"compact: model must be pruned first (got {name!r} not pruned)")
     for module in found.values():
         module.compact()

@@ -282,6 +282,16 @@ class PriorAttention(nn.Module):
             self.prior = nn.Parameter(torch.empty(shape, device=self._device, dtype=self._place.dtype))
             self.reset_parameters()
 
+    def kept(self, num_keys: int) -> Tensor:
+        """``keep`` for an input of ``num_keys`` keys: -1 in place of those that it does not have.
+
+        Raises:
+            RuntimeError: a module that is not compacted.
+        """
+        if self.keep is None:
+            raise RuntimeError(f"PriorAttention.kept: the module must be compacted (got {self._state()})")
+        return self.keep if num_keys == self.num_keys else self.keep.masked_fill(self.keep >= num_keys, -1)
+
     # ---------------------------------------------------------------- attention
 
     def forward(
@@ -292,6 +302,7 @@ class PriorAttention(nn.Module):
         *,
         kv_lens: Tensor | None = None,
         query_offsets: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Attention of ``query`` to ``key`` and ``value``.
 
@@ -304,22 +315,25 @@ class PriorAttention(nn.Module):
                 still counts all keys, and an input of fewer than ``num_keys`` needs it unless attention is causal.
             query_offsets: ``[B]``, the position of each element's first query (decoding with cached keys and values);
                 0 by default.
+            bias: what is added to the scores, with gradient: ``[1 | groups, num_heads, num_queries, num_keys]`` (Swin's
+                relative positions and shifted windows), finite. Inputs are then as long as the module's sizes, and its
+                columns are all keys, compacted or not.
 
         Returns:
             ``[B, num_heads, n, Dv]``, in the memory order ``[B, n, num_heads, Dv]``.
 
         Raises:
-            ValueError: another number of heads, or an input longer than the module's sizes.
+            ValueError: another number of heads, an input longer than the module's sizes, or a bias of another shape.
             RuntimeError: what the ops refuse.
         """
-        self._check(query, key)
+        self._check(query, key, bias)
         if self.recorder is not None:
-            self.recorder(query, key, {"kv_lens": kv_lens, "query_offsets": query_offsets})
+            self.recorder(query, key, {"kv_lens": kv_lens, "query_offsets": query_offsets, "bias": bias})
         dropout_p = self.dropout_p if self.training else 0.0
         if self.is_pruned:
-            return self._attend_pattern(query, key, value, kv_lens, query_offsets, dropout_p)
+            return self._attend_pattern(query, key, value, kv_lens, query_offsets, bias, dropout_p)
         plain = self.kind == "softmax" and self.score == "dot"
-        if plain and kv_lens is None and query_offsets is None:
+        if plain and kv_lens is None and query_offsets is None and bias is None:
             return F.scaled_dot_product_attention(
                 query,
                 key,
@@ -333,7 +347,7 @@ class PriorAttention(nn.Module):
             query,
             key,
             value,
-            self._dense_weight(query, key, query_offsets),
+            self._dense_weight(query, key, query_offsets, bias),
             is_causal=self.is_causal and query_offsets is None,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
@@ -343,7 +357,7 @@ class PriorAttention(nn.Module):
         )
         return output
 
-    def _check(self, query: Tensor, key: Tensor) -> None:
+    def _check(self, query: Tensor, key: Tensor, bias: Tensor | None) -> None:
         for name, tensor in (("query", query), ("key", key)):
             if tensor.dim() != 4:
                 raise ValueError(f"PriorAttention: {name} must have 4 dimensions (got shape {tuple(tensor.shape)})")
@@ -359,14 +373,33 @@ class PriorAttention(nn.Module):
                 )
         elif key.size(2) > self.num_keys:
             raise ValueError(f"PriorAttention: key must have at most {self.num_keys} rows (got {key.size(2)})")
+        if bias is not None:
+            shape = (self.num_heads, self.num_queries, self.num_keys)
+            if bias.dim() != 4 or bias.size(0) not in (1, self.groups) or bias.shape[1:] != shape:
+                raise ValueError(
+                    f"PriorAttention: bias must be [1 or {self.groups}, {', '.join(map(str, shape))}] "
+                    f"(got shape {tuple(bias.shape)})"
+                )
+            if query.size(2) != self.num_queries or (self.keep is None and key.size(2) != self.num_keys):
+                raise ValueError(
+                    f"PriorAttention: query and key must have {self.num_queries} and {self.num_keys} rows where there "
+                    f"is a bias (got {query.size(2)} and {key.size(2)})"
+                )
 
-    def _dense_weight(self, query: Tensor, key: Tensor, query_offsets: Tensor | None) -> Tensor | None:
+    def _dense_weight(
+        self, query: Tensor, key: Tensor, query_offsets: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
         """The weights as fiak::prior_attention takes them, for the rows and columns of this input."""
         batch, _, queries, _ = query.shape
         weight = None if self.prior is None else self.weight()
         if query_offsets is not None and self.is_causal:
             # The op aligns causality with the first row; rows from elsewhere carry it in their weights.
             weight = self.eligible()[None, None].float() if weight is None else weight * self.eligible()
+        if bias is not None:
+            # An additive bias is the weight exp(bias), and a factor of a whole row changes nothing.
+            bias = bias if query.dtype == torch.float64 else bias.float()
+            factor = (bias - bias.detach().amax(-1, keepdim=True)).exp()
+            weight = factor if weight is None else weight * factor
         if weight is None:
             return None
         if query_offsets is not None and weight.size(2) > 1:
@@ -383,6 +416,7 @@ class PriorAttention(nn.Module):
         value: Tensor,
         kv_lens: Tensor | None,
         query_offsets: Tensor | None,
+        bias: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
         """Pruned attention. A shorter input uses the pattern's first rows and columns without a pattern of its own."""
@@ -400,10 +434,14 @@ class PriorAttention(nn.Module):
             key, value = (F.pad(tensor, (0, 0, 0, self.num_keys - keys)) for tensor in (key, value))
         if queries < self.num_queries and query_offsets is None:
             query_offsets = torch.zeros(batch, dtype=torch.int64, device=query.device)
+        values = None
+        if bias is not None:
+            values = pattern.exponentials(bias if query.dtype == torch.float64 else bias.float(), self.keep)
         return pattern.attend(
             query,
             key,
             value,
+            values,
             query_offsets=query_offsets,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
@@ -589,14 +627,11 @@ class MultiHeadSelfAttention(nn.Module):
         if self.qkv is not None:
             query, key, value = self.qkv(x).view(heads).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            assert self.q is not None and self.kv is not None and self.attention.keep is not None
-            keep = self.attention.keep
-            if tokens < self.num_tokens:
-                keep = keep.masked_fill(keep >= tokens, -1)
-                if kv_lens is None and not self.attention.is_causal:
-                    kv_lens = torch.full((batch,), tokens, device=x.device)
+            assert self.q is not None and self.kv is not None
+            if tokens < self.num_tokens and kv_lens is None and not self.attention.is_causal:
+                kv_lens = torch.full((batch,), tokens, device=x.device)
             query = self.q(x).view(heads).squeeze(2).transpose(1, 2)
-            key, value = self.kv(x, keep)
+            key, value = self.kv(x, self.attention.kept(tokens))
         return self.proj(self.attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
 
     @torch.no_grad()

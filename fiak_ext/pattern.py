@@ -315,6 +315,25 @@ class SparsePattern:
 
     # ---------------------------------------------------------------- attention
 
+    def exponentials(self, bias: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``values [nnz]`` for :meth:`attend`: ``exp(bias)`` of the kept pairs, divided by the largest of their row.
+
+        This is how an additive bias becomes weights: a factor of a whole row changes no attention. The largest counts
+        as a constant in the gradient, which the normalisation of attention makes exact.
+
+        Args:
+            bias: ``[1 | groups, num_heads, num_queries, num_keys]``, finite; with ``keep``, over all keys.
+            keep: of :meth:`compact`, where this pattern is what it returned.
+        """
+        rows, columns = self._entry_rows(), self.col_indices.long()
+        if keep is not None:
+            head = rows // max(self.num_queries, 1) % self.num_heads
+            columns = keep[head // (self.num_heads // keep.size(0)), columns]
+        entries = bias.expand(self.groups, -1, -1, -1).flatten(0, 2)[rows, columns]
+        largest = entries.new_full((self._num_rows,), -torch.inf)
+        largest = largest.scatter_reduce(0, rows, entries.detach(), "amax")
+        return (entries - largest[rows]).exp()
+
     def attend(
         self,
         query: Tensor,

@@ -230,7 +230,7 @@ def test_compile_without_graph_breaks(is_causal: bool) -> None:
 
 
 def test_wrong_uses_are_named() -> None:
-    with pytest.raises(ValueError, match=r"model must hold MultiHeadSelfAttention modules \(got Linear\)"):
+    with pytest.raises(ValueError, match=r"must hold MultiHeadSelfAttention or converted attention .*\(got Linear\)"):
         compact(nn.Linear(2, 2))
     model = vision_transformer()
     with pytest.raises(ValueError, match=r"model must be pruned first \(got 'blocks.0.attention' not pruned\)"):

@@ -261,7 +261,7 @@ def test_the_recorder_sees_every_call() -> None:
     query, key, value = random_inputs(2, QUERIES, KEYS)
     lens = torch.tensor([3, 9])
     attention(query, key, value, kv_lens=lens)
-    assert calls == [(query, key, {"kv_lens": lens, "query_offsets": None})]
+    assert calls == [(query, key, {"kv_lens": lens, "query_offsets": None, "bias": None})]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,305 @@
+"""Priors in the attention of any model: ``convert``, and what the adapters in ``fiak_ext.integrations`` build on.
+
+An attention module is converted in place: its class becomes a subclass of what it was, which calls the
+:class:`~fiak_ext.PriorAttention` that it gets as its submodule ``prior_attention``. Parameters, their names, hooks and
+what ``isinstance`` says stay.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score
+
+__all__ = ["ConvertedAttention", "Padding", "convert", "expect", "register_attention", "roll"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Adapter = TypeVar("Adapter", bound="type[ConvertedAttention]")
+
+# Top-level package of a model's classes: the module of this package that knows its attention.
+_INTEGRATIONS = {"torch": "torch_nn", "timm": "timm", "transformers": "transformers"}
+_ATTENTION_NAME = re.compile(r"Attention|Attn")
+
+
+class ConvertedAttention(nn.Module):
+    """Base of the classes that attention modules of other libraries get by :func:`convert`.
+
+    A subclass derives from this class and from the attention class it stands for, in this order, is registered with
+    :func:`register_attention`, and defines :meth:`prior_arguments` and ``forward``. Its ``__init__`` never runs.
+
+    Attributes:
+        prior_attention: what ``forward`` calls with query, key and value ``[B, heads, positions, features]``.
+    """
+
+    prior_attention: PriorAttention
+
+    @classmethod
+    def prior_arguments(cls, module: nn.Module, parents: Sequence[nn.Module]) -> dict[str, Any]:
+        """What :class:`~fiak_ext.PriorAttention` is to be made with for ``module``.
+
+        Args:
+            module: of the attention class; not converted yet, and not to be changed.
+            parents: the modules that hold it, the model first.
+
+        Returns:
+            ``num_heads``, and what else is known: ``num_queries`` where the model fixes it, ``is_causal`` where the
+            module itself is causal or is not, ``scale``, ``dropout_p``, ``groups``.
+
+        Raises:
+            ValueError: a module with settings that are not supported; the message says which, without its name.
+        """
+        raise NotImplementedError(f"{cls.__name__}.prior_arguments must be defined")
+
+    @classmethod
+    def finish(cls, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Called once, after all attention of ``model`` is converted, with the arguments of :func:`convert`."""
+
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of key and value."""
+        return self.prior_attention.num_heads
+
+    def compact(self) -> None:
+        """Drops the keys that no query keeps; ``forward`` is to compute them no more (``fiak::compact_linear``).
+
+        Raises:
+            RuntimeError: attention that is not pruned, or compacted already.
+        """
+        self.prior_attention.compact(self.num_key_heads)
+
+    def project_kept(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Tensor:
+        """Key or value of the kept positions, once compacted: ``x [B, n, dim]`` to ``[B, parts * key heads, K, D]``.
+
+        Args:
+            x: the tokens.
+            weight: ``[parts * key heads * D, dim]``.
+            bias: ``[parts * key heads * D]`` or None.
+            parts: 2 for the weights of key and value in one.
+        """
+        output: Tensor = torch.ops.fiak.compact_linear(
+            x, weight, bias, self.prior_attention.kept(x.size(1)).repeat(parts, 1)
+        )
+        return output
+
+    def kept_lens(self, x: Tensor, kv_lens: Tensor | None) -> Tensor | None:
+        """``kv_lens`` for :class:`~fiak_ext.PriorAttention` once compacted, which needs it where ``x`` is short."""
+        if kv_lens is None and x.size(1) < self.prior_attention.num_keys and not self.prior_attention.is_causal:
+            return torch.full((x.size(0),), x.size(1), device=x.device)
+        return kv_lens
+
+
+_ADAPTERS: dict[type[nn.Module], type[ConvertedAttention]] = {}
+
+
+def register_attention(attention_class: type[nn.Module]) -> Callable[[Adapter], Adapter]:
+    """Class decorator: :func:`convert` makes modules of ``attention_class`` instances of the decorated class.
+
+    Modules of other subclasses of ``attention_class`` are not converted: they may compute something else.
+
+    Raises:
+        TypeError: a decorated class that is not a subclass of ``ConvertedAttention`` and of ``attention_class``.
+    """
+
+    def register(adapter: Adapter) -> Adapter:
+        for base in (ConvertedAttention, attention_class):
+            if not issubclass(adapter, base):
+                raise TypeError(
+                    f"register_attention: class must be a subclass of {base.__name__} (got {adapter.__name__})"
+                )
+        _ADAPTERS[attention_class] = adapter
+        return adapter
+
+    return register
+
+
+def convert(
+    model: Model,
+    *,
+    num_tokens: int | None = None,
+    kind: Kind = "fiak",
+    parameterization: Parameterization = "softmax",
+    score: Score = "dot",
+    is_causal: bool | None = None,
+) -> Model:
+    """Puts priors into the attention of a model of timm, Hugging Face transformers, torch.nn or another library.
+
+    With the uniform priors that it starts with and the dot score, the model gives the outputs of the original to
+    rounding. Names in ``state_dict`` stay; those of ``prior_attention`` modules come in addition. A model of this
+    package, or an attention that is converted already, is left as it is.
+
+    Args:
+        model: changed in place.
+        num_tokens: the longest input, in tokens, that attention can take; needed unless the model fixes it (image
+            models).
+        kind, parameterization, score: of :class:`~fiak_ext.PriorAttention`; ``"softmax"`` as kind has no priors, for
+            ``calibrate`` and ``prune(..., importance="posterior")``.
+        is_causal: for ``torch.nn``, whose modules do not say it themselves: they are causal if True.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: attention that is not supported, named with its place and class; a model without attention;
+            ``num_tokens`` or ``is_causal`` where the model says otherwise, or no ``num_tokens`` where it must be given.
+            The model is then left as it was.
+    """
+    _import_integrations(model)
+    search = _Search()
+    search.visit(model, "", ())
+    if not any(search.covered.values()):
+        raise ValueError(f"convert: model must hold attention modules (got {type(model).__name__})")
+    known: dict[str, dict[str, Any]] = {}
+    for name, found in search.supported.items():
+        try:
+            known[name] = found.adapter.prior_arguments(found.module, found.parents)
+        except ValueError as error:
+            search.refused[name] = f"{type(found.module).__name__}, {error}"
+    if search.refused:
+        places = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in search.refused.items())
+        raise ValueError(f"convert: attention must be of a supported kind (got {places})")
+    chosen: dict[str, Any] = {"kind": kind, "parameterization": parameterization, "score": score}
+    priors = {}
+    for name, arguments in known.items():
+        module = search.supported[name].module
+        _settle(arguments, "num_queries", "num_tokens", num_tokens, f"{name or 'the model'}, {type(module).__name__}")
+        _settle(arguments, "is_causal", "is_causal", is_causal, f"{name or 'the model'}, {type(module).__name__}")
+        priors[name] = _like(PriorAttention(**arguments, **chosen), module)
+    # Everything that can be wrong has been refused by now: an error leaves the model as it was.
+    for name, prior_attention in priors.items():
+        module, adapter = search.supported[name].module, search.supported[name].adapter
+        module.__class__ = adapter
+        module.prior_attention = prior_attention
+    for adapter in dict.fromkeys(found.adapter for found in search.supported.values()):
+        adapter.finish(model, {"num_tokens": num_tokens, "is_causal": is_causal, **chosen})
+    return model
+
+
+@dataclass(frozen=True)
+class _Found:
+    module: nn.Module
+    adapter: type[ConvertedAttention]
+    parents: tuple[nn.Module, ...]
+
+
+class _Search:
+    """The attention modules of a model: by name those with an adapter, and those without and why they are refused."""
+
+    def __init__(self) -> None:
+        self.supported: dict[str, _Found] = {}
+        self.refused: dict[str, str] = {}
+        self.covered: dict[nn.Module, bool] = {}  # every module that is or holds attention; False where it does not
+
+    def visit(self, module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> bool:
+        """Whether the module is or holds attention."""
+        if module not in self.covered:
+            self.covered[module] = self._visit(module, name, parents)
+        return self.covered[module]
+
+    def _visit(self, module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> bool:
+        if isinstance(module, (PriorAttention, MultiHeadSelfAttention, ConvertedAttention)):
+            return True
+        if (adapter := _ADAPTERS.get(type(module))) is not None:
+            self.supported[name] = _Found(module, adapter, parents)
+            return True
+        prefix = f"{name}." if name else ""
+        children = [self.visit(child, prefix + key, (*parents, module)) for key, child in module.named_children()]
+        if any(children):
+            return True
+        if _ATTENTION_NAME.search(type(module).__name__) or isinstance(module, tuple(_ADAPTERS)):
+            place = f"{type(module).__module__}.{type(module).__name__}"
+            self.refused[name] = f"{place}, for which nothing is registered with register_attention"
+            return True
+        return False
+
+
+def _import_integrations(model: nn.Module) -> None:
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    for library in sorted({base.__module__.partition(".")[0] for base in classes} & set(_INTEGRATIONS)):
+        importlib.import_module(f"fiak_ext.integrations.{_INTEGRATIONS[library]}")
+
+
+def _settle(arguments: dict[str, Any], key: str, name: str, given: Any, place: str) -> None:
+    """What the caller gives goes where the model does not say it, and must agree with it where it does."""
+    known = arguments.get(key)
+    if known is None and given is None and key == "num_queries":
+        raise ValueError(f"convert: {name} must be given (got None; needed by {place})")
+    if known is not None and given is not None and known != given:
+        raise ValueError(f"convert: {name} must be {known}, as in the model, or be left out (got {given} for {place})")
+    arguments[key] = given if known is None else known
+    if arguments[key] is None:
+        del arguments[key]
+
+
+def _like(prior_attention: PriorAttention, module: nn.Module) -> PriorAttention:
+    """On the module's device, in float32 or, with float64 parameters, float64, and in its mode."""
+    parameter = next(module.parameters(), torch.empty(0))
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return prior_attention.to(parameter.device, dtype).train(module.training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What adapters share
+
+
+def expect(condition: Tensor, message: str) -> None:
+    """Raises ValueError(message) unless the boolean tensor of one element is True; compiled code asserts it.
+
+    Raises:
+        ValueError: as said; RuntimeError in compiled code.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
+
+
+class Padding:
+    """Where the tokens of each batch element are, from a mask of those that are visible, padding on either side.
+
+    Priors belong to positions, so tokens must start at position 0: :meth:`roll` moves left padding to the right end.
+
+    Args:
+        visible: bool ``[B, M]``, True for tokens that may be attended.
+        name: of the mask, for errors.
+
+    Attributes:
+        kv_lens: ``[B]``, the number of tokens.
+        first: ``[B]``, the place of the first one, or None where it is 0 everywhere (compiled code does not look).
+
+    Raises:
+        ValueError: hidden tokens between visible ones.
+    """
+
+    def __init__(self, visible: Tensor, name: str) -> None:
+        kept = visible.int()
+        self.kv_lens = kept.sum(-1)
+        self.first: Tensor | None = kept.argmax(-1)
+        behind = visible.size(-1) - kept.flip(-1).argmax(-1)
+        gaps = (behind - self.first != self.kv_lens) & (self.kv_lens > 0)
+        expect(~gaps.any(), f"{name} must hide tokens at the ends only (got a hidden token between visible ones)")
+        if not torch.compiler.is_compiling() and not bool(self.first.any()):
+            self.first = None
+
+    def roll(self, x: Tensor, dim: int) -> Tensor:
+        """``x [B, ...]`` with each element's tokens, along ``dim``, from position 0 on and its padding behind them."""
+        return x if self.first is None else roll(x, self.first, dim)
+
+    def unroll(self, x: Tensor, dim: int) -> Tensor:
+        """The inverse of :meth:`roll`."""
+        return x if self.first is None else roll(x, -self.first, dim)
+
+
+def roll(x: Tensor, shifts: Tensor, dim: int) -> Tensor:
+    """``x [B, ...]`` with element b moved towards the start of ``dim`` by ``shifts[b]``, and around its end."""
+    size = x.size(dim)
+    places = (torch.arange(size, device=x.device) + shifts.unsqueeze(-1)) % size
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = places.shape
+    return torch.take_along_dim(x, places.view(shape), dim)

@@ -1,0 +1,342 @@
+"""Hugging Face transformers: the attention of BERT, ViT, GPT-2 and Llama and of models whose code is the same.
+
+Conversion sets the attention implementation ``"fiak"``, which is registered with transformers' attention interface and
+its mask interface. The mask that models pass on to their attention is then an int64 tensor ``[B, 1, 1, 2 | 3]``: the
+number of visible keys, the position of the first query (not 0 with cached keys), and, if any element is padded on the
+left, the place of its first visible key.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+from transformers.models.vit.modeling_vit import ViTAttention, ViTModel
+
+from fiak_ext.conversion import ConvertedAttention, Padding, expect, register_attention, roll
+
+__all__ = [
+    "PriorBertSelfAttention",
+    "PriorGPT2Attention",
+    "PriorLlamaAttention",
+    "PriorRobertaSelfAttention",
+    "PriorViTAttention",
+]
+
+_NAME = "fiak"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers' interfaces
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention implementation ``"fiak"``: ``[B, heads, n, D]`` to ``[B, n, heads, D]``, and no weights."""
+    if not isinstance(module, _HuggingFaceAttention):
+        raise ValueError(f"fiak: module must be one that convert put priors into (got {type(module).__name__})")
+    attention = module.prior_attention
+    for name in ("position_bias", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"fiak: {name} must be None (got {type(kwargs[name]).__name__})")
+    if scaling != attention.scale:
+        raise ValueError(f"fiak: scaling must be {attention.scale}, as at conversion (got {scaling})")
+    if module.training and dropout != attention.dropout_p:
+        raise ValueError(f"fiak: dropout must be {attention.dropout_p}, as at conversion (got {dropout})")
+    kv_lens = query_offsets = query_shifts = None
+    if attention_mask is None:
+        if attention.is_causal and key.size(2) != query.size(2):
+            raise ValueError(f"fiak: attention_mask must say where {query.size(2)} queries of {key.size(2)} keys are")
+    else:
+        kv_lens, query_offsets, first = _unpack(attention_mask)
+        if first is not None:
+            key, value = roll(key, first, 2), roll(value, first, 2)
+            query_shifts = (first - query_offsets).clamp(min=0, max=query.size(2))
+            query, query_offsets = roll(query, query_shifts, 2), (query_offsets - first).clamp(min=0)
+        if not attention.is_causal or key.size(2) == query.size(2):
+            query_offsets = None  # all positions from 0 on
+    if attention.is_compacted:
+        if kv_lens is None and not attention.is_causal:
+            kv_lens = torch.full((key.size(0),), key.size(2), device=key.device)
+        key, value = torch.ops.fiak.compact_kv(key, value, attention.kept(key.size(2)))
+    output = attention(query, key, value, kv_lens=kv_lens, query_offsets=query_offsets)
+    output = output if query_shifts is None else roll(output, -query_shifts, 2)
+    return output.transpose(1, 2), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of the attention implementation ``"fiak"``, in the form that this file begins with."""
+    if kv_offset != 0:
+        raise ValueError(f"fiak: cached keys must begin with the first token, not a sliding window's (got {kv_offset})")
+    if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
+        _expect_plain(mask_function, batch_size, q_length, kv_length, q_offset, device)
+    if attention_mask is None:
+        if isinstance(q_offset, int) and q_offset + q_length == kv_length and q_offset == 0:
+            return None
+        kv_lens, first = torch.full((batch_size,), kv_length, device=device), None
+    else:
+        visible = F.pad(attention_mask.bool(), (0, max(kv_length - attention_mask.size(-1), 0)))[:, :kv_length]
+        padding = Padding(visible, "fiak: attention_mask")
+        kv_lens, first = padding.kv_lens, padding.first
+    columns = [kv_lens, torch.zeros_like(kv_lens) + q_offset] + ([] if first is None else [first])
+    return torch.stack(columns, -1)[:, None, None]
+
+
+def _unpack(mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    if mask.dtype != torch.int64 or mask.dim() != 4 or mask.size(-1) not in (2, 3):
+        raise ValueError(
+            f"fiak: attention_mask must be [batch, keys], 1 where a token is visible (got {mask.dtype}, "
+            f"shape {tuple(mask.shape)})"
+        )
+    kv_lens, query_offsets, *first = mask[:, 0, 0].unbind(-1)
+    return kv_lens, query_offsets, first[0] if first else None
+
+
+def _expect_plain(
+    mask_function: Callable[..., Tensor], batch: int, queries: int, keys: int, offset: int | Tensor, device: Any
+) -> None:
+    """Refuses sliding windows, packed sequences and other masks, unless they hide nothing at these sizes."""
+    samples = torch.arange(batch, device=device)[:, None, None, None]
+    rows = (torch.arange(queries, device=device) + offset)[None, None, :, None]
+    columns = torch.arange(keys, device=device)[None, None, None]
+    allowed = mask_function(samples, samples.new_zeros(()), rows, columns)
+    causal = columns <= rows
+    expect(
+        (allowed == causal).all() | allowed.all(),
+        "fiak: attention must be causal or over all tokens (got a sliding window, packed sequences or another mask)",
+    )
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention classes
+
+
+class _HuggingFaceAttention(ConvertedAttention):
+    """The library's own forward pass, which calls ``_attention``, or, once compacted, one of this class."""
+
+    config: Any
+
+    @classmethod
+    def finish(cls, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        # A configuration may be shared with models that are not converted.
+        copies: dict[int, PreTrainedConfig] = {}
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if isinstance(config, PreTrainedConfig) and config._attn_implementation != _NAME:
+                own = copies.setdefault(id(config), copy.deepcopy(config))
+                own._attn_implementation = _NAME
+                if isinstance(module, PreTrainedModel):
+                    own.fiak = dict(arguments)
+                module.config = own
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the library's; its second result, the weights, is None."""
+        if self.prior_attention.is_compacted and past_key_values is None:
+            return self._compacted_forward(hidden_states, attention_mask, position_embeddings), None
+        if position_embeddings is not None:
+            kwargs["position_embeddings"] = position_embeddings
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        output: tuple[Tensor, None] = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        return output
+
+    def _compacted_forward(
+        self, x: Tensor, attention_mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Projects the kept keys only. A cache takes all keys: with one, attention alone is compacted."""
+        kv_lens = first = None
+        if attention_mask is not None:
+            kv_lens, _, first = _unpack(attention_mask)
+        if first is not None:
+            x = roll(x, first, 1)
+            if position_embeddings is not None:
+                cosine, sine = (part.expand(x.size(0), -1, -1) for part in position_embeddings)
+                position_embeddings = roll(cosine, first, 1), roll(sine, first, 1)
+        query, key, value = self._project(x, position_embeddings)
+        output = self.prior_attention(query, key, value, kv_lens=self.kept_lens(x, kv_lens)).transpose(1, 2).flatten(2)
+        return self._output(output if first is None else roll(output, -first, 1))
+
+    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of all positions ``[B, heads, n, D]``, keys and values of the kept ones ``[B, key heads, K, D]``."""
+        raise NotImplementedError
+
+    def _output(self, x: Tensor) -> Tensor:
+        """The output projection, where it belongs to the attention module."""
+        return x
+
+    def _queries(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(2, (self.prior_attention.num_heads, -1)).transpose(1, 2)
+
+
+class _BertAttention(_HuggingFaceAttention):
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+
+    @classmethod
+    def prior_arguments(cls, module: nn.Module, parents: Sequence[nn.Module]) -> dict[str, Any]:
+        assert isinstance(module, (BertSelfAttention, RobertaSelfAttention))
+        return {
+            "num_heads": module.num_attention_heads,
+            "is_causal": module.is_causal,
+            "scale": module.scaling,
+            "dropout_p": module.dropout.p,
+        }
+
+    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        key = self.project_kept(x, self.key.weight, self.key.bias)
+        return self._queries(self.query(x)), key, self.project_kept(x, self.value.weight, self.value.bias)
+
+
+@register_attention(BertSelfAttention)
+class PriorBertSelfAttention(_BertAttention, BertSelfAttention):
+    """BERT (MiniLM and other sentence encoders included)."""
+
+
+@register_attention(RobertaSelfAttention)
+class PriorRobertaSelfAttention(_BertAttention, RobertaSelfAttention):
+    """RoBERTa."""
+
+
+@register_attention(ViTAttention)
+class PriorViTAttention(_HuggingFaceAttention, ViTAttention):
+    """ViT."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    @classmethod
+    def prior_arguments(cls, module: nn.Module, parents: Sequence[nn.Module]) -> dict[str, Any]:
+        assert isinstance(module, ViTAttention)
+        sizes = [parent.embeddings.position_embeddings.size(1) for parent in parents if isinstance(parent, ViTModel)]
+        return {
+            "num_heads": module.num_attention_heads,
+            "num_queries": sizes[0] if sizes else None,
+            "is_causal": False,
+            "scale": module.scaling,
+            "dropout_p": module.attention_dropout,
+        }
+
+    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        key = self.project_kept(x, self.k_proj.weight, self.k_proj.bias)
+        return self._queries(self.q_proj(x)), key, self.project_kept(x, self.v_proj.weight, self.v_proj.bias)
+
+    def _output(self, x: Tensor) -> Tensor:
+        output: Tensor = self.o_proj(x)
+        return output
+
+
+@register_attention(GPT2Attention)
+class PriorGPT2Attention(_HuggingFaceAttention, GPT2Attention):
+    """GPT-2."""
+
+    embed_dim: int
+    c_attn: nn.Module
+    c_proj: nn.Module
+    resid_dropout: nn.Module
+
+    @classmethod
+    def prior_arguments(cls, module: nn.Module, parents: Sequence[nn.Module]) -> dict[str, Any]:
+        assert isinstance(module, GPT2Attention)
+        if module.is_cross_attention:
+            raise ValueError("which is cross-attention")
+        return {
+            "num_heads": module.num_heads,
+            "is_causal": module.is_causal,
+            "scale": module.scaling,
+            "dropout_p": module.attn_dropout.p,
+        }
+
+    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        # c_attn is a Conv1D, a linear layer with its weight transposed.
+        weight: Tensor = self.c_attn.weight.t()  # type: ignore[operator]
+        bias: Tensor = self.c_attn.bias  # type: ignore[assignment]
+        query = F.linear(x, weight[: self.embed_dim], bias[: self.embed_dim])
+        both = self.project_kept(x, weight[self.embed_dim :], bias[self.embed_dim :], parts=2)
+        key, value = both.chunk(2, 1)
+        return self._queries(query), key, value
+
+    def _output(self, x: Tensor) -> Tensor:
+        output: Tensor = self.resid_dropout(self.c_proj(x.contiguous()))
+        return output
+
+
+@register_attention(LlamaAttention)
+class PriorLlamaAttention(_HuggingFaceAttention, LlamaAttention):
+    """Llama: grouped queries and rotary positions."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    @classmethod
+    def prior_arguments(cls, module: nn.Module, parents: Sequence[nn.Module]) -> dict[str, Any]:
+        assert isinstance(module, LlamaAttention)
+        return {
+            "num_heads": module.config.num_attention_heads,
+            "is_causal": module.is_causal,
+            "scale": module.scaling,
+            "dropout_p": module.attention_dropout,
+        }
+
+    @property
+    def num_key_heads(self) -> int:
+        heads: int = self.config.num_key_value_heads
+        return heads
+
+    def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert position_embeddings is not None
+        query = self._queries(self.q_proj(x))
+        key = self.project_kept(x, self.k_proj.weight, self.k_proj.bias)
+        value = self.project_kept(x, self.v_proj.weight, self.v_proj.bias)
+        cosine, sine = position_embeddings  # [1 | B, n, D]
+        places = self.prior_attention.kept(x.size(1)).clamp(min=0)  # [key heads, K]; behind the last, anything will do
+        query = query * cosine[:, None] + rotate_half(query) * sine[:, None]
+        return query, key * cosine[:, places] + rotate_half(key) * sine[:, places], value
+
+    def _output(self, x: Tensor) -> Tensor:
+        output: Tensor = self.o_proj(x)
+        return output
