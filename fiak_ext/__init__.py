@@ -16,7 +16,7 @@ from fiak_ext import _C, flops, reference
 from fiak_ext._C import build_info
 from fiak_ext.calibration import SoftEM, calibrate, find_dead_rows
 from fiak_ext.compaction import compact
-from fiak_ext.conversion import ConvertedAttention, convert, register_attention
+from fiak_ext.conversion import ConvertedAttention, convert, from_pretrained, register_attention
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.packing import pack_linears
@@ -40,6 +40,7 @@ __all__ = [
     "deit_tiny",
     "find_dead_rows",
     "flops",
+    "from_pretrained",
     "pack_linears",
     "param_groups",
     "patterns",

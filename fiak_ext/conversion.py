@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score
 
-__all__ = ["ConvertedAttention", "Padding", "convert", "expect", "register_attention", "roll"]
+__all__ = ["ConvertedAttention", "Padding", "convert", "expect", "from_pretrained", "register_attention", "roll"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Adapter = TypeVar("Adapter", bound="type[ConvertedAttention]")
@@ -60,6 +61,11 @@ class ConvertedAttention(nn.Module):
     @classmethod
     def finish(cls, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Called once, after all attention of ``model`` is converted, with the arguments of :func:`convert`."""
+
+    @property
+    def model_dim(self) -> int | None:
+        """Features of the tokens that ``forward`` projects, for ``flops.model_report``; None leaves projections out."""
+        return None
 
     @property
     def num_key_heads(self) -> int:
@@ -179,6 +185,25 @@ def convert(
     for adapter in dict.fromkeys(found.adapter for found in search.supported.values()):
         adapter.finish(model, {"num_tokens": num_tokens, "is_causal": is_causal, **chosen})
     return model
+
+
+def from_pretrained(folder: str | Path) -> Any:
+    """Loads a converted Hugging Face model, dense, pruned or compacted, from where its ``save_pretrained`` saved it.
+
+    ``save_pretrained`` writes how the model was converted to ``config.json``, as ``fiak``, and priors and patterns to
+    the safetensors files, which are all that is read: nothing is unpickled. For other models, convert a new one in the
+    same way and load the ``state_dict``.
+
+    Args:
+        folder: on this machine.
+
+    Raises:
+        ValueError: a folder without such a model, or a configuration, names or sizes that do not belong together.
+        RuntimeError: patterns that are not well-formed.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    integration = importlib.import_module("fiak_ext.integrations.transformers")
+    return integration.from_pretrained(folder)
 
 
 @dataclass(frozen=True)

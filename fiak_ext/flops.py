@@ -41,6 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from torch.utils.hooks import RemovableHandle
 
+from fiak_ext.conversion import ConvertedAttention
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.pattern import SparsePattern
 
@@ -520,8 +521,8 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
 
     Runs ``model(*args, **kwargs)`` once, in evaluation mode. Dense attention takes every pair that neither causality
     nor ``kv_lens`` hides, and projects every key; modules without a pattern are dense. The projections of
-    :class:`~fiak_ext.MultiHeadSelfAttention` count for its heads, those of other models as part of ``other``. A model
-    without patterns may lie on the meta device.
+    :class:`~fiak_ext.MultiHeadSelfAttention` and of converted attention count for its heads, those of other models as
+    part of ``other``. A model without patterns may lie on the meta device.
 
     Returns:
         The counts for all inputs of the batch together.
@@ -534,6 +535,8 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
     for name, module in model.named_modules():  # parents come first
         if isinstance(module, MultiHeadSelfAttention):
             names[module.attention] = name
+        elif isinstance(module, ConvertedAttention):
+            names[module.prior_attention] = name
         elif isinstance(module, PriorAttention):
             names.setdefault(module, name)
     if not names:
@@ -619,10 +622,15 @@ class _Run:
         self.counter.flop_registry = registry
         self._executed: _Counts | None = None
         self._before = Work()
+        self._converted: dict[PriorAttention, ConvertedAttention] = {}
+        self._cached = False
 
     def watch(self, module: nn.Module) -> list[RemovableHandle]:
         if isinstance(module, MultiHeadSelfAttention):
             return [module.register_forward_pre_hook(self._before_projections, with_kwargs=True)]
+        if isinstance(module, ConvertedAttention):
+            self._converted[module.prior_attention] = module
+            return [module.register_forward_pre_hook(self._before_converted, with_kwargs=True)]
         if isinstance(module, PriorAttention):
             return [
                 module.register_forward_pre_hook(self._before_attention, with_kwargs=True),
@@ -661,6 +669,29 @@ class _Run:
             pairs, rows = self._executed
             now = [_core(sum(pairs[h::heads]), sum(rows[h::heads]), *sizes) for h in range(heads)]
         self._add(module, [Comparison(dense, work) for work in now])
+        parent = self._converted.get(module)
+        if parent is not None and parent.model_dim is not None:
+            self._add_projections(module, parent.model_dim, query, key.shape[1], value.shape[3])
+
+    def _before_converted(self, module: ConvertedAttention, args: Any, kwargs: Any) -> None:
+        self._cached = kwargs.get("past_key_values") is not None
+
+    def _add_projections(self, module: PriorAttention, dim: int, query: Tensor, key_heads: int, value_dim: int) -> None:
+        """Those of the queries' tokens; the keys and values of a key head count for its first query head."""
+        batch, heads, tokens, head_dim = query.shape
+        kept = [tokens] * key_heads
+        if module.keep is not None and not self._cached:  # a cache takes all keys
+            kept = _kept_rows(module.kept(tokens))
+        dense, now = [], []
+        for head in range(heads):
+            own = _linear(batch * tokens, dim, head_dim)
+            key_head, place = divmod(head, heads // key_heads)
+            rows = [0, 0] if place else [tokens, kept[key_head]]
+            all_rows, kept_rows = (own + _linear(batch * count, dim, head_dim + value_dim) for count in rows)
+            dense.append(all_rows)
+            now.append(kept_rows)
+        self._add(module, map(Comparison, dense, now))
+        self.inside += sum(now, Work())
 
     def _before_projections(self, module: MultiHeadSelfAttention, args: Any, kwargs: Any) -> None:
         (x,) = _named(("x",), args, kwargs)

@@ -21,6 +21,7 @@ from fiak_ext import (
     calibrate,
     compact,
     convert,
+    flops,
     prune,
     register_attention,
 )
@@ -303,3 +304,27 @@ def test_another_library() -> None:
     for base in (ToyAttention, ConvertedAttention):
         with pytest.raises(TypeError, match=rf"class must be a subclass of \w+ \(got {base.__name__}\)"):
             register_attention(ToyAttention)(base)  # type: ignore[type-var]
+
+
+# ---------------------------------------------------------------- counts
+
+
+@every_case
+def test_flops_count_projections_as_attention(case: Case) -> None:
+    """What is not attention costs the same dense, pruned and compacted; attention costs what its sizes say."""
+    inputs = {**case.inputs(), **({"use_cache": False} if case.name in ("gpt2", "llama") else {})}
+    dense = flops.model_report(case.converted(), **inputs)
+    pruned = case.pruned(mask=left_out(case.mask()))
+    sparse = flops.model_report(pruned, **inputs)
+    compacted = flops.model_report(compact(pruned), **inputs)
+    assert dense.other == sparse.other == compacted.other
+    assert dense.attention.dense == sparse.attention.dense == compacted.attention.dense == dense.attention.now
+    assert not any(layer.name.endswith("prior_attention") for layer in dense.layers)
+    tokens, head_dim, key_heads = case.tokens, DIM // HEADS, 2 if case.name == "llama" else HEADS
+    projected = BATCH * 2 * tokens * DIM * head_dim * (HEADS + 2 * key_heads)
+    pairs = tokens * (tokens + 1) // 2 if case.is_causal else tokens**2
+    assert dense.attention.now.products == projected + BATCH * 2 * HEADS * pairs * 2 * head_dim
+    kept = sum(attention.pattern.nnz for attention in priors(pruned))  # type: ignore[union-attr]
+    assert sparse.attention.now.products == projected + BATCH * kept * 2 * head_dim
+    saved = BATCH * 2 * DIM * head_dim * 2 * key_heads
+    assert compacted.attention.now.products == sparse.attention.now.products - saved

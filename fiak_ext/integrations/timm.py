@@ -44,6 +44,10 @@ class PriorAttentionOfViT(ConvertedAttention, Attention):
             "dropout_p": module.attn_drop.p,
         }
 
+    @property
+    def model_dim(self) -> int:
+        return self.qkv.in_features
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As timm's, without masks.
 
@@ -88,6 +92,10 @@ class PriorWindowAttention(ConvertedAttention, WindowAttention):
             "dropout_p": module.attn_drop.p,
             "groups": 1 if block.attn_mask is None else block.attn_mask.size(0),
         }
+
+    @property
+    def model_dim(self) -> int:
+        return self.qkv.in_features
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """As timm's.

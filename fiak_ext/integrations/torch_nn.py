@@ -33,6 +33,10 @@ class PriorMultiheadAttention(ConvertedAttention, nn.MultiheadAttention):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # padding stays padding, of the length that it has
 
+    @property
+    def model_dim(self) -> int:
+        return self.embed_dim
+
     # TransformerEncoderLayer computes its own softmax attention in evaluation mode, past this module, unless this is
     # False; only __init__ sets it, and only the forward that is replaced here reads it.
     @property

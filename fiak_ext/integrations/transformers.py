@@ -9,21 +9,28 @@ left, the place of its first visible key.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTModel
+from transformers.utils import logging
 
-from fiak_ext.conversion import ConvertedAttention, Padding, expect, register_attention, roll
+from fiak_ext.conversion import ConvertedAttention, Padding, convert, expect, register_attention, roll
+from fiak_ext.modules import PriorAttention
 
 __all__ = [
     "PriorBertSelfAttention",
@@ -31,6 +38,7 @@ __all__ = [
     "PriorLlamaAttention",
     "PriorRobertaSelfAttention",
     "PriorViTAttention",
+    "from_pretrained",
 ]
 
 _NAME = "fiak"
@@ -140,6 +148,67 @@ AttentionMaskInterface.register(_NAME, _mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def from_pretrained(folder: str | Path) -> PreTrainedModel:
+    """See :func:`fiak_ext.from_pretrained`."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"from_pretrained: folder must hold a config.json (got {str(folder)!r})")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    arguments = getattr(config, "fiak", None)
+    names = {name for name, p in inspect.signature(convert).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if not isinstance(arguments, dict) or set(arguments) != names:
+        raise ValueError(
+            f"from_pretrained: config.json must hold 'fiak' with {', '.join(sorted(names))}, as converted models save "
+            f"it (got {arguments!r})"
+        )
+    architecture = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(f"from_pretrained: architectures must name a model of transformers (got {architecture!r})")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report what belongs to the priors as unexpected
+    try:
+        model, report = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(level)
+    unknown = [name for name in report["unexpected_keys"] if ".prior_attention." not in name]
+    if unknown or report["missing_keys"]:
+        raise ValueError(
+            f"from_pretrained: weights must be those of {architecture} (got none for "
+            f"{sorted(report['missing_keys'])}, and {sorted(unknown)} in addition)"
+        )
+    convert(model, **arguments)
+    _load_priors(model, folder)
+    return model
+
+
+def _load_priors(model: PreTrainedModel, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            tensors |= {name: content.get_tensor(name) for name in content.keys() if ".prior_attention." in name}
+    own = [
+        f"{name}.{suffix}"
+        for name, module in model.named_modules()
+        if isinstance(module, PriorAttention)
+        for suffix in ("prior", "pattern_crow_indices", "pattern_col_indices", "keep")
+    ]
+    # transformers saves some models by other names than their modules have now.
+    saved = revert_weight_conversion(model, {name: torch.tensor(place) for place, name in enumerate(own)})
+    name_in_model = {name: own[int(place)] for name, place in saved.items()}
+    if unknown := sorted(set(tensors) - set(name_in_model)):
+        raise ValueError(f"from_pretrained: priors must be those of the model's attention (got {unknown} in addition)")
+    result = model.load_state_dict({name_in_model[name]: tensor for name, tensor in tensors.items()}, strict=False)
+    if missing := [name for name in result.missing_keys if ".prior_attention." in name]:
+        raise ValueError(f"from_pretrained: priors must be there for all attention (got none for {missing})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention classes
 
 
@@ -160,6 +229,11 @@ class _HuggingFaceAttention(ConvertedAttention):
                 if isinstance(module, PreTrainedModel):
                     own.fiak = dict(arguments)
                 module.config = own
+
+    @property
+    def model_dim(self) -> int:
+        size: int = self.config.hidden_size
+        return size
 
     def forward(
         self,

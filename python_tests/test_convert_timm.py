@@ -1,0 +1,145 @@
+"""What ``convert`` does with timm: Swin's windows, and the parts of vision transformers that few models use."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from converted import BATCH, priors
+from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+from fiak_ext import SparsePattern, calibrate, compact, convert, prune
+
+
+def swin(img_size: int = 16) -> Any:
+    """Windows of 2x2 of 4x4 patches, then one window of 2x2: blocks with and without a shift."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        num_classes=5,
+        img_size=img_size,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        window_size=2,
+    )
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.5)
+    return model.double().eval()
+
+
+def images() -> Tensor:
+    return torch.randn(BATCH, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class MaskedWindowAttention(WindowAttention):
+    """timm's forward pass without fused attention, and with ``allowed`` bool ``[windows, heads, N, N]``."""
+
+    allowed: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = self.scale * query @ key.mT + self._get_rel_pos_bias()
+        windows = len(self.allowed)
+        scores = scores.unflatten(0, (-1, windows))
+        if mask is not None:
+            scores = scores + mask[:, None]
+        scores = scores.masked_fill(~self.allowed, -torch.inf).flatten(0, 1)
+        return self.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+def test_swin_with_uniform_priors_is_the_original() -> None:
+    model = swin()
+    converted = convert(copy.deepcopy(model))
+    assert [attention.groups for attention in priors(converted)] == [1, 4, 1, 1]
+    torch.testing.assert_close(converted(images()), model(images()))
+    model(images()).square().sum().backward()
+    converted(images()).square().sum().backward()
+    expected, got = gradients(model), gradients(converted)
+    assert any("relative_position_bias_table" in name for name in expected)
+    torch.testing.assert_close({name: got[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_pruned_swin_is_the_original_with_the_same_mask(compacted: bool) -> None:
+    """Also where all pairs that are left are between parts of a shifted window, so that each has -100."""
+    model = swin()
+    converted = convert(copy.deepcopy(model))
+    generator = torch.Generator().manual_seed(2)
+    attentions = [module for module in model.modules() if isinstance(module, WindowAttention)]
+    for attention, original in zip(priors(converted), attentions, strict=True):
+        shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
+        mask = torch.rand(shape, generator=generator) < 0.5
+        mask[..., 3] = True
+        mask[..., 1] = False
+        if attention.groups == 4:
+            mask[3, :, 0] = torch.tensor([False, False, False, True])
+        attention.set_pattern(SparsePattern.from_mask(mask))
+        original.__class__, original.allowed = MaskedWindowAttention, mask
+    if compacted:
+        compact(converted)
+        assert all(attention.keep is not None and attention.keep.size(1) == 3 for attention in priors(converted))
+    expected, output = model(images()), converted(images())
+    torch.testing.assert_close(output, expected)
+    expected.square().sum().backward()
+    output.square().sum().backward()
+    torch.testing.assert_close(gradients(converted), gradients(model))
+
+
+def test_what_swin_refuses() -> None:
+    with pytest.raises(ValueError, match="num_tokens must be 4, as in the model, or be left out"):
+        convert(swin(), num_tokens=3)
+    with pytest.raises(ValueError, match="WindowAttention, which must be in a SwinTransformerBlock"):
+        convert(swin().layers[0].blocks[0].attn)
+    converted = convert(swin())
+    with pytest.raises(NotImplementedError, match="calibrate must not run, as it leaves the bias out"):
+        calibrate(converted, [images()])
+    converted.set_input_size((32, 32), window_size=2)
+    with pytest.raises(ValueError, match=r"mask must have 4 windows, as at conversion \(got 16\)"):
+        converted(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+
+
+def test_normalised_and_gated_attention() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Attention(16, 4, qkv_bias=False, qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm, gated=True)
+    ).double()
+    converted = convert(copy.deepcopy(model), num_tokens=6)
+    x = torch.randn(BATCH, 6, 16, dtype=torch.float64)
+    torch.testing.assert_close(converted(x), model(x))
+    prune(converted, keys=0.5, importance="random")
+    expected = converted(x)
+    torch.testing.assert_close(compact(converted)(x), expected)
+    with pytest.raises(ValueError, match="attn_mask must be None and is_causal False"):
+        converted[0](x, is_causal=True)
+
+
+def test_attention_of_timm_that_is_not_supported_is_named() -> None:
+    model = timm.create_model("beit_base_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"got blocks\.0\.attn: timm\.models\.beit\.Attention, for which nothing"):
+        convert(model)
+    pooled = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, global_pool="map",
+        class_token=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got attn_pool: timm\.layers\.attention_pool\.AttentionPoolLatent, for"):
+        convert(pooled)
+
+
+def test_dropout_of_attention() -> None:
+    torch.manual_seed(0)
+    converted = convert(nn.Sequential(Attention(16, 4, attn_drop=0.5)), num_tokens=6)
+    x = torch.randn(BATCH, 6, 16)
+    assert not torch.equal(converted(x), converted(x))
+    converted.eval()
+    assert torch.equal(converted(x), converted(x))
