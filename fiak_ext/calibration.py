@@ -342,7 +342,7 @@ class _MeanPosterior(_Mean):
         heads, head_dim = query.size(0), query.size(2)
         keys = key.double().repeat_interleave(heads // key.size(0), dim=0)
         weight = None if attention.prior is None else attention.weight()[place.group]
-        bias = options.get("bias")
+        bias = options["bias"]
         scale = head_dim**-0.5 if attention.scale is None else attention.scale
         eligible = attention.eligible()
         start, columns = place.start, slice(place.keys)

@@ -80,6 +80,8 @@ def expected(attention: PriorAttention, batches: Sequence[Batch]) -> tuple[Tenso
                             score = scale * sum(x * y for x, y in zip(q, keys[j], strict=True))
                         else:
                             score = -scale / 2 * sum((x - y) ** 2 for x, y in zip(q, keys[j], strict=True))
+                        if "bias" in batch:
+                            score += float(batch["bias"][b % groups % len(batch["bias"]), h, i, j])
                         mass[j] = math.exp(score) * (1.0 if weight is None else weight[b % groups][h][i][j])
                     normalisation = sum(mass.values())
                     for j, share in mass.items():
@@ -168,6 +170,16 @@ def test_groups() -> None:
     torch.manual_seed(0)
     attention = randomised(PriorAttention(2, 4, groups=3))
     batches = batches_of(attention, [6, 3])
+    calibrate(Recorded(attention), batches)
+    assert_calibrated(attention, batches)
+
+
+@pytest.mark.parametrize("biases", [1, 3])
+def test_added_bias(biases: int) -> None:
+    torch.manual_seed(0)
+    attention = randomised(PriorAttention(2, 4, groups=3))
+    batches = batches_of(attention, [6])
+    batches[0]["bias"] = torch.randn(biases, 2, 4, 4)
     calibrate(Recorded(attention), batches)
     assert_calibrated(attention, batches)
 
