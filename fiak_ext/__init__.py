@@ -14,13 +14,15 @@ import torch
 
 from fiak_ext import _C, flops, reference
 from fiak_ext._C import build_info
+from fiak_ext.calibration import SoftEM, calibrate, find_dead_rows
 from fiak_ext.compaction import compact
 from fiak_ext.conversion import ConvertedAttention, convert, from_pretrained, register_attention, resize_priors
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.packing import pack_linears
 from fiak_ext.pattern import SparsePattern
-from fiak_ext.pruning import PruningReport, calibrate, prune
+from fiak_ext.pruning import patterns, prune, set_patterns
+from fiak_ext.pruning_report import PruningReport
 
 __all__ = [
     "CausalLM",
@@ -28,6 +30,7 @@ __all__ = [
     "MultiHeadSelfAttention",
     "PriorAttention",
     "PruningReport",
+    "SoftEM",
     "SparsePattern",
     "VisionTransformer",
     "build_info",
@@ -35,14 +38,17 @@ __all__ = [
     "compact",
     "convert",
     "deit_tiny",
+    "find_dead_rows",
     "flops",
     "from_pretrained",
     "pack_linears",
     "param_groups",
+    "patterns",
     "prune",
     "reference",
     "register_attention",
     "resize_priors",
+    "set_patterns",
     "which_kernel",
 ]
 

@@ -54,6 +54,7 @@ __all__ = [
     "attention_memory",
     "model_memory",
     "model_report",
+    "pair_flops",
     "peak_memory",
     "table1",
 ]
@@ -560,6 +561,50 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
                 module.training = True
     layers = [LayerFlops(names[attention], tuple(heads)) for attention, heads in run.heads.items()]
     return ModelFlops(tuple(layers), run.total() - run.inside)
+
+
+@torch.no_grad()
+def pair_flops(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """What each pair of each head costs a forward pass, QK^T and AV, if attention keeps it.
+
+    Runs ``model(*args, **kwargs)`` once, in evaluation mode. The sum over a pattern's pairs and all heads is what
+    :func:`model_report` counts for its attention without projections, in the ``torch`` convention.
+
+    Returns:
+        For the name of every :class:`~fiak_ext.PriorAttention`, int64 ``[groups, num_queries, num_keys]``: 2 (D + Dv)
+        for each batch element that has the pair.
+    """
+    costs: dict[str, Tensor] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            assert isinstance(module, PriorAttention)
+            query, key, value = _named(("query", "key", "value"), args, kwargs)
+            cost = 2 * (query.shape[3] + value.shape[3])
+            batch, queries = query.shape[0], query.shape[2]
+            keys = key.shape[2] if module.keep is None else module.num_keys
+            lens, offsets = _values(kwargs.get("kv_lens")), _values(kwargs.get("query_offsets"))
+            for b in range(batch):
+                start = 0 if offsets is None else offsets[b]
+                length = keys if lens is None else lens[b]
+                costs[name][b % module.groups, start : start + queries, :length] += cost
+
+        return hook
+
+    training = [module for module in model.modules() if module.training]
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, PriorAttention):
+                costs[name] = torch.zeros(module.groups, module.num_queries, module.num_keys, dtype=torch.int64)
+                handle = module.register_forward_pre_hook(count(name), with_kwargs=True)
+                stack.callback(handle.remove)
+        try:
+            model.eval()
+            model(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+    return costs
 
 
 class _Run:

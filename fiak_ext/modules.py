@@ -46,6 +46,7 @@ class PriorAttention(nn.Module):
             for FiAK, ``[groups, num_heads, 1, num_keys]`` for GMM; None for softmax attention and once pruned.
         posterior: mean posterior attention ``[groups, num_heads, num_queries, num_keys]``, or None before calibration;
             not saved. ``reached``, of the same shape, counts the inputs behind each mean.
+        saliency: the same for the other importance that ``calibrate`` measures.
         recorder: called with query, key and the other arguments of :meth:`forward` as a dict before each forward, if
             not None.
 
@@ -61,6 +62,7 @@ class PriorAttention(nn.Module):
     _place: Tensor
     posterior: Tensor | None
     reached: Tensor | None
+    saliency: Tensor | None
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class PriorAttention(nn.Module):
         self.register_buffer("_place", torch.empty(0), persistent=False)  # tells where a module without prior lies
         self.register_buffer("posterior", None, persistent=False)
         self.register_buffer("reached", None, persistent=False)
+        self.register_buffer("saliency", None, persistent=False)
         self._restore_prior()
 
     def reset_parameters(self) -> None:
@@ -216,6 +219,10 @@ class PriorAttention(nn.Module):
             ValueError: another number of heads, queries, keys or groups, or pairs above the diagonal where causal.
             RuntimeError: indices that are not a well-formed pattern, or a compacted module.
         """
+        self._adopt(self._fitting(pattern), None)
+
+    def _fitting(self, pattern: SparsePattern) -> SparsePattern:
+        """The pattern on the module's device, checked as :meth:`set_pattern` says."""
         if self.is_compacted:
             raise RuntimeError("PriorAttention.set_pattern: the module must not be compacted")
         for name in ("num_heads", "num_queries", "num_keys", "groups"):
@@ -226,7 +233,7 @@ class PriorAttention(nn.Module):
         _ = pattern.plan  # validates
         if self.is_causal and bool((pattern.to_mask() & ~self.eligible()).any()):
             raise ValueError("PriorAttention.set_pattern: pattern must keep no pair above the diagonal (is_causal)")
-        self._adopt(pattern, None)
+        return pattern
 
     def compact(self, num_key_heads: int | None = None) -> Tensor:
         """Renumbers the keys so that those which no query keeps are gone.
@@ -258,6 +265,7 @@ class PriorAttention(nn.Module):
         self.prior = None
         self.posterior = None
         self.reached = None
+        self.saliency = None
         self.pattern_crow_indices = pattern.crow_indices
         self.pattern_col_indices = pattern.col_indices
         self.keep = keep

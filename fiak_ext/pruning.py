@@ -1,148 +1,32 @@
-"""Pruning a trained model by learned priors (Algorithms 1-3 of the paper) or by mean posterior attention.
+"""Pruning a trained model by learned priors (Algorithms 1-3 of the paper), or by what data say about its attention.
 
 ``prune`` removes exactly the asked number of (query, key) pairs and replaces the priors by a static pattern of weight
-one; ``calibrate`` measures the mean posterior attention that ``importance="posterior"`` ranks by.
+one. ``patterns`` and ``set_patterns`` take such patterns from one model to another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fiak_ext.calibration import dense_attentions
+from fiak_ext.flops import model_report, pair_flops
 from fiak_ext.modules import PriorAttention
 from fiak_ext.pattern import SparsePattern
+from fiak_ext.pruning_report import HeadReport, LayerReport, PruningReport, density, ranges, total
 
-__all__ = ["Counts", "HeadReport", "LayerReport", "PruningReport", "calibrate", "prune"]
+__all__ = ["patterns", "prune", "set_patterns"]
 
 Scope: TypeAlias = Literal["layer", "head", "global", "row"]
-Importance: TypeAlias = Literal["prior", "posterior", "random"]
+Importance: TypeAlias = Literal["prior", "posterior", "gradient", "random"]
 
 _SCOPES = ("layer", "head", "global", "row")
-_IMPORTANCES = ("prior", "posterior", "random")
-_TABLE_HEADER = (
-    "layer",
-    "pairs",
-    "asked",
-    "gone",
-    "left",
-    "by head",
-    "keys gone",
-    "empty rows",
-    "empty keys",
-    "dead rows",
-)
-_CHUNK_BYTES = 1 << 26  # of float64 attention that `calibrate` holds at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What pruning was asked to do and did, to a head, a layer or a model.
-
-    A pair is eligible where its query can see its key (j <= i where causal) and, on a calibrated model, where
-    calibration reached it.
-
-    Attributes:
-        pairs: eligible pairs.
-        asked: eligible pairs to be gone at the end; None without an amount, or where ``scope`` sets no budget
-            at this level.
-        pruned: eligible pairs that are gone, those of pruned keys included.
-        kept: entries of the resulting pattern.
-        unreached: pairs that a query can see but calibration never reached, which are not in ``pairs`` and ``pruned``.
-        density: share of the eligible pairs that is left, 0..1.
-        keys_asked, keys_pruned: keys to be pruned whole, and keys that were.
-        empty_rows: queries left without a key; their output is 0.
-        empty_columns: keys left without a query, pruned ones included.
-        dead_rows: rows whose prior never moved (see ``prune``); None where nothing can be said.
-    """
-
-    pairs: int
-    asked: int | None
-    pruned: int
-    kept: int
-    unreached: int
-    density: float
-    keys_asked: int
-    keys_pruned: int
-    empty_rows: int
-    empty_columns: int
-    dead_rows: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadReport(Counts):
-    """One head of one pattern group.
-
-    Attributes:
-        group, head: which one.
-        dead_ranges: the dead rows as half-open ranges (start, stop).
-    """
-
-    group: int
-    head: int
-    dead_ranges: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport(Counts):
-    """One ``PriorAttention``.
-
-    Attributes:
-        name: its name in ``model.named_modules()``, "" where the model itself is one.
-        heads: its heads, group by group.
-    """
-
-    name: str
-    heads: tuple[HeadReport, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningReport(Counts):
-    """The whole model; ``str(report)`` is a table with a line per layer.
-
-    Attributes:
-        amount, keys, scope, keep_diagonal: the arguments of ``prune``.
-        importance: "prior", "posterior", "random" or "tensor".
-        layers: the layers in the order of ``model.named_modules()``.
-    """
-
-    amount: float | None
-    keys: float
-    scope: str
-    importance: str
-    keep_diagonal: bool
-    layers: tuple[LayerReport, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of the report as dicts, lists, numbers and strings, ready for ``json.dumps``."""
-        report = asdict(self)
-        report["layers"] = list(report["layers"])
-        for layer in report["layers"]:
-            layer["heads"] = list(layer["heads"])
-            for head in layer["heads"]:
-                head["dead_ranges"] = [list(bounds) for bounds in head["dead_ranges"]]
-        return report
-
-    def __str__(self) -> str:
-        lines = [_TABLE_HEADER, *(_table_line(layer.name or "(model)", layer, layer.heads) for layer in self.layers)]
-        lines.append(_table_line("total", self, [head for layer in self.layers for head in layer.heads]))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join([f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-
-        amount = "keys only" if self.amount is None else f"amount {self.amount:g}"
-        diagonal = ", diagonal kept" if self.keep_diagonal else ""
-        text = [f"{amount}, keys {self.keys:g}, scope {self.scope}, importance {self.importance}{diagonal}", *table]
-        if self.unreached:
-            text.append(f"{self.unreached} pairs that calibration did not reach count towards nothing.")
-        if self.dead_rows:
-            text.append("Dead rows (their prior never moved, so most likely they cannot reach the loss):")
-            text += [f"  {layer.name or '(model)'}: {_dead_text(layer)}" for layer in self.layers if layer.dead_rows]
-        return "\n".join(text)
+_IMPORTANCES = ("prior", "posterior", "gradient", "random")
 
 
 def prune(
@@ -154,6 +38,9 @@ def prune(
     importance: Importance | Tensor | Mapping[str, Tensor] = "prior",
     keep_diagonal: bool = False,
     generator: torch.Generator | None = None,
+    dead_rows: Mapping[str, Tensor] | None = None,
+    target_flops: float | None = None,
+    example: Any = None,
 ) -> PruningReport:
     """Replaces the priors of every ``PriorAttention`` in ``model`` by a static pattern of the most important pairs.
 
@@ -163,97 +50,182 @@ def prune(
     order layer, group, head, query, key), so that the same importance always gives the same pattern.
 
     Eligible are all pairs that a query can see (``j <= i`` where causal) and, on a calibrated model, that calibration
-    reached, whatever ``importance`` is. Pairs that it did not reach go first, all of them, and count towards nothing.
+    reached, whatever ``importance`` is; but not those of ``dead_rows``. Pairs that calibration did not reach and pairs
+    of dead rows go first, all of them, and count towards nothing.
 
     Args:
         model: holds at least one ``PriorAttention``, and no pruned one.
-        amount: share of the eligible pairs that is gone at the end, 0..1; None: what ``keys`` removes. With
-            ``kind="gmm"``, one prior per key, whole keys go only, and the amount can only be what ``keys`` removes.
+        amount: share of the eligible pairs that is gone at the end, 0..1; None: what ``keys`` removes, or
+            ``target_flops`` asks for. With ``kind="gmm"``, one prior per key, whole keys go only, and the amount can
+            only be what ``keys`` removes.
         keys: share of the keys that every head (of every pattern group) loses, ``round(keys * M)`` of them, 0..1.
             They are ranked by ``S(j)``, the importance summed over the queries and, where causal, divided by the
             number of eligible ones.
         scope: what the amount is a share of and is ranked over: a "layer" with all its heads, a "head", a "row" of a
             head, or "global", all layers together.
-        importance: "prior", the learned prior (``PriorAttention.importance``); "posterior", what ``calibrate``
-            measured; "random", uniform draws, the control that every claim needs; or numbers of the caller's,
-            ``[groups, heads, N, M]`` (``[heads, N, M]`` with one group), finite where eligible: a Tensor for a model
-            with one ``PriorAttention``, or a dict from module name to Tensor with one for each.
-        keep_diagonal: the pairs (i, i) of keys that are not pruned whole are never pruned.
+        importance: "prior", the learned prior (``PriorAttention.importance``); "posterior" and "gradient", what
+            ``calibrate`` measured; "random", uniform draws, the control that every claim needs; or numbers of the
+            caller's, ``[groups, heads, N, M]`` (``[heads, N, M]`` with one group), finite where eligible: a Tensor for
+            a model with one ``PriorAttention``, or a dict from module name to Tensor with one for each.
+        keep_diagonal: the pairs (i, i) of keys that are not pruned whole, in rows that are not dead, are never pruned.
         generator: for ``importance="random"``; the default is torch's own.
+        dead_rows: rows to remove for free, for the name of every ``PriorAttention`` a bool tensor ``[groups, heads,
+            N]``, as ``find_dead_rows`` gives them.
+        target_flops: instead of an amount: the smallest amount is taken with which the model executes at most this
+            share, 0..1, of its dense operations on ``example`` (:func:`fiak_ext.flops.model_report`, ``torch``
+            convention; what ``compact`` saves beyond that is not counted). ``scope="global"`` spends it where pairs
+            matter least.
+        example: inputs of the model for ``target_flops``: one of ``calibrate``'s batches.
 
     Returns:
-        What was asked and done, per layer and head, with empty rows and columns, and dead rows: rows that cannot
-        reach the loss, as all but the class token's in the last layer of a classifier. No gradient reaches their
-        prior, so the report names the rows whose prior is still the same for all their eligible keys (two or more).
-        That is evidence, not proof: the prior of a row that only padding filled has not moved either. Unknown (None)
-        are layers without a prior for each pair (``kind`` "gmm" and "softmax") and layers in which no row moved:
-        their priors were not trained.
+        What was asked and done, per layer and head, with empty rows and columns, what is left by input length, and dead
+        rows: rows that cannot reach the loss, as all but the class token's in the last layer of a classifier. Where
+        ``dead_rows`` does not name them, the report names the rows whose prior is still the same for all their eligible
+        keys (two or more), as no gradient reaches theirs. That is evidence, not proof: the prior of a row that only
+        padding filled has not moved either. Unknown (None) are layers without a prior for each pair (``kind`` "gmm" and
+        "softmax") and layers in which no row moved: their priors were not trained.
 
     Raises:
-        ValueError: no ``PriorAttention``, or one that is pruned; neither amount nor keys; an argument outside its
-            range; a budget below what ``keys`` alone removes, or above what may go; importance "prior" without a
-            prior, "posterior" without calibration, tensors of wrong names or shapes or with non-finite numbers. The
-            model is left as it was.
+        ValueError: no ``PriorAttention``, or one that is pruned; neither amount, keys nor target_flops; an argument
+            outside its range; a budget below what ``keys`` alone removes, or above what may go; operations that no
+            amount can save; importance "prior" without a prior, "posterior" and "gradient" without calibration, tensors
+            of wrong names or shapes or with non-finite numbers. The model is left as it was.
 
     Source: Algorithms 1-3 of the paper, with exact budgets: the k1-hat of Algorithm 2, Step 4, misses the total that is
     asked for whenever the pruned keys are not average ones.
     """
-    attentions = _attentions("prune", model)
+    attentions = dense_attentions("prune", model)
     amount = None if amount is None else _fraction("amount", amount)
     keys = _fraction("keys", keys)
-    if amount is None and keys == 0:
-        raise ValueError("prune: amount or keys must be given (got amount=None, keys=0)")
+    target_flops = None if target_flops is None else _fraction("target_flops", target_flops)
+    if amount is None and keys == 0 and target_flops is None:
+        raise ValueError("prune: amount, keys or target_flops must be given (got amount=None, keys=0)")
+    if amount is not None and target_flops is not None:
+        raise ValueError(f"prune: amount must be None with target_flops (got {amount:g})")
+    if (target_flops is None) != (example is None):
+        raise ValueError("prune: example must be given with target_flops, and only then")
     if scope not in _SCOPES:
         raise ValueError(f"prune: scope must be one of {', '.join(_SCOPES)} (got {scope!r})")
     if generator is not None and not (isinstance(importance, str) and importance == "random"):
         raise ValueError("prune: generator must be None unless importance='random'")
     own = _own_importance(attentions, importance)
+    dead = _checked_rows(attentions, dead_rows)
 
-    layers = [_Layer(name, attention, keep_diagonal) for name, attention in attentions.items()]
-    budgets: list[list[int]] = []
-    for pool in [layers] if scope == "global" else [[layer] for layer in layers]:
-        ranks = [_rank(layer, importance, own, generator) for layer in pool]
-        for layer, rank in zip(pool, ranks, strict=True):
+    layers = [_Layer(name, attention, keep_diagonal, dead.get(name)) for name, attention in attentions.items()]
+    pools = []
+    for members in [layers] if scope == "global" else [[layer] for layer in layers]:
+        ranks = [_rank(layer, importance, own, generator) for layer in members]
+        for layer, rank in zip(members, ranks, strict=True):
             layer.prune_keys(rank, round(keys * layer.num_keys))
-        if amount is not None:
-            budgets.append(_prune_scores(pool, ranks, amount, keys, scope))
+        pools.append(_Pool(members, ranks, scope))
+    flops = None
+    if target_flops is not None:
+        amount, flops = _amount_for(target_flops, _Work(model, example), pools)
+    budgets: list[list[int]] = []
+    if amount is not None:
+        for pool in pools:
+            pool.check(amount, keys)
+            for layer, kept in zip(pool.layers, pool.kept_after(amount), strict=True):
+                layer.kept = kept
+            budgets.append(pool.budgets(amount))
 
     reports = []
     for index, layer in enumerate(layers):
         asked = budgets[index] if budgets and scope != "global" else []
         reports.append(layer.report(asked, round(keys * layer.num_keys)))
-    patterns = [SparsePattern.from_mask(layer.kept.unflatten(0, (layer.attention.groups, -1))) for layer in layers]
+    found = [SparsePattern.from_mask(layer.kept.unflatten(0, (layer.attention.groups, -1))) for layer in layers]
     # Everything that can be wrong has been refused by now: an error leaves the model as it was.
-    for layer, pattern in zip(layers, patterns, strict=True):
+    for layer, pattern in zip(layers, found, strict=True):
         layer.attention.set_pattern(pattern)
+    alike = len({layer.num_keys for layer in layers}) == 1
     return PruningReport(
-        **_total(reports, sum(map(sum, budgets)) if budgets else None),
+        **total(reports, sum(map(sum, budgets)) if budgets else None),
         amount=amount,
         keys=keys,
         scope=scope,
         importance=importance if isinstance(importance, str) else "tensor",
         keep_diagonal=keep_diagonal,
+        target_flops=target_flops,
+        flops=flops,
         layers=tuple(reports),
+        density_by_length=_density_by_length(layers) if alike else (),
     )
+
+
+def patterns(model: nn.Module) -> dict[str, SparsePattern]:
+    """The patterns of a pruned model by the names of its ``PriorAttention`` modules, for :func:`set_patterns`.
+
+    Raises:
+        ValueError: no ``PriorAttention``, or one that is not pruned or is compacted.
+    """
+    found = _all_attentions("patterns", model)
+    result = {}
+    for name, attention in found.items():
+        pattern = attention.pattern
+        if pattern is None or attention.is_compacted:
+            state = "compacted" if attention.is_compacted else "dense"
+            raise ValueError(f"patterns: model must be pruned and not compacted (got {name!r} {state})")
+        result[name] = pattern
+    return result
+
+
+def set_patterns(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> None:
+    """Prunes a model to given patterns, as those that :func:`patterns` takes from a separately trained one.
+
+    Priors, if the model has any, are deleted; the pairs of the patterns have weight 1. Fine-tune afterwards.
+
+    Args:
+        model: dense, or pruned and not compacted.
+        patterns: one for the name of each ``PriorAttention``, of its sizes.
+
+    Raises:
+        ValueError: no ``PriorAttention``; missing or unknown names; a pattern of other sizes, or with pairs above the
+            diagonal where attention is causal; a compacted ``PriorAttention``.
+        TypeError: something else than a ``SparsePattern``.
+        RuntimeError: indices that are not a well-formed pattern.
+            Whatever is raised, the model is left as it was.
+
+    Source: Table 6 of the paper: the mask of a FiAK model on a softmax model.
+    """
+    attentions = _all_attentions("set_patterns", model)
+    _check_names("set_patterns: patterns", attentions, patterns)
+    fitting = {}
+    for name, attention in attentions.items():
+        pattern = patterns[name]
+        if not isinstance(pattern, SparsePattern):
+            raise TypeError(f"set_patterns: patterns[{name!r}] must be a SparsePattern (got {type(pattern).__name__})")
+        if attention.is_compacted:
+            raise ValueError(f"set_patterns: model must not be compacted (got {name!r} compacted)")
+        try:
+            fitting[name] = attention._fitting(pattern)
+        except ValueError as error:
+            raise ValueError(f"set_patterns: patterns[{name!r}] must fit the model ({error})") from error
+    for name, attention in attentions.items():
+        attention.set_pattern(fitting[name])
 
 
 class _Layer:
     """A ``PriorAttention`` while it is being pruned, on the CPU, with R = groups * heads patterns."""
 
-    def __init__(self, name: str, attention: PriorAttention, keep_diagonal: bool) -> None:
+    def __init__(self, name: str, attention: PriorAttention, keep_diagonal: bool, dead: Tensor | None) -> None:
         self.name = name
         self.attention = attention
         self.num_keys = attention.num_keys
         visible = attention.eligible().cpu()
         shape = (attention.groups * attention.num_heads, *visible.shape)
         self.visible = visible  # [N, M]; eligible and kept: [R, N, M]
+        self.dead = None if dead is None else dead.cpu().reshape(shape[:2])  # [R, N]
+        alive = torch.ones(*shape[:2], 1, dtype=torch.bool) if self.dead is None else ~self.dead.unsqueeze(-1)
+        live = visible & alive
         reached = attention.reached
-        self.eligible = visible.expand(shape) if reached is None else visible & (reached.cpu() > 0).reshape(shape)
+        self.eligible = live.expand(shape) if reached is None else live & (reached.cpu() > 0).reshape(shape)
         if attention.kind == "gmm":  # one prior per key: no pair goes alone
-            self.protected = torch.ones_like(visible)
+            protected = torch.ones_like(visible)
         else:
-            self.protected = torch.eye(*visible.shape, dtype=torch.bool) & keep_diagonal
-        self.kept = visible & (self.eligible | self.protected)
+            protected = torch.eye(*visible.shape, dtype=torch.bool) & keep_diagonal
+        self.protected = protected & alive
+        self.kept = live & (self.eligible | self.protected)
+        self.unreached = live & ~self.eligible
         self.keys_pruned = torch.zeros(shape[0], shape[2], dtype=torch.bool)  # [R, M]
 
     def prune_keys(self, rank: Tensor, count: int) -> None:
@@ -277,7 +249,7 @@ class _Layer:
         heads, rows, _ = self.kept.shape
         if len(budgets) == heads * rows:
             budgets = [sum(budgets[start : start + rows]) for start in range(0, heads * rows, rows)]
-        dead = _unmoved_rows(self.attention, self.visible)
+        dead = _unmoved_rows(self.attention, self.visible) if self.dead is None else self.dead
         reports = []
         for index in range(heads):
             kept, eligible = self.kept[index], self.eligible[index]
@@ -290,50 +262,135 @@ class _Layer:
                     asked=budgets[index] if len(budgets) == heads else None,
                     pruned=pruned,
                     kept=int(kept.sum()),
-                    unreached=int((self.visible & ~eligible).sum()),
-                    density=_density(pairs, pruned),
+                    unreached=int(self.unreached[index].sum()),
+                    dead=0 if self.dead is None else int(self.visible[self.dead[index]].sum()),
+                    density=density(pairs, pruned),
                     keys_asked=keys_asked,
                     keys_pruned=int(self.keys_pruned[index].sum()),
                     empty_rows=int((~kept.any(1)).sum()),
                     empty_columns=int((~kept.any(0)).sum()),
                     dead_rows=None if dead is None else int(dead[index].sum()),
-                    dead_ranges=() if dead is None else _ranges(dead[index]),
+                    dead_ranges=() if dead is None else ranges(dead[index]),
                 )
             )
-        return LayerReport(**_total(reports, sum(budgets) if budgets else None), name=self.name, heads=tuple(reports))
+        return LayerReport(
+            **total(reports, sum(budgets) if budgets else None),
+            name=self.name,
+            heads=tuple(reports),
+            density_by_length=_density_by_length([self]),
+        )
 
 
-def _prune_scores(
-    pool: Sequence[_Layer], ranks: Sequence[Tensor], amount: float, keys: float, scope: Scope
-) -> list[int]:
-    """Prunes the least important pairs of every scope in the pool up to its exact budget; returns these budgets."""
-    units = {"layer": 1, "global": 1, "head": len(pool[0].kept), "row": len(pool[0].kept) * len(pool[0].visible)}[scope]
+class _Pool:
+    """Layers that share a scope, or the one layer of its own, and the units in it that have a budget each."""
 
-    def joined(parts: Iterable[Tensor]) -> Tensor:  # [units, pairs of a unit]
-        return torch.cat([part.reshape(units, -1) for part in parts], dim=1)
+    def __init__(self, layers: Sequence[_Layer], ranks: Sequence[Tensor], scope: Scope) -> None:
+        heads, rows = layers[0].kept.shape[:2]
+        self.layers = layers
+        self.scope = scope
+        self.units = {"layer": 1, "global": 1, "head": heads, "row": heads * rows}[scope]
+        eligible = self._joined(layer.eligible for layer in layers)  # [units, pairs of a unit]
+        self.kept = self._joined(layer.kept for layer in layers)
+        protected = self._joined(layer.protected.expand_as(layer.kept) for layer in layers)
+        candidates = self.kept & eligible & ~protected
+        self.rank = self._joined(ranks).masked_fill_(~candidates, math.inf)
+        self.totals, self.gone, free = (mask.sum(1).tolist() for mask in (eligible, eligible & ~self.kept, candidates))
+        self.most = [gone + more for gone, more in zip(self.gone, free, strict=True)]  # that can be gone
 
-    eligible = joined(layer.eligible for layer in pool)
-    kept = joined(layer.kept for layer in pool)
-    candidates = kept & eligible & ~joined(layer.protected.expand_as(layer.kept) for layer in pool)
-    rank = joined(ranks).masked_fill_(~candidates, math.inf)
-    totals, gone, free = (mask.sum(1).tolist() for mask in (eligible, eligible & ~kept, candidates))
-    budgets = [round(amount * total) for total in totals]
-    for unit, budget in enumerate(budgets):
-        if not gone[unit] <= budget <= gone[unit] + free[unit]:
-            limit = f"keys={keys:g} alone removes {gone[unit]}"
-            if budget > gone[unit]:
-                gmm = any(layer.attention.kind == "gmm" for layer in pool)
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(self.units, -1) for part in parts], dim=1)
+
+    def budgets(self, amount: float) -> list[int]:
+        """Eligible pairs of each unit to be gone."""
+        return [round(amount * pairs) for pairs in self.totals]
+
+    def too_small(self, amount: float) -> bool:
+        return any(budget < gone for budget, gone in zip(self.budgets(amount), self.gone, strict=True))
+
+    def too_large(self, amount: float) -> bool:
+        return any(budget > most for budget, most in zip(self.budgets(amount), self.most, strict=True))
+
+    def check(self, amount: float, keys: float) -> None:
+        """Raises ValueError for an amount that is impossible."""
+        for unit, (budget, gone, most) in enumerate(zip(self.budgets(amount), self.gone, self.most, strict=True)):
+            if gone <= budget <= most:
+                continue
+            limit = f"keys={keys:g} alone removes {gone}"
+            if budget > gone:
+                gmm = any(layer.attention.kind == "gmm" for layer in self.layers)
                 reason = "kind='gmm' loses whole keys only" if gmm else "keep_diagonal=True protects the others"
-                limit = f"at most {gone[unit] + free[unit]} can go, as {reason}"
-            asked = f"{budget} of {totals[unit]} pairs of {_unit_name(pool, scope, unit)}"
+                limit = f"at most {most} can go, as {reason}"
+            asked = f"{budget} of {self.totals[unit]} pairs of {_unit_name(self.layers, self.scope, unit)}"
             raise ValueError(f"prune: amount must be possible (got {amount:g}, that is {asked}, but {limit})")
-        kept[unit] &= ~_smallest(rank[unit], budget - gone[unit])
-    start = 0
-    for layer in pool:
-        size = layer.kept.numel() // units
-        layer.kept = kept[:, start : start + size].reshape(layer.kept.shape)
-        start += size
-    return budgets
+
+    def kept_after(self, amount: float) -> list[Tensor]:
+        """What each layer [R, N, M] keeps once the least important pairs of every unit are gone."""
+        kept = self.kept.clone()
+        for unit, budget in enumerate(self.budgets(amount)):
+            kept[unit] &= ~_smallest(self.rank[unit], budget - self.gone[unit])
+        parts = kept.split([layer.kept.numel() // self.units for layer in self.layers], dim=1)
+        return [part.reshape(layer.kept.shape) for part, layer in zip(parts, self.layers, strict=True)]
+
+
+class _Work:
+    """What a forward pass on the example executes, as a function of the pairs that are kept (``torch`` convention)."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        kwargs = example if isinstance(example, Mapping) else {}
+        args = [] if isinstance(example, Mapping) else [example[0] if isinstance(example, (tuple, list)) else example]
+        self.dense = model_report(model, *args, **kwargs).model.dense.torch
+        self.costs = {name: cost.cpu() for name, cost in pair_flops(model, *args, **kwargs).items()}
+
+    def pairs(self, layer: _Layer, kept: Tensor) -> int:
+        """Of the layer's pairs kept [R, N, M] or [N, M]."""
+        shape = (layer.attention.groups, layer.attention.num_heads, *layer.visible.shape)
+        counts = kept.expand(layer.kept.shape).reshape(shape).sum(1)
+        return int((counts * self.costs[layer.name]).sum())
+
+
+def _amount_for(target: float, work: _Work, pools: Sequence[_Pool]) -> tuple[float, float]:
+    """The smallest amount with which at most the share `target` of the dense work is left, and the share then left."""
+    layers = [layer for pool in pools for layer in pool.layers]
+    other = work.dense - sum(work.pairs(layer, layer.visible) for layer in layers)
+    pairs = sum(sum(pool.totals) for pool in pools)
+
+    def left(count: int) -> float:
+        kept = [part for pool in pools for part in pool.kept_after(count / pairs)]
+        return (other + sum(work.pairs(layer, part) for layer, part in zip(layers, kept, strict=True))) / work.dense
+
+    # A larger amount keeps a part of what a smaller one keeps: all three conditions turn true once.
+    counts = range(pairs + 1) if pairs else range(0)
+    least = bisect_left(counts, True, key=lambda count: not any(pool.too_small(count / pairs) for pool in pools))
+    most = bisect_left(counts, True, key=lambda count: any(pool.too_large(count / pairs) for pool in pools)) - 1
+    if least > most:
+        raise ValueError(
+            "prune: target_flops needs an amount that every scope can lose, and there is none "
+            f"(got scope {pools[0].scope!r}; whole keys alone go by keys and with kind='gmm')"
+        )
+    if left(most) > target:
+        raise ValueError(
+            f"prune: target_flops must be at least {left(most):.4f}, what is left without the pairs that may go "
+            f"(got {target:g})"
+        )
+    count = bisect_left(counts, True, lo=least, hi=most, key=lambda count: left(count) <= target)
+    return count / pairs, left(count)
+
+
+def _density_by_length(layers: Sequence[_Layer]) -> tuple[float, ...]:
+    """Of layers with the same number of keys: the share of visible pairs that is left, for each length of the input."""
+    kept, visible = (
+        sum(_pairs_by_length(layer.kept if which else layer.visible.expand_as(layer.kept)) for layer in layers)
+        for which in (True, False)
+    )
+    return tuple((kept / torch.as_tensor(visible).clamp(min=1)).tolist())
+
+
+def _pairs_by_length(mask: Tensor) -> Tensor:
+    """int64 [M]: pairs of mask [R, N, M] among the first 1, 2, ... keys, and as many queries where N = M."""
+    counts = mask.sum(0).cumsum(1)
+    if counts.size(0) != counts.size(1):
+        return counts.sum(0)
+    return counts.cumsum(0).diagonal()
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
@@ -361,15 +418,16 @@ def _rank(
         # Drawn in float64: float32 has too few values for the draws of a layer to be distinct.
         device = "cpu" if generator is None else generator.device
         rank = torch.rand(layer.kept.shape, dtype=torch.float64, device=device, generator=generator)
-    elif importance == "posterior":
-        if attention.posterior is None:
-            raise ValueError(f"prune: importance='posterior' needs calibrate first (layer {layer.name!r} has none)")
-        rank = attention.posterior
+    elif importance in ("posterior", "gradient"):
+        measured = attention.posterior if importance == "posterior" else attention.saliency
+        if measured is None:
+            raise ValueError(f"prune: importance={importance!r} needs calibrate first (layer {layer.name!r} has none)")
+        rank = measured
     else:
         if attention.prior is None:
             raise ValueError(
                 f"prune: importance='prior' needs a prior (layer {layer.name!r} has kind={attention.kind!r}); "
-                "'posterior', 'random' and tensors do not"
+                "'posterior', 'gradient', 'random' and tensors do not"
             )
         rank = attention.importance()
     rank = rank.detach().cpu()
@@ -397,12 +455,7 @@ def _own_importance(
     if not isinstance(importance, Mapping):
         names = ", ".join(_IMPORTANCES)
         raise ValueError(f"prune: importance must be one of {names}, a Tensor or a dict of these (got {importance!r})")
-    if set(importance) != set(attentions):
-        missing, unknown = set(attentions) - set(importance), set(importance) - set(attentions)
-        raise ValueError(
-            "prune: importance must have the name of every PriorAttention as key "
-            f"(missing: {_names(missing)}; unknown: {_names(unknown)})"
-        )
+    _check_names("prune: importance", attentions, importance)
     for name, attention in attentions.items():
         tensor = importance[name]
         shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
@@ -412,6 +465,32 @@ def _own_importance(
             wanted = " or ".join(map(str, shapes))
             raise ValueError(f"prune: importance of layer {name!r} must be a real Tensor of shape {wanted} (got {got})")
     return dict(importance)
+
+
+def _check_names(argument: str, attentions: Mapping[str, PriorAttention], given: Mapping[str, object]) -> None:
+    if set(given) != set(attentions):
+        missing, unknown = set(attentions) - set(given), set(given) - set(attentions)
+        raise ValueError(
+            f"{argument} must have the name of every PriorAttention as key "
+            f"(missing: {_names(missing)}; unknown: {_names(unknown)})"
+        )
+
+
+def _checked_rows(
+    attentions: Mapping[str, PriorAttention], dead_rows: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor]:
+    if dead_rows is None:
+        return {}
+    if not isinstance(dead_rows, Mapping):
+        raise ValueError(f"prune: dead_rows must be a dict from module name to Tensor (got {type(dead_rows).__name__})")
+    _check_names("prune: dead_rows", attentions, dead_rows)
+    for name, attention in attentions.items():
+        rows = dead_rows[name]
+        shape = (attention.groups, attention.num_heads, attention.num_queries)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.bool or tuple(rows.shape) != shape:
+            got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"prune: dead_rows of layer {name!r} must be a bool Tensor of shape {shape} (got {got})")
+    return dead_rows
 
 
 def _unmoved_rows(attention: PriorAttention, visible: Tensor) -> Tensor | None:
@@ -424,58 +503,6 @@ def _unmoved_rows(attention: PriorAttention, visible: Tensor) -> Tensor | None:
     several = visible.sum(-1) > 1
     unmoved = (low == high) & several
     return None if bool((unmoved == several).all()) else unmoved
-
-
-def _total(parts: Sequence[Counts], asked: int | None) -> dict[str, Any]:
-    """The fields of ``Counts``, summed over parts."""
-    names = ("pairs", "pruned", "kept", "unreached", "keys_asked", "keys_pruned", "empty_rows", "empty_columns")
-    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
-    dead = [part.dead_rows for part in parts if part.dead_rows is not None]
-    return {
-        **sums,
-        "asked": asked,
-        "density": _density(sums["pairs"], sums["pruned"]),
-        "dead_rows": sum(dead) if dead else None,
-    }
-
-
-def _density(pairs: int, pruned: int) -> float:
-    return (pairs - pruned) / pairs if pairs else 0.0
-
-
-def _table_line(name: str, counts: Counts, heads: Sequence[HeadReport]) -> tuple[str, ...]:
-    def number(value: int | None) -> str:
-        return "-" if value is None else str(value)
-
-    low, high = min(head.density for head in heads), max(head.density for head in heads)
-    share = (f"{counts.density:.2%}", f"{low:.1%}..{high:.1%}")
-    rest = (counts.keys_pruned, counts.empty_rows, counts.empty_columns, counts.dead_rows)
-    return (name, number(counts.pairs), number(counts.asked), number(counts.pruned), *share, *map(number, rest))
-
-
-def _dead_text(layer: LayerReport) -> str:
-    """ "rows 1-196 of heads 0-3": heads with the same dead rows are named together."""
-    heads_of: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for index, head in enumerate(layer.heads):
-        if head.dead_ranges:
-            heads_of.setdefault(head.dead_ranges, []).append(index)
-    texts = []
-    for ranges, heads in heads_of.items():
-        mask = torch.zeros(len(layer.heads), dtype=torch.bool)
-        mask[heads] = True
-        texts.append(f"rows {_range_text(ranges)} of heads {_range_text(_ranges(mask))}")
-    return "; ".join(texts)
-
-
-def _ranges(mask: Tensor) -> tuple[tuple[int, int], ...]:
-    """The True stretches of mask [n] as half-open ranges."""
-    padded = torch.nn.functional.pad(mask.to(torch.int8), (1, 1))
-    edges = padded.diff().nonzero()[:, 0].tolist()
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _range_text(ranges: Iterable[tuple[int, int]]) -> str:
-    return ", ".join(f"{start}-{stop - 1}" if stop - start > 1 else str(start) for start, stop in ranges)
 
 
 def _unit_name(pool: Sequence[_Layer], scope: Scope, unit: int) -> str:
@@ -502,139 +529,8 @@ def _fraction(name: str, value: object) -> float:
     return float(value)
 
 
-def _attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
-    """The model's attention modules by name, refused where there is none or one is pruned."""
+def _all_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
     if not found:
         raise ValueError(f"{op}: model must hold a PriorAttention (got {type(model).__name__} without one)")
-    pruned = [name for name, attention in found.items() if attention.is_pruned]
-    if pruned:
-        raise ValueError(f"{op}: model must not be pruned yet (pruned: {_names(pruned)})")
     return found
-
-
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    forward: Callable[[nn.Module, Any], object] | None = None,
-) -> None:
-    """Measures the mean posterior attention of every ``PriorAttention``, for ``prune(..., importance="posterior")``.
-
-    Runs the model in evaluation mode, without gradients, over all batches. The mean of each (head, i, j) is over the
-    samples in which i and j are both visible: inside the input's length, before the sample's padding where there are
-    ``kv_lens`` (i too where the module has as many queries as keys, as in self-attention), and j <= i where causal.
-    It is accumulated in float64, sample by sample, so that it does not depend on how samples are batched. With
-    pattern groups, sample b of a batch counts for group ``b % groups``, as in attention. Sets, on every module,
-    ``posterior`` (float32, ``[groups, heads, N, M]``, 0 where never visible) and ``reached`` (int64, the same shape:
-    the samples behind each mean). An earlier calibration is replaced.
-
-    Args:
-        model: holds at least one ``PriorAttention`` of any kind, and no pruned one.
-        batches: the inputs; a few batches of typical ones suffice.
-        forward: called as ``forward(model, batch)``. The default passes a mapping as keyword arguments, of a tuple or
-            list (a data loader's inputs and targets) the first item, and anything else as it is.
-
-    Raises:
-        ValueError: no ``PriorAttention`` or a pruned one, no batches, or a ``PriorAttention`` that no batch ran
-            through. Whatever is raised, earlier calibrations, modes and recorders are left as they were.
-
-    Source: the posterior of Section 2.1 averaged over data, ``mean_b a_ij``. For a pretrained model, whose uniform
-    prior says nothing, it is the importance to rank by without any training.
-    """
-    attentions = _attentions("calibrate", model)
-    means = {name: _MeanPosterior(attention) for name, attention in attentions.items()}
-    run = _default_forward if forward is None else forward
-    seen = 0
-    with _evaluating(model), _recording(attentions, means), torch.no_grad():
-        for batch in batches:
-            run(model, batch)
-            seen += 1
-    if seen == 0:
-        raise ValueError("calibrate: batches must hold at least one batch (got none)")
-    idle = [name for name, mean in means.items() if mean.total is None]
-    if idle:
-        raise ValueError(f"calibrate: batches must run through every PriorAttention (none ran through {_names(idle)})")
-    for name, attention in attentions.items():
-        attention.posterior, attention.reached = means[name].result()
-
-
-class _MeanPosterior:
-    """Running sum of one module's attention over samples; called as its recorder."""
-
-    def __init__(self, attention: PriorAttention) -> None:
-        self.attention = attention
-        self.total: Tensor | None = None  # [groups, heads, N, M], float64
-        self.samples: Tensor | None = None  # [groups, 1, N, M]
-
-    def __call__(self, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> None:
-        attention = self.attention
-        groups, heads, rows, columns = attention.groups, attention.num_heads, attention.num_queries, attention.num_keys
-        if self.total is None or self.samples is None:
-            self.total = torch.zeros(groups, heads, rows, columns, dtype=torch.float64, device=query.device)
-            self.samples = torch.zeros(groups, 1, rows, columns, dtype=torch.int64, device=query.device)
-        batch, head_dim = query.size(0), query.size(3)
-        kv_lens, offsets = options["kv_lens"], options["query_offsets"]
-        lengths = [key.size(2)] * batch if kv_lens is None else kv_lens.tolist()
-        starts = [0] * batch if offsets is None else offsets.tolist()
-        weight = None if attention.prior is None else attention.weight()
-        scale = head_dim**-0.5 if attention.scale is None else attention.scale
-        eligible = attention.eligible()
-        for sample, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-            group = sample % groups
-            keys = key[sample, :, :length].double().repeat_interleave(heads // key.size(1), dim=0)
-            # A query behind the length is padding, if its position is also that of a key.
-            queries = query[sample, :, : max(0, length - start)] if rows == columns else query[sample]
-            step = max(1, _CHUNK_BYTES // (8 * heads * max(1, length)))
-            for part in queries.split(step, dim=1):
-                row = slice(start, start + part.size(1))
-                start = row.stop
-                score = part.double() @ keys.mT * scale
-                if attention.score == "gaussian":  # |q|^2 cancels in the normalisation
-                    score -= scale / 2 * keys.square().sum(-1)[:, None]
-                support = eligible[row, :length].expand_as(score)
-                if weight is not None:
-                    prior = (weight[group] if weight.size(2) == 1 else weight[group, :, row])[..., :length].double()
-                    score += prior.log()
-                    support = support & (prior > 0)
-                posterior = score.masked_fill(~support, -math.inf).softmax(-1).masked_fill(~support, 0)
-                self.total[group, :, row, :length] += posterior
-                self.samples[group, :, row, :length] += 1
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """posterior and reached, as ``calibrate`` sets them."""
-        assert self.total is not None and self.samples is not None
-        posterior = (self.total / self.samples.clamp(min=1)).float()
-        reached = self.samples * self.attention.eligible().to(self.samples.device)
-        return posterior, reached.expand_as(posterior)
-
-
-def _default_forward(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _recording(attentions: Mapping[str, PriorAttention], recorders: Mapping[str, _MeanPosterior]) -> Iterator[None]:
-    """Sets every module's recorder, and what it was again afterwards."""
-    earlier = {name: attention.recorder for name, attention in attentions.items()}
-    for name, attention in attentions.items():
-        attention.recorder = recorders[name]
-    try:
-        yield
-    finally:
-        for name, attention in attentions.items():
-            attention.recorder = earlier[name]

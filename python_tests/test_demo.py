@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fiak_ext
-from fiak_ext.__main__ import main
+from fiak_ext.cli import main
 from fiak_ext.demo import data, experiment, speed
 from fiak_ext.demo.data import DataError, Images, load_images
 from fiak_ext.demo.experiment import PRUNINGS, Recipe
@@ -390,22 +390,22 @@ def test_wrong_command_lines(arguments: list[str], message: str, capsys: pytest.
 def test_errors_are_messages(
     mnist_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["demo", "--data", str(tmp_path / "none")]) == 1
+    assert main(["demo", "--data", str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     file = tmp_path / "file"
     file.touch()
-    assert main(["demo", "--data", str(mnist_folder), "--output", str(file)]) == 1
+    assert main(["demo", "--data", str(mnist_folder), "--output", str(file)]) == 2
     assert str(file) in capsys.readouterr().err
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "run", interrupt)
-    assert main(["demo", "--data", str(mnist_folder)]) == 130
+    assert main(["demo", "--data", str(mnist_folder)]) == 230
     assert "interrupted" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "fiak_ext.demo.experiment")
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert main(["demo"]) == 1
+    assert main(["demo"]) == 2
     assert "tqdm is missing" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -14,7 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fiak_ext import PriorAttention, PruningReport, prune
+from fiak_ext import (
+    PriorAttention,
+    PruningReport,
+    SparsePattern,
+    VisionTransformer,
+    compact,
+    find_dead_rows,
+    patterns,
+    prune,
+    set_patterns,
+)
+from fiak_ext.flops import model_report
 
 Scope = Literal["layer", "head", "global", "row"]
 SCOPES: tuple[Scope, ...] = ("layer", "head", "global", "row")
@@ -398,7 +410,7 @@ def _half_pruned() -> Attentions:
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (_two, {}, "amount or keys must be given"),
+        (_two, {}, "amount, keys or target_flops must be given"),
         (_two, {"amount": -0.1}, "amount must be a number from 0 to 1 .got -0.1"),
         (_two, {"amount": 1.5}, "amount must be a number from 0 to 1 .got 1.5"),
         (_two, {"amount": math.nan}, "amount must be a number"),
@@ -416,7 +428,11 @@ def _half_pruned() -> Attentions:
         ),
         (_two, {"amount": 0.9, "keep_diagonal": True}, "29 of 32 .* at most 24 can go, as keep_diagonal=True"),
         (_two, {"amount": 0.5, "scope": "column"}, "scope must be one of layer, head, global, row .got 'column'"),
-        (_two, {"amount": 0.5, "importance": "magnitude"}, "importance must be one of prior, posterior, random"),
+        (
+            _two,
+            {"amount": 0.5, "importance": "magnitude"},
+            "importance must be one of prior, posterior, gradient, random",
+        ),
         (_two, {"amount": 0.5, "importance": 3}, "importance must be one of"),
         (_two, {"amount": 0.5, "importance": "posterior"}, "needs calibrate first .layer 'layers.0'"),
         (_two, {"amount": 0.5, "importance": torch.ones(2, 4, 4)}, "must be a dict .*got a Tensor for 2"),
@@ -564,3 +580,283 @@ def test_survivors_have_weight_one() -> None:
     mask = attention.pattern.to_mask()
     expected = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     torch.testing.assert_close(attention(query, key, value), expected)
+
+
+# ---------------------------------------------------------------- what is left by input length
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_density_by_length(is_causal: bool) -> None:
+    model = Attentions(PriorAttention(2, 6, is_causal=is_causal), PriorAttention(3, 6, groups=2, is_causal=is_causal))
+    report = prune(model, 0.6, importance=tensors(model, 0, 100))
+    everything = [0, 0]
+    for length in range(1, 7):
+        everything = [0, 0]
+        for layer, attention in zip(report.layers, model, strict=True):
+            assert attention.pattern is not None
+            kept = attention.pattern.crop(length).nnz
+            pairs = attention.groups * attention.num_heads * int(attention.eligible()[:length, :length].sum())
+            assert layer.density_by_length[length - 1] == pytest.approx(kept / pairs)
+            everything[0] += kept
+            everything[1] += pairs
+        assert report.density_by_length[length - 1] == pytest.approx(everything[0] / everything[1])
+    assert len(report.density_by_length) == 6 and report.density_by_length[-1] == pytest.approx(report.density)
+    one, three = (f"{report.density_by_length[length - 1]:.1%}" for length in (1, 3))
+    assert f"by its length: 1: {one}, 3: {three}, " in str(report)
+
+
+def test_density_by_length_counts_pairs_that_calibration_did_not_reach() -> None:
+    attention = PriorAttention(1, 4, kind="softmax")
+    attention.posterior = torch.arange(16.0).view(1, 1, 4, 4)
+    attention.reached = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    attention.reached[..., :2, :2] = 1
+    report = prune(attention, 0.5, importance="posterior")
+    assert report.density == 0.5
+    assert report.density_by_length == pytest.approx((0.0, 2 / 4, 2 / 9, 2 / 16))
+
+
+def test_density_by_length_of_other_keys_than_queries() -> None:
+    model = Attentions(PriorAttention(1, 2, 4), PriorAttention(1, 3))
+    importance = {"layers.0": torch.tensor([[[1.0, 8, 2, 7], [3, 4, 6, 5]]]), "layers.1": torch.ones(1, 3, 3)}
+    report = prune(model, 0.5, importance=importance)
+    assert report.layers[0].density_by_length == pytest.approx((0.0, 1 / 4, 2 / 6, 4 / 8))
+    assert report.density_by_length == () and "by its length" not in str(report)
+
+
+# ---------------------------------------------------------------- dead rows
+
+
+def class_token_model(**attention: Any) -> VisionTransformer:
+    """Five tokens, of whose last attention only the first row reaches the loss."""
+    torch.manual_seed(0)
+    return VisionTransformer(8, 4, 1, 3, dim=8, depth=2, num_heads=2, **attention)
+
+
+NAMES = ("blocks.0.attention.attention", "blocks.1.attention.attention")
+
+
+@pytest.mark.parametrize("kind", ["fiak", "gmm", "softmax"])
+def test_dead_rows_cost_nothing_and_change_nothing(kind: Any) -> None:
+    model, images = class_token_model(kind=kind).eval(), torch.randn(3, 1, 8, 8)
+    expected = model(images)
+    dead = find_dead_rows(model, images)
+    report = prune(model, 0.0, importance="random", dead_rows=dead)
+    torch.testing.assert_close(model(images), expected)
+    assert (report.pairs, report.pruned, report.dead, report.dead_rows) == (60, 0, 40, 8)
+    assert (report.kept, report.empty_rows, report.unreached) == (60, 8, 0)
+    assert [head.dead_ranges for head in report.layers[1].heads] == [((1, 5),), ((1, 5),)]
+    text = str(report)
+    assert "40 pairs of rows that cannot reach the loss are gone and count towards nothing:" in text
+    assert f"  {NAMES[1]}: rows 1-4 of heads 0-1" in text
+
+
+@pytest.mark.parametrize("keep_diagonal", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_amounts_are_shares_of_the_live_rows(scope: Scope, keep_diagonal: bool) -> None:
+    for keys in (0.0, 0.4):
+        model = Attentions(PriorAttention(2, 6), PriorAttention(2, 6, is_causal=True, groups=2))
+        dead = {
+            f"layers.{index}": torch.rand(
+                layer.groups, layer.num_heads, 6, generator=torch.Generator().manual_seed(index)
+            )
+            < 0.4
+            for index, layer in enumerate(model)
+        }
+        importance = tensors(model, 3, 9)
+        oracles = []
+        for index, layer in enumerate(model):
+            described_layer = described(layer, importance[f"layers.{index}"])
+            alive = (~dead[f"layers.{index}"]).flatten(0, 1)[:, :, None].expand(-1, 6, 6)
+            oracles.append(dataclasses.replace(described_layer, reached=alive.tolist()))
+        arguments: dict[str, Any] = {"keys": keys, "scope": scope, "keep_diagonal": keep_diagonal}
+        expected = oracle(oracles, 0.5, keys, scope, keep_diagonal)
+        report = prune(model, 0.5, importance=importance, dead_rows=dead, **arguments)
+        for layer, mask in zip(model, expected, strict=True):
+            assert layer.pattern is not None
+            rows = dead[f"layers.{list(model).index(layer)}"]
+            # The oracle keeps the diagonal of every row.
+            without = torch.tensor(mask).view(layer.groups, layer.num_heads, 6, 6) & ~rows.unsqueeze(-1)
+            assert torch.equal(layer.pattern.to_mask(), without)
+        assert report.pruned == report.asked and report.unreached == 0
+        assert report.dead_rows == sum(int(rows.sum()) for rows in dead.values())
+        assert report.pairs + report.dead == 2 * 36 + 4 * 21
+
+
+# ---------------------------------------------------------------- a budget of operations
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "head"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_target_flops_takes_the_smallest_amount(scope: Scope, is_causal: bool) -> None:
+    model, images = class_token_model(is_causal=is_causal), torch.randn(3, 1, 8, 8)
+    for index, name in enumerate(NAMES):
+        attention = model.get_submodule(name)
+        assert isinstance(attention, PriorAttention)
+        trained(attention, index)
+    dense, target = model_report(model, images).model.dense.torch, 0.96 if is_causal else 0.92
+    pruned = copy.deepcopy(model)
+    report = prune(pruned, target_flops=target, example=(images, "labels"), scope=scope)
+    now = model_report(pruned, images).model
+    assert now.dense.torch == dense
+    assert report.flops == now.now.torch / dense <= target
+    assert report.amount is not None and 0 < report.amount < 1 and report.asked == report.pruned
+    assert f"{report.flops:.2%} of the dense model's operations are left (asked: {target:.2%})" in str(report)
+    again = copy.deepcopy(model)
+    prune(again, report.amount, scope=scope)
+    assert patterns(again) == patterns(pruned)
+    prune(model, report.amount - 1 / report.pairs, scope=scope)
+    assert model_report(model, images).model.now.torch > target * dense
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = PriorAttention(2, 6, groups=2, is_causal=True)
+        self.again = PriorAttention(1, 6, kind="softmax")
+
+    def forward(self, x: Tensor, kv_lens: Tensor | None = None, query_offsets: Tensor | None = None) -> Tensor:
+        queries = x[:, :, :3] if query_offsets is not None else x
+        y = self.attention(queries, x, x[..., :3], kv_lens=kv_lens, query_offsets=query_offsets)
+        return (
+            y.sum()
+            + self.again(x[:, :1, :5], x[:, :1], x[:, :1]).sum()
+            + self.again(x[:, 1:], x[:, 1:], x[:, 1:]).sum()
+        )
+
+
+def test_target_flops_counts_what_the_example_executes() -> None:
+    x = torch.randn(4, 2, 6, 4)
+    lens, offsets = torch.tensor([6, 2, 0, 5]), torch.tensor([0, 3, 1, 2])
+    examples: list[dict[str, Tensor]] = [{"x": x}, {"x": x, "kv_lens": lens}]
+    examples.append({"x": x, "kv_lens": lens, "query_offsets": offsets})
+    for example in examples:
+        model = Padded()
+        dense = model_report(model, **example).model.dense.torch
+        report = prune(model, target_flops=0.5, example=example, importance="random", scope="global", keys=0.2)
+        assert report.flops == model_report(model, **example).model.now.torch / dense <= 0.5
+
+
+def test_target_flops_with_dead_rows_and_nothing_else_to_do() -> None:
+    model, images = class_token_model(), torch.randn(1, 1, 8, 8)
+    dead = find_dead_rows(model, images)
+    report = prune(model, target_flops=1.0, example=images, dead_rows=dead)
+    assert report.amount == 0 and report.kept == 60
+    assert report.flops is not None and report.flops < 1
+
+
+def test_unreachable_target_flops() -> None:
+    images = torch.randn(1, 1, 8, 8)
+    whole = class_token_model()
+    before = snapshot(whole)
+    report = model_report(whole, images)
+    pairs = sum(2 * 2 * 25 * (4 + 4) for _ in report.layers)
+    least = 1 - pairs / report.model.dense.torch
+    with pytest.raises(ValueError, match=rf"prune: target_flops must be at least {least:.4f}, .* .got 0.3."):
+        prune(whole, target_flops=0.3, example=images)
+    with pytest.raises(ValueError, match=r"prune: target_flops must be at least 0\.9"):
+        prune(whole, target_flops=0.9, example=images, keep_diagonal=True)
+    assert_untouched(whole, before)
+    for keys in (0.0, 0.4):
+        gmm = class_token_model(kind="gmm")
+        with pytest.raises(ValueError, match=r"prune: target_flops must be at least"):
+            prune(gmm, target_flops=0.3, example=images, keys=keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_flops": 0.5}, "example must be given with target_flops"),
+        ({"amount": 0.5, "example": torch.ones(1)}, "example must be given with target_flops, and only then"),
+        (
+            {"amount": 0.5, "target_flops": 0.5, "example": torch.ones(1)},
+            "amount must be None with target_flops .got 0.5",
+        ),
+        ({"target_flops": 1.5, "example": torch.ones(1)}, "target_flops must be a number from 0 to 1 .got 1.5"),
+        ({"amount": 0.5, "importance": "gradient"}, "importance='gradient' needs calibrate first .layer 'layers.0'"),
+        (
+            {"amount": 0.5, "dead_rows": torch.ones(1)},
+            "dead_rows must be a dict from module name to Tensor .got Tensor",
+        ),
+        (
+            {"amount": 0.5, "dead_rows": {"layers.0": torch.zeros(1, 2, 4, dtype=torch.bool)}},
+            "dead_rows must have the name of every PriorAttention as key .missing: 'layers.1'; unknown: none",
+        ),
+        (
+            {"amount": 0.5, "dead_rows": dict.fromkeys(["layers.0", "layers.1"], torch.zeros(1, 2, 4))},
+            r"dead_rows of layer 'layers.0' must be a bool Tensor of shape \(1, 2, 4\) \(got torch.float32",
+        ),
+        (
+            {"amount": 0.5, "dead_rows": dict.fromkeys(["layers.0", "layers.1"], torch.zeros(2, 4, dtype=torch.bool))},
+            r"must be a bool Tensor of shape \(1, 2, 4\) \(got torch.bool \(2, 4\)",
+        ),
+    ],
+)
+def test_errors_of_dead_rows_and_target_flops(arguments: dict[str, Any], message: str) -> None:
+    model = _two()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^prune: .*{message}"):
+        prune(model, **arguments)
+    assert_untouched(model, before)
+
+
+# ---------------------------------------------------------------- patterns of another model (Table 6)
+
+
+def test_the_pattern_of_one_model_on_another() -> None:
+    fiak, softmax, images = class_token_model(), class_token_model(kind="softmax"), torch.randn(2, 1, 8, 8)
+    for name in NAMES:
+        attention = fiak.get_submodule(name)
+        assert isinstance(attention, PriorAttention)
+        trained(attention, 1)
+    prune(fiak, 0.6)
+    learned = patterns(fiak)
+    assert set(learned) == set(NAMES) and sum(pattern.nnz for pattern in learned.values()) == 40
+    with torch.no_grad():
+        for parameter in softmax.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    before = {name: parameter.clone() for name, parameter in softmax.named_parameters()}
+    set_patterns(softmax, learned)
+    assert patterns(softmax) == learned
+    torch.testing.assert_close(dict(softmax.named_parameters()), before, rtol=0, atol=0)
+    nn.functional.cross_entropy(softmax(images), torch.tensor([0, 2])).backward()
+    assert all(parameter.grad is not None for parameter in softmax.parameters())
+    set_patterns(softmax, {name: SparsePattern.from_mask(torch.ones(2, 5, 5, dtype=torch.bool)) for name in NAMES})
+    dense = class_token_model(kind="softmax")
+    dense.load_state_dict(before)
+    torch.testing.assert_close(softmax(images), dense(images))
+
+
+def test_patterns_of_a_model_without() -> None:
+    model = class_token_model()
+    with pytest.raises(ValueError, match=r"patterns: model must be pruned and not compacted .got 'blocks.* dense"):
+        patterns(model)
+    prune(model, 0.5, importance="random")
+    compact(model)
+    with pytest.raises(ValueError, match=r"patterns: model must be pruned and not compacted .got 'blocks.* compacted"):
+        patterns(model)
+    with pytest.raises(ValueError, match=r"set_patterns: model must not be compacted"):
+        set_patterns(model, dict.fromkeys(NAMES, SparsePattern.from_mask(torch.ones(2, 5, 5, dtype=torch.bool))))
+    for function in (patterns, lambda module: set_patterns(module, {})):
+        with pytest.raises(ValueError, match=r"must hold a PriorAttention .got Linear"):
+            function(nn.Linear(2, 2))
+
+
+def test_patterns_that_do_not_fit_touch_nothing() -> None:
+    model = Attentions(PriorAttention(2, 4), PriorAttention(2, 4, is_causal=True))
+    before = snapshot(model)
+    good = SparsePattern.from_mask(torch.ones(2, 4, 4, dtype=torch.bool).tril())
+    full = SparsePattern.from_mask(torch.ones(2, 4, 4, dtype=torch.bool))
+    other = SparsePattern.from_mask(torch.ones(2, 4, 5, dtype=torch.bool))
+    broken = SparsePattern(good.crow_indices, good.col_indices.flip(0), 2, 4, 4)
+    for last, error, message in (
+        (full, ValueError, r"patterns\['layers.1'\] must fit the model .*above the diagonal"),
+        (other, ValueError, r"patterns\['layers.1'\] must fit the model .*num_keys must be 4 \(got 5\)"),
+        (broken, RuntimeError, r"csr_plan"),
+        (torch.ones(2, 4, 4), TypeError, r"patterns\['layers.1'\] must be a SparsePattern \(got Tensor\)"),
+    ):
+        with pytest.raises(error, match=message):
+            set_patterns(model, {"layers.0": good, "layers.1": last})  # type: ignore[dict-item]
+        assert_untouched(model, before)
+    with pytest.raises(ValueError, match=r"set_patterns: patterns must have .*missing: 'layers.1'; unknown: 'other'"):
+        set_patterns(model, {"layers.0": good, "other": good})
+    assert_untouched(model, before)
