@@ -32,7 +32,7 @@ def test_a_prediction_by_hand() -> None:
     a100 = row["gpus"]["A100 SXM 80 GB"]
     assert a100["floor_us"] == pytest.approx(1e6 * row["least_bytes"] / 2.039e12)  # 38 us; the operations take 24
     assert a100["bound_by"] == "bytes" and a100["share"] == 1
-    tighter = cuda_roofline.predict({**ROW, "products": 2 * ROW["products"]})["gpus"]["A100 SXM 80 GB"]
+    tighter = cuda_roofline.predict({**ROW, "products": 2 * 3328})["gpus"]["A100 SXM 80 GB"]
     assert tighter["bound_by"] == "operations"
     assert tighter["share"] == pytest.approx(row["least_bytes"] / 2.039e12 / (2 * row["operations"] / 312e12))
 
