@@ -45,6 +45,7 @@ extern "C" void fiak_switch_stack(void** save, void* load);
 namespace fiak::simt {
 
 Indices indices;
+std::map<std::string, Counts> counts;
 
 namespace {
 
@@ -123,6 +124,7 @@ class Scheduler {
   void* shared() const { return block_->memory + kGuardBytes; }
   Thread& thread() { return *thread_; }
   uint64_t random();
+  Counts counts;
 
  private:
   void open_block();
@@ -455,7 +457,14 @@ bool Scheduler::note(const Site& site) {
 }  // namespace
 
 Sites run(const Launch& launch, const Schedule& schedule, void (*kernel)(const void*), const void* params) {
-  return Scheduler(launch, schedule, kernel, params).run();
+  Scheduler launched(launch, schedule, kernel, params);
+  Sites sites = launched.run();
+  Counts& sum = counts[launch.kernel];
+  ++sum.launches;
+  sum.blocks += launch.blocks;
+  sum.copied_bytes += launched.counts.copied_bytes;
+  sum.products += launched.counts.products;
+  return sites;
 }
 
 bool broken(const Site& site) { return scheduler->note(site); }
@@ -467,6 +476,8 @@ void trap() { scheduler->complain("trapped"); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Asynchronous copies
+
+void count_copy(unsigned bytes) { scheduler->counts.copied_bytes += bytes; }
 
 bool postpone(const Copy& copy) {
   if (scheduler->random() % 2 == 0) return false;
@@ -541,6 +552,7 @@ struct Mma {
 /// hardware's order is not documented.
 template <class Element>
 void do_mma(void* const* lanes, uint32_t) {
+  ++scheduler->counts.products;
   float a[16][16], b[16][8];
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const unsigned group = lane / 4, in_group = lane % 4;

@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -68,6 +69,13 @@ constexpr bool kThreadSanitizer = true;
 #else
 constexpr bool kThreadSanitizer = false;
 #endif
+
+/// What launches did: bytes that cp.async copied, matrix products of m16n8k16 (4096 operations each).
+struct Counts {
+  int64_t launches = 0, blocks = 0, copied_bytes = 0, products = 0;
+};
+/// Of all launches until it is cleared, by the kernel's name.
+extern std::map<std::string, Counts> counts;
 
 /// What a launch executed of what can be broken: its barriers, waits, atomics and asynchronous copies.
 using Sites = std::set<Site>;
@@ -130,6 +138,7 @@ struct Copy {
   const void* source;
   unsigned bytes;
 };
+void count_copy(unsigned bytes);
 /// Whether the copy was put off, to be done by the thread itself when it waits.
 bool postpone(const Copy& copy);
 void commit_copies();
@@ -264,6 +273,7 @@ void load_elements(uint32_t* words, const Element* source, int count) {
 inline void copy_async(void* target, const void* source, unsigned bytes, simt::Site site = simt::Site::here()) {
   const simt::Copy copy{target, source, simt::broken(site) ? 16 : bytes};
   if (reinterpret_cast<uintptr_t>(target) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) simt::trap();
+  simt::count_copy(bytes);
   if (!simt::postpone(copy)) simt::perform(copy);
 }
 inline void copy_async_commit() { simt::commit_copies(); }

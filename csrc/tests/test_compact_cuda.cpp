@@ -14,6 +14,7 @@
 #include "kernels/cuda/compact_linear.cuh"
 #include "kernels/cuda/compact_rows.cuh"
 #include "tests/compact_problem.h"
+#include "tests/counts.h"
 #include "tests/pairwise.h"
 #include "tests/simt_checks.h"
 
@@ -154,6 +155,54 @@ TEST_P(CompactLinearCuda, LeavesOutUnwantedGradients) {
     for (const auto member : {&LinearResults::grad_input, &LinearResults::grad_weight, &LinearResults::grad_bias}) {
       expect_identical(some.*member, all.*member, call.what);
     }
+  }
+}
+
+TEST_P(CompactLinearCuda, CopiesAndMultipliesWhatItsTilesHold) {
+  Random random(38);
+  const int64_t batch = 2, heads = 1, rows = 100, kept = 70, features = 136, size = 48;
+  LinearCall call = linear_call(random, {batch, heads, rows, kept, features, size, false, 0}, dtype());
+  for (int64_t k = 0; k < kept; ++k) call.keep[k] = k;  // no padding
+  call.input.fill(random);
+  call.grad_output.fill(random);
+  simt::counts.clear();
+  run(call, kernels(), dtype(), threads(1));
+  const int64_t bytes = element_size(dtype()), step = 128 / bytes;
+  const auto tiles = [](int64_t x, int64_t of) { return (x + of - 1) / of; };
+  const auto expect = [&](const auto& kernel, int64_t elements, int64_t tile_steps) {
+    const simt::Counts& counts = simt::counts[kernel.name];
+    EXPECT_EQ(counts.copied_bytes, elements * bytes) << kernel.name;
+    // Of a tile's step, four warps multiply 16 x step by step x 64.
+    EXPECT_EQ(counts.products, dtype() == DType::kFloat32 ? 0 : tile_steps * 4 * (step / 16) * 8) << kernel.name;
+  };
+  const auto kernel_counts = [&](auto element) {
+    expect(cuda::linear_forward_kernel(element), batch * features * (kept * tiles(size, 64) + size * tiles(kept, 64)),
+           batch * tiles(kept, 64) * tiles(size, 64) * tiles(features, step));
+    expect(cuda::linear_grad_input_kernel(element),
+           batch * size * (kept * tiles(features, 64) + features * tiles(rows, 64)),
+           batch * tiles(rows, 64) * tiles(features, 64) * tiles(size, step));
+    expect(cuda::linear_grad_weight_kernel(element),
+           batch * kept * (size * tiles(features, 64) + features * tiles(size, 64)),
+           tiles(size, 64) * tiles(features, 64) * tiles(batch * kept, step));
+  };
+  if (dtype() == DType::kFloat32) kernel_counts(float{});
+  if (dtype() == DType::kFloat16) kernel_counts(Half{});
+  if (dtype() == DType::kBFloat16) kernel_counts(BFloat16{});
+}
+
+// benchmarks/cuda_roofline.py takes these numbers, of one element and head, for more of them.
+TEST(CudaCounts, OfCompactLinear) {
+  Random random(39);
+  simt::counts.clear();
+  for (const int64_t features : {192, 768}) {
+    LinearCall call = linear_call(random, {1, 1, 197, 59, features, 64, true, 0}, DType::kFloat16);
+    for (int64_t k = 0; k < 59; ++k) call.keep[k] = 3 * k;
+    call.input.fill(random);
+    call.grad_output.fill(random);
+    run(call, kCudaKernels, DType::kFloat16, threads(1));
+    print_counts(
+        "compact_linear",
+        {{"batch", 1}, {"heads", 1}, {"rows", 197}, {"kept", 59}, {"in_features", features}, {"head_size", 64}});
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/prior_attention.cuh"
 #include "tests/attention_problem.h"
+#include "tests/counts.h"
 #include "tests/pairwise.h"
 #include "tests/simt_checks.h"
 
@@ -117,6 +118,35 @@ TEST_F(PriorAttentionCudaCases, HaveEveryPairOfProperties) {
     return !HasFailure();
   });
   std::printf("%d cases\n", run);
+}
+
+// benchmarks/cuda_roofline.py takes these numbers, of one element and head, for more of them.
+TEST(CudaCounts, OfPriorAttention) {
+  Random random(22);
+  simt::counts.clear();
+  for (const int64_t head_size : {48, 64}) {
+    PriorCase properties{};
+    properties.dtype = DType::kFloat16;
+    properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+    properties.queries = properties.keys = 197;
+    properties.head_size = properties.value_size = head_size;
+    properties.scale_factor = 1;
+    properties.prior = PriorCase::Prior::kPairs;
+    Problem problem = prior_problem(random, properties);
+    for (Tensor* operand : {&problem.query, &problem.key, &problem.value, &problem.grad_output}) {
+      *operand = Tensor(DType::kFloat64, 1, 1, operand->rows, operand->columns);  // all copies are asynchronous
+      operand->fill(random);
+    }
+    Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
+    problem.backward(kCudaKernels, threads(1), results);
+    for (const auto& [kernel, counts] : simt::counts) {
+      // Every kernel but that of delta does two products of all pairs or more; of 8 x 16 x 16 at once.
+      if (counts.products == 0) continue;
+      EXPECT_GE(counts.products * 8 * 16 * 16, 2 * 197 * 197 * head_size) << kernel;
+    }
+    print_counts("prior_attention",
+                 {{"batch", 1}, {"heads", 1}, {"queries", 197}, {"keys", 197}, {"head_size", head_size}});
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
