@@ -1,6 +1,6 @@
-#include "kernels/cuda/csr_attention.cuh"
 #include "kernels/cuda/csr_attention.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/csr_launches.h"
+#include "kernels/cuda/csr_on_stream.h"
 
 namespace fiak::cuda {
 

@@ -1,39 +1,6 @@
-// csr_attention on CUDA: which kernels a call launches. Which of them computes a head is decided on the device, where
-// the plan is (CsrPattern::uses_tiles); only what no head can need is left out here.
+// All device code of csr_attention, and how its kernels are launched.
 #pragma once
 
 #include "kernels/cuda/csr_entries.cuh"
+#include "kernels/cuda/csr_launches.h"
 #include "kernels/cuda/csr_tiles.cuh"
-
-namespace fiak::cuda {
-
-/// Whether the plan has what kernels over tiles read (plan.h); where not, those over entries compute all heads.
-inline bool may_use_tiles(const AttentionArgs& args, const CsrWeights& weights) {
-  return weights.nnz * kPlanBitsShare >= weights.num_rows * args.keys &&
-         weights.selected != static_cast<int32_t>(CsrKernel::kEntries);
-}
-inline bool may_use_entries(const AttentionArgs& args, const CsrWeights& weights) {
-  return !may_use_tiles(args, weights) || weights.selected != static_cast<int32_t>(CsrKernel::kTiles);
-}
-
-/// Does launch(kernel, blocks, params) of what computes `result`; there must be pairs.
-template <class Launch>
-void csr_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed, const ForwardResult& result,
-                 Launch&& launch) {
-  if (may_use_entries(args, weights)) csr_entries_forward(args, weights, seed, result, launch);
-  if (may_use_tiles(args, weights)) csr_tiles_forward(args, weights, seed, result, launch);
-}
-
-/// The same of the gradients that are wanted. `delta` is scratch, [batch, query_heads, queries].
-template <class Launch>
-void csr_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed, const BackwardArgs& grads,
-                  float* delta, Launch&& launch) {
-  BackwardArgs by_entries = grads;  // what tiles do not compute: delta, and the gradient of values
-  if (!may_use_entries(args, weights)) {
-    by_entries.grad_query.data = by_entries.grad_key.data = by_entries.grad_value.data = nullptr;
-  }
-  csr_entries_backward(args, weights, seed, by_entries, delta, launch);
-  if (may_use_tiles(args, weights)) csr_tiles_backward(args, weights, seed, grads, delta, launch);
-}
-
-}  // namespace fiak::cuda
