@@ -5,6 +5,7 @@
 # choose the tests of make sanitize.
 PYTHON ?= python3
 SOAK_MINUTES ?= 60
+JOBS ?= $(shell nproc)
 SANITIZED ?=
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -20,10 +21,10 @@ demo: build
 
 test: build $(VENV)/installed-dev
 	cmake --build build/release
-	ctest --test-dir build/release --output-on-failure
+	ctest --test-dir build/release --parallel $(JOBS) --output-on-failure
 	$(MAKE) sanitize-address
 	@cat build/release/skipped.txt
-	python -m pytest
+	python -m pytest --numprocesses $(JOBS)
 
 soak: configure
 	cmake --build build/release --target fiak_tests
@@ -43,7 +44,7 @@ sanitize-thread: SANITIZERS := thread
 sanitize-address sanitize-thread: $(VENV)/installed
 	$(CONFIGURE) -B build/$@ -DFIAK_BUILD_TESTS=ON -DFIAK_SANITIZE=$(SANITIZERS)
 	cmake --build build/$@
-	ctest --test-dir build/$@ --output-on-failure $(SANITIZED)
+	ctest --test-dir build/$@ --parallel $(JOBS) --output-on-failure $(SANITIZED)
 
 bench: build
 	cmake --build build/release

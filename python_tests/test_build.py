@@ -25,7 +25,7 @@ def _architectures(folder: Path, requested: str, listed: str | None, status: int
     nvidia_smi = "" if listed is None else str(_program(folder, "nvidia-smi", listed, status))
     script = folder / "script.cmake"
     script.write_text(
-        f"include({ROOT}/cmake/cuda_architectures.cmake)\n"
+        f"cmake_minimum_required(VERSION 3.24)\ninclude({ROOT}/cmake/cuda_architectures.cmake)\n"
         f'fiak_cuda_architectures(chosen "{requested}" "{nvcc}" "{nvidia_smi}")\nmessage("[${{chosen}}]")\n'
     )
     run = subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True)
