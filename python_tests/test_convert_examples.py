@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-EXAMPLES = {
-    "timm": """\
-model = timm.create_model("deit_tiny_patch16_224").eval()  # pretrained=True where a hub is reachable
-images = torch.randn(8, 3, 224, 224)
-fiak_ext.convert(model, kind="softmax")  # no priors: a trained model is pruned by the attention that it pays
-fiak_ext.calibrate(model, [images])
-print(fiak_ext.prune(model, 0.5, importance="posterior"))
-logits = fiak_ext.compact(model)(images)
-""",
-    "transformers": """\
-model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=2))  # or AutoModel.from_pretrained(...)
-fiak_ext.convert(model, num_tokens=64)  # inputs of up to 64 tokens; train, then:
-fiak_ext.prune(model, 0.7)
-fiak_ext.compact(model).save_pretrained("pruned")
-model = fiak_ext.from_pretrained("pruned")
-""",
-    "torch.nn": """\
-layer = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
-model = fiak_ext.convert(torch.nn.TransformerEncoder(layer, 2), num_tokens=32)
-loss = model(torch.randn(8, 32, 64)).square().mean()  # any training loop
-loss.backward()
-fiak_ext.prune(model, 0.7)
-""",
-}
+import fiak_ext
+
+README = Path(__file__).parent.parent / "README.md"
+(SECTION,) = re.findall(r"^## In a model of timm.*?$(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES.values(), ids=list(EXAMPLES))
+class TheirAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.into = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.into(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def test_the_readme_has_the_examples() -> None:
+    assert [library in example for library, example in zip(("timm", "transformers", "nn"), EXAMPLES, strict=False)] == [
+        True
+    ] * 3
+    assert len(EXAMPLES) == 4
+
+
+@pytest.mark.parametrize("example", EXAMPLES[:3], ids=["timm", "transformers", "torch.nn"])
 def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
-    import transformers
-
-    import fiak_ext
-
     monkeypatch.chdir(tmp_path)
     names = {"timm": timm, "transformers": transformers, "torch": torch, "fiak_ext": fiak_ext}
     exec(example, names)
     model = names["model"]
-    assert isinstance(model, torch.nn.Module)
+    assert isinstance(model, nn.Module)
     attentions = [module for module in model.modules() if isinstance(module, fiak_ext.PriorAttention)]
     assert attentions and all(attention.is_pruned for attention in attentions)
+
+
+def test_the_example_adapter_converts() -> None:
+    exec(EXAMPLES[3], {"torch": torch, "fiak_ext": fiak_ext, "TheirAttention": TheirAttention})
+    torch.manual_seed(0)
+    model, x = nn.Sequential(TheirAttention()), torch.randn(2, 6, 32)
+    expected = model(x)
+    fiak_ext.convert(model, num_tokens=6)
+    torch.testing.assert_close(model(x), expected)
+    fiak_ext.prune(model, 0.5, importance="random")
+    pruned = model(x)
+    assert not torch.allclose(pruned, expected)
+    torch.testing.assert_close(fiak_ext.compact(model)(x), pruned)

@@ -413,7 +413,8 @@ def test_errors_are_messages(
 
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(r"^## In a model of your own$(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     inputs, answers, losses = torch.randn(8, 50, 64), torch.arange(8), list[float]()
 
     def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
