@@ -96,14 +96,31 @@ def test_pruned_swin_is_the_original_with_the_same_mask(compacted: bool) -> None
     torch.testing.assert_close(gradients(converted), gradients(model))
 
 
+def test_swin_is_calibrated_by_the_attention_that_it_pays() -> None:
+    model = swin()
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WindowAttention):
+            module.fused_attn = False
+            module.attn_drop.register_forward_hook(lambda _, args, output, name=name: seen.update({name: args[0]}))
+    batch = images()
+    model(batch)
+    converted = convert(swin(), kind="softmax")
+    converted.load_state_dict(model.state_dict())
+    calibrate(converted, [batch])
+    assert len(seen) > 1
+    for name, attention in seen.items():
+        prior = converted.get_submodule(name).prior_attention
+        expected = attention.unflatten(0, (-1, prior.groups)).mean(0)
+        torch.testing.assert_close(prior.posterior, expected.float())
+
+
 def test_what_swin_refuses() -> None:
     with pytest.raises(ValueError, match="num_tokens must be 4, as in the model, or be left out"):
         convert(swin(), num_tokens=3)
     with pytest.raises(ValueError, match="WindowAttention, which must be in a SwinTransformerBlock"):
         convert(swin().layers[0].blocks[0].attn)
     converted = convert(swin())
-    with pytest.raises(NotImplementedError, match="calibrate must not run, as it leaves the bias out"):
-        calibrate(converted, [images()])
     converted.set_input_size((32, 32), window_size=2)
     with pytest.raises(ValueError, match=r"mask must have 4 windows, as at conversion \(got 16\)"):
         converted(torch.randn(1, 3, 32, 32, dtype=torch.float64))

@@ -113,8 +113,6 @@ class PriorWindowAttention(ConvertedAttention, WindowAttention):
                 f"{type(self).__name__}: mask must have {groups} windows, as at conversion "
                 f"(got {1 if mask is None else mask.size(0)})"
             )
-        if self.prior_attention.recorder is not None:
-            raise NotImplementedError(f"{type(self).__name__}: calibrate must not run, as it leaves the bias out")
         bias: Tensor = super()._get_rel_pos_bias()
         bias = bias if mask is None else bias + mask.unsqueeze(1)
         query, key, value, _ = _project(self, x)
