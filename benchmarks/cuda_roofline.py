@@ -6,10 +6,10 @@ benchmarks/results/cuda_roofline.json and .md.
 
 Counted: products on tensor cores, with all that tiles add to the sizes, and bytes that cp.async copies to shared
 memory. Derived: bytes of device memory, each operand once, as if the L2 cache held what is read again; one exponential
-for each pair. The floor of a kernel is the longer of its operands' bytes and its operations without padding, at the
-documented rates; the prediction is the longest of the bytes, the counted operations and the exponentials, as if they
-overlapped perfectly. Nothing here is a measurement, and mma.sync, which the kernels use, is known not to reach the
-documented rate of tensor cores from the H100 on.
+for each pair that is kept. The floor of a kernel is the longer of its operands' bytes and its operations without
+padding, at the documented rates; the prediction is the longest of the bytes, the counted operations and the
+exponentials, as if they overlapped perfectly. Nothing here is a measurement, and mma.sync, which the kernels use, is
+known not to reach the documented rate of tensor cores from the H100 on.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ GPUS = {
 PAPER = {
     ("prior_attention", 48): (256, 4),  # DeiT-tiny, as the paper has it
     ("prior_attention", 64): (256, 3),  # DeiT-tiny of timm
+    ("csr_attention", 48): (256, 4),  # the paper's, with the masks of a trained model that benchmarks/masks holds
     ("compact_linear", 192): (256, 3),  # 70% of its keys pruned
     ("compact_linear", 768): (256, 12),  # DeiT-base
 }
@@ -80,10 +81,12 @@ def least(row: Mapping[str, Any], batch: int, heads: int) -> Least:
                 return value
         raise ValueError(f"cuda_roofline: {kernel} has no formula")
 
-    if row["op"] == "prior_attention":
+    if row["op"] != "compact_linear":
         n, m, d = row["queries"], row["keys"], row["head_size"]
-        pairs = batch * heads * n * m
-        prior, statistics = 4 * heads * n * m, 4 * batch * heads * n
+        pairs = batch * heads * row.get("nnz", n * m)
+        statistics = 4 * batch * heads * n
+        # The prior, or a bit for each pair
+        prior = heads * n * ((m + 63) // 64 * 8 if "nnz" in row else 4 * m)
         # Operands of n or m rows that are read or written, float32 numbers of a row, copies of the prior, products
         by_queries, by_keys, of_rows, priors, products = known(
             {
@@ -113,7 +116,7 @@ def least(row: Mapping[str, Any], batch: int, heads: int) -> Least:
 
 def predict(row: Mapping[str, Any]) -> dict[str, Any]:
     """Executed against least, and by GPU the floor in microseconds and the share of it that is predicted."""
-    size = row["head_size"] if row["op"] == "prior_attention" else row["in_features"]
+    size = row["in_features"] if row["op"] == "compact_linear" else row["head_size"]
     batch, heads = PAPER[row["op"], size]
     needs = least(row, batch, heads)
     executed = batch * heads * row["products"] * OPERATIONS_OF_PRODUCT
@@ -147,8 +150,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|" + "---|" * len(GPUS),
     ]
     for row in rows:
-        if row["op"] == "prior_attention":
+        if row["op"] != "compact_linear":
             sizes = f"B{row['batch']} H{row['heads']} N{row['queries']} D{row['head_size']}"
+            if "nnz" in row:
+                sizes += f", {100 * row['nnz'] / (row['queries'] * row['keys']):.0f}% kept"
         else:
             sizes = f"B{row['batch']} H{row['heads']} M{row['rows']} K{row['kept']} Dx{row['in_features']}"
         more = f"{row['operations'] / row['least_operations']:.2f}" if row["least_operations"] else "-"

@@ -11,7 +11,7 @@ from benchmarks import cuda_roofline
 
 ROW = {
     "op": "prior_attention",
-    "kernel": "prior_forward_kernel",
+    "kernel": "fiak_prior_forward_f16_d64",
     "batch": 1,
     "heads": 1,
     "queries": 197,

@@ -8,6 +8,7 @@
 #include "benchmarks/recorded.h"
 #include "kernels/cuda/csr_attention.cuh"
 #include "tests/attention_problem.h"
+#include "tests/counts.h"
 #include "tests/pairwise.h"
 #include "tests/simt_checks.h"
 
@@ -196,34 +197,68 @@ TEST_F(CsrAttentionCudaCases, HaveEveryPairOfProperties) {
   std::printf("%d cases\n", run);
 }
 
+/// The pattern that a trained model has kept, of some of the mask's heads.
+std::shared_ptr<Pattern> recorded_pattern(const std::string& name, int64_t first, int64_t heads) {
+  const benchmarks::RecordedMask mask(FIAK_BENCHMARKS "/masks/" + name + ".npy");
+  std::vector<int64_t> crow{0}, col;
+  for (int64_t row = 0; row < heads * mask.length; ++row) {
+    for (int64_t j = 0; j < mask.length; ++j) {
+      if (mask.at(first + row / mask.length, row % mask.length, j)) col.push_back(j);
+    }
+    crow.push_back(static_cast<int64_t>(col.size()));
+  }
+  return std::make_shared<Pattern>(heads, mask.length, mask.length, crow, col);
+}
+
 TEST_F(CsrAttentionCudaCases, OfRecordedLearnedMasks) {
   if (simt::kThreadSanitizer) GTEST_SKIP() << "the plain build does it";
   Random random(23);
   const std::vector<std::string> names = {"lm_kjv_n128_70", "minilm_n48_50", "vit_fashion_n197_90"};
   for (size_t i = 0; i < names.size(); ++i) {
-    const benchmarks::RecordedMask mask(FIAK_BENCHMARKS "/masks/" + names[i] + ".npy");
-    if (kSanitized && mask.length > 50) continue;
-    constexpr int64_t kHeads = 2;
-    const int64_t first = random.integer(0, mask.heads - kHeads);
-    std::vector<int64_t> crow{0}, col;
-    for (int64_t row = 0; row < kHeads * mask.length; ++row) {
-      for (int64_t j = 0; j < mask.length; ++j) {
-        if (mask.at(first + row / mask.length, row % mask.length, j)) col.push_back(j);
-      }
-      crow.push_back(static_cast<int64_t>(col.size()));
-    }
+    const auto pattern = recorded_pattern(names[i], 3, 2);
+    if (kSanitized && pattern->queries > 50) continue;
     CsrCase properties{};
     properties.dtype = dtype_ = i % 2 == 0 ? DType::kFloat16 : DType::kFloat32;
     properties.batch = 2;
     properties.groups = properties.heads_per_key_head = 1;
-    properties.key_heads = kHeads;
-    properties.queries = properties.keys = mask.length;
+    properties.key_heads = pattern->heads;
+    properties.queries = properties.keys = pattern->queries;
     properties.head_size = properties.value_size = 48;
     properties.scale_factor = 1;
     properties.has_values = true;
-    const auto pattern = std::make_shared<Pattern>(kHeads, mask.length, mask.length, crow, col);
-    matches_scalar_float64(csr_problem(random, properties, pattern), names[i]);
+    for (const CsrKernel kernel : {CsrKernel::kEntries, CsrKernel::kTiles}) {
+      selected = kernel;
+      matches_scalar_float64(csr_problem(random, properties, pattern), names[i]);
+    }
   }
+}
+
+/// What the kernels over tiles do for patterns of a trained model: as much as for all pairs, but for tiles without any.
+TEST(CudaCounts, OfCsrAttention) {
+  Random random(26);
+  simt::counts.clear();
+  selected = CsrKernel::kTiles;
+  for (const int pruned : {50, 70, 90}) {
+    const auto pattern = recorded_pattern("vit_fashion_n197_" + std::to_string(pruned), 0, 1);
+    CsrCase properties{};
+    properties.dtype = DType::kFloat16;
+    properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+    properties.queries = properties.keys = 197;
+    properties.head_size = properties.value_size = 48;
+    properties.scale_factor = 1;
+    Problem problem = csr_problem(random, properties, pattern);
+    problem.lay_rows_apart(random);  // all copies are asynchronous
+    Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
+    problem.backward(kCudaKernels, threads(1), results);
+    for (const auto& [kernel, counts] : simt::counts) {
+      if (counts.products == 0) continue;
+      EXPECT_GE(counts.products * 8 * 16 * 16, 2 * pattern->nnz() * 48) << kernel;
+    }
+    print_counts(
+        "csr_attention",
+        {{"batch", 1}, {"heads", 1}, {"queries", 197}, {"keys", 197}, {"head_size", 48}, {"nnz", pattern->nnz()}});
+  }
+  selected = CsrKernel::kAuto;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
