@@ -59,7 +59,7 @@ class PackedLinear(nn.Linear):
         """A packed layer with the parameters, not copies, of ``linear``.
 
         Raises:
-            ValueError: a weight that is not float32 or bfloat16 on CPU.
+            ValueError: a weight that is not on CPU and in float32 or, with AVX-512, bfloat16.
         """
         packed = cls.__new__(cls)
         packed.__dict__.update(linear.__dict__)
@@ -72,12 +72,16 @@ class PackedLinear(nn.Linear):
         """Packs the weight as it is now.
 
         Raises:
-            ValueError: a weight that is not float32 or bfloat16 on CPU.
+            ValueError: a weight that is not on CPU and in float32 or, with AVX-512, bfloat16.
         """
         weight = self.weight
         if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
             raise ValueError(
                 f"PackedLinear: weight must be float32 or bfloat16 on cpu (got {weight.dtype} on {weight.device})"
+            )
+        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ValueError(
+                "PackedLinear: weight must be float32 on this CPU, whose oneDNN packs no bfloat16 (got torch.bfloat16)"
             )
         # Not a buffer: it is opaque, and neither saved nor moved.
         with torch.inference_mode(False):
@@ -130,8 +134,8 @@ def pack_linears(model: Model) -> Model:
 
     Raises:
         RuntimeError: PyTorch without oneDNN.
-        ValueError: a model in training mode, without ``nn.Linear`` layers below it, or with one that is not float32 or
-            bfloat16 on CPU; the model is then left as it was.
+        ValueError: a model in training mode, without ``nn.Linear`` layers below it, or with one that is not on CPU and
+            in float32 or, with AVX-512, bfloat16; the model is then left as it was.
     """
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("pack_linears: PyTorch must be built with oneDNN (got a build without)")

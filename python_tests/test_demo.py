@@ -401,7 +401,7 @@ def test_errors_are_messages(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "run", interrupt)
-    assert main(["demo", "--data", str(mnist_folder)]) == 230
+    assert main(["demo", "--data", str(mnist_folder)]) == 130
     assert "interrupted" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "fiak_ext.demo.experiment")
     monkeypatch.setitem(sys.modules, "tqdm", None)

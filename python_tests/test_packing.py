@@ -22,10 +22,16 @@ def mlp(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
     return layers.to(dtype).eval()
 
 
+def require_packing(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("hardware: oneDNN packs bfloat16 with AVX-512 only")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 5, 24), (4, 50, 24), (0, 24)])
 def test_the_output_is_that_of_linear(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    require_packing(dtype)
     plain = mlp(dtype, bias)
     packed = pack_linears(copy.deepcopy(plain))
     x = torch.randn(shape, dtype=dtype)
@@ -54,7 +60,9 @@ def test_state_is_that_of_linear_and_loading_packs_anew() -> None:
             torch.testing.assert_close(packed(x), other(x))
 
 
-def test_copies_and_other_dtypes_are_packed_anew() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_and_other_dtypes_are_packed_anew(dtype: torch.dtype) -> None:
+    require_packing(dtype)
     plain = mlp()
     packed = copy.deepcopy(pack_linears(copy.deepcopy(plain)))
     x = torch.randn(200, 24)
@@ -65,7 +73,7 @@ def test_copies_and_other_dtypes_are_packed_anew() -> None:
         layer.weight.zero_()
         layer.pack()
         torch.testing.assert_close(packed(x), plain(x))
-        torch.testing.assert_close(packed.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()))
+        torch.testing.assert_close(packed.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype)))
 
 
 def test_a_layer_in_two_places_stays_one() -> None:
@@ -104,6 +112,14 @@ def test_operations_are_counted() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.randn(200, 24))
         assert counter.get_total_flops() == 2 * 200 * (24 * 40 + 40 * 7)
+
+
+def test_bfloat16_is_refused_where_onednn_cannot_pack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = mlp(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"weight must be float32 on this CPU, .* \(got torch.bfloat16\)"):
+        pack_linears(model)
+    assert type(model[0]) is nn.Linear
 
 
 def test_what_is_refused() -> None:
