@@ -136,7 +136,7 @@ def measure_speed(dense: nn.Module, tokenizer: Any, lines: list[str]) -> list[di
                 call()
             rounds = times_of_rounds(calls, rounds=ROUNDS, seconds=120)
         times = {name: [round_["forward"] for round_ in results] for name, results in rounds.items()}
-        ratio = statistics.median(ratios(times["SDPA"], times["pruned"]))
+        ratio = statistics.median(ratios(times["pruned"], times["SDPA"]))
         medians = {name: statistics.median(values) for name, values in times.items()}
         rows.append(
             {

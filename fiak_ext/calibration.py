@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from fiak_ext.modules import PriorAttention
 
-__all__ = ["SoftEM", "calibrate", "dense_attentions", "find_dead_rows"]
+__all__ = ["SoftEM", "all_attentions", "calibrate", "dense_attentions", "find_dead_rows"]
 
 Measured: TypeAlias = Literal["posterior", "gradient"]
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
@@ -390,11 +390,17 @@ def _add_gradients(means: list[_Mean], loss: object) -> None:
 # The model around it
 
 
-def dense_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
-    """The model's attention modules by name, refused where there is none or one is pruned."""
+def all_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
+    """The model's attention modules by name, refused where there is none."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
     if not found:
         raise ValueError(f"{op}: model must hold a PriorAttention (got {type(model).__name__} without one)")
+    return found
+
+
+def dense_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
+    """The same, refused where one is pruned, too."""
+    found = all_attentions(op, model)
     pruned = [name for name, attention in found.items() if attention.is_pruned]
     if pruned:
         raise ValueError(f"{op}: model must not be pruned yet (pruned: {', '.join(map(repr, sorted(pruned)))})")

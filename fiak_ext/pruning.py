@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fiak_ext.calibration import dense_attentions
+from fiak_ext.calibration import all_attentions, dense_attentions
 from fiak_ext.flops import model_report, pair_flops
 from fiak_ext.modules import PriorAttention
 from fiak_ext.pattern import SparsePattern
@@ -158,7 +158,7 @@ def patterns(model: nn.Module) -> dict[str, SparsePattern]:
     Raises:
         ValueError: no ``PriorAttention``, or one that is not pruned or is compacted.
     """
-    found = _all_attentions("patterns", model)
+    found = all_attentions("patterns", model)
     result = {}
     for name, attention in found.items():
         pattern = attention.pattern
@@ -187,7 +187,7 @@ def set_patterns(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> Non
 
     Source: Table 6 of the paper: the mask of a FiAK model on a softmax model.
     """
-    attentions = _all_attentions("set_patterns", model)
+    attentions = all_attentions("set_patterns", model)
     _check_names("set_patterns: patterns", attentions, patterns)
     fitting = {}
     for name, attention in attentions.items():
@@ -527,10 +527,3 @@ def _fraction(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"prune: {name} must be a number from 0 to 1 (got {value!r})")
     return float(value)
-
-
-def _all_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
-    if not found:
-        raise ValueError(f"{op}: model must hold a PriorAttention (got {type(model).__name__} without one)")
-    return found

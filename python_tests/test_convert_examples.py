@@ -30,11 +30,8 @@ class TheirAttention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def test_the_readme_has_the_examples() -> None:
-    assert [library in example for library, example in zip(("timm", "transformers", "nn"), EXAMPLES, strict=False)] == [
-        True
-    ] * 3
-    assert len(EXAMPLES) == 4
+def test_the_readme_has_an_example_of_each() -> None:
+    assert len(EXAMPLES) == 4  # timm, transformers, torch.nn, and an adapter
 
 
 @pytest.mark.parametrize("example", EXAMPLES[:3], ids=["timm", "transformers", "torch.nn"])

@@ -53,6 +53,9 @@ struct Head {
   }
 };
 
+/// log2 of a weight, -inf outside the support; NaN stays NaN, which must reach its row.
+__device__ __forceinline__ float log_weight(float w) { return w <= 0 ? -kInfinity : log2_approx(w); }
+
 /// Whether dropout keeps a pair, by its word of Philox: times what.
 __device__ __forceinline__ float dropout_factor(const AttentionParams& params, uint32_t word) {
   return word < params.dropout_threshold ? 0.0f : params.dropout_kept;

@@ -219,11 +219,9 @@ __device__ __forceinline__ float dropout_of(const AttentionParams& params, int64
   return dropout_factor(params, (key & 1) == 0 ? even : odd);
 }
 
-/// log2 of an entry's weight, -inf outside the support.
+/// That of an entry.
 __device__ __forceinline__ float log_weight_of(const CsrWeights& weights, int64_t entry) {
-  if (weights.values == nullptr) return 0;
-  const float w = weights.values[entry];
-  return w <= 0 ? -kInfinity : log2_approx(w);
+  return weights.values == nullptr ? 0 : log_weight(weights.values[entry]);
 }
 
 /// A pair's w exp(s - logsumexp); 0 in empty rows.

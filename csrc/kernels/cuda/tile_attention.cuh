@@ -55,9 +55,6 @@ struct Pair {
   }
 };
 
-/// log2 of a weight; NaN stays NaN, which must reach its row.
-__device__ __forceinline__ float log_weight(float w) { return w <= 0 ? -kInfinity : log2_approx(w); }
-
 /// The Gaussian score's part that depends on the key alone, -scale / 2 |k|^2, in powers of two; a quad works together.
 template <class Element>
 __device__ __forceinline__ float key_bias_of(const Element* key, const AttentionParams& params) {
