@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.cost_model --json avx512.json`` times both kernels, forced by ``FIAK_CSR_KERNEL``, over the case
 table's uniform masks and writes what it finds. Run it for each of ``--dtype float32``, ``--dtype bfloat16`` and
-``FIAK_CPU_ISA=avx2``; ``--fit avx512.json`` prints the constants, in nanoseconds, and how far the model is off. While
+``FIAK_CPU_ISA=avx2``, where there is AMX also with ``FIAK_CPU_ISA=avx512_bf16``; ``--fit avx512.json`` prints the constants, in nanoseconds, and how far the model is off. While
 measuring it prints how the choice compares with the better of the two kernels and with dense SDPA.
 """
 
@@ -41,6 +41,7 @@ COPIES = {
     "avx2": {"entries": 2.5, "dense": 0.43},
     "avx512": {"entries": 5.2, "dense": 0.41},
     "avx512_bf16": {"entries": 5.0, "dense": 0.21},
+    "amx_bf16": {"entries": 5.0, "dense": 0.25},  # measured on a Xeon
 }
 
 
@@ -116,7 +117,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
 
 def features(case: Case, result: dict[str, Any]) -> tuple[list[float], list[float]]:
     """What a call counts of ENTRIES and of DENSE, as csrc/kernels/cpu/cost_model.cpp does."""
-    avx2, pairs = result["isa"] == "avx2", result["isa"] == "avx512_bf16" and result["dtype"] == "bfloat16"
+    avx2, pairs = result["isa"] == "avx2", result["isa"].endswith("bf16") and result["dtype"] == "bfloat16"
     lanes, in_vector = (8, 2) if avx2 else (16, 4)
 
     def vectors(size: int, elements: int) -> int:

@@ -239,6 +239,10 @@ struct Variant {
   bool backward;
 };
 
+double memory(const Work& work, double hz) {
+  return work.memory_bytes > 0 ? work.memory_bytes / read_bandwidth() * hz / work.pairs : 0;
+}
+
 /// Cycles a pair; 0 for scalar code.
 double floor_cycles(const Work& work, const Variant& variant, double hz) {
   const Rates& peak = rates(variant.isa);
@@ -247,11 +251,14 @@ double floor_cycles(const Work& work, const Variant& variant, double hz) {
   const double multiplies = variant.dtype == DType::kBFloat16 && peak.bfloat16_multiplies > 0
                                 ? work.multiply_adds / (2 * lanes * peak.bfloat16_multiplies)
                                 : work.multiply_adds / (lanes * peak.multiply_adds);
-  const double arithmetic = multiplies + work.exponentials * kExpOperations / (lanes * peak.multiply_adds);
+  const double exponentials = work.exponentials * kExpOperations / (lanes * peak.multiply_adds);
+  if (peak.tile_multiply_adds > 0 && !variant.backward) {  // tiles work beside the vectors
+    return std::max({work.multiply_adds / peak.tile_multiply_adds, exponentials, memory(work, hz)});
+  }
+  const double arithmetic = multiplies + exponentials;
   const double number_bytes = variant.dtype == DType::kFloat32 ? 4 : 2;
   const double loads = work.numbers_loaded * number_bytes / (peak.vector_bytes * peak.loads);
-  const double memory = work.memory_bytes > 0 ? work.memory_bytes / read_bandwidth() * hz / work.pairs : 0;
-  return std::max({arithmetic, loads, memory});
+  return std::max({arithmetic, loads, memory(work, hz)});
 }
 
 /// Times call() alone and sets the counters.

@@ -49,6 +49,24 @@ constexpr int64_t kLoops = 200000;
 #define FIAK_LOAD_YMM(n) "vmovups 64*" n "(%1), %%ymm" n "\n"
 #define FIAK_LOAD_ZMM(n) "vmovups 64*" n "(%1), %%zmm" n "\n"
 
+/// As many products of AMX tiles as FIAK_LOOP has instructions, on four tiles of sums.
+void multiply_tiles() {
+  struct alignas(64) Configuration {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static const Configuration all{1, 0, {}, {64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16}};
+#define FIAK_FOUR_TILES                                                     \
+  "tdpbf16ps %%tmm5, %%tmm4, %%tmm0\ntdpbf16ps %%tmm5, %%tmm4, %%tmm1\n" \
+  "tdpbf16ps %%tmm5, %%tmm4, %%tmm2\ntdpbf16ps %%tmm5, %%tmm4, %%tmm3\n"
+  int64_t loops = kLoops;
+  asm volatile("ldtilecfg %1\n1:\n" FIAK_FOUR_TILES FIAK_FOUR_TILES FIAK_FOUR_TILES "dec %0\njnz 1b\ntilerelease\n"
+               : "+r"(loops)
+               : "m"(all)
+               : "cc");
+}
+
 Rates measure_rates(cpu::Isa isa) {
   Rates rates;
   if (isa == cpu::Isa::kScalar) return rates;
@@ -64,7 +82,9 @@ Rates measure_rates(cpu::Isa isa) {
   rates.vector_bytes = 64;
   rates.multiply_adds = rate([&] { FIAK_LOOP(FIAK_ZERO, FIAK_FMA_ZMM) });
   rates.loads = rate([&] { FIAK_LOOP(FIAK_ZERO, FIAK_LOAD_ZMM) });
-  if (isa == cpu::Isa::kAvx512Bf16) rates.bfloat16_multiplies = rate([&] { FIAK_LOOP(FIAK_ZERO, FIAK_DOT_ZMM) });
+  if (isa == cpu::Isa::kAvx512) return rates;
+  rates.bfloat16_multiplies = rate([&] { FIAK_LOOP(FIAK_ZERO, FIAK_DOT_ZMM) });
+  if (isa == cpu::Isa::kAmxBf16) rates.tile_multiply_adds = 16 * 16 * 32 * rate(multiply_tiles);
   return rates;
 }
 
@@ -93,7 +113,8 @@ double clock_hz() {
 const Rates& rates(cpu::Isa isa) {
   static const Rates all[] = {
       measure_rates(cpu::Isa::kScalar), measure_rates(std::min(cpu::machine_isa(), cpu::Isa::kAvx2)),
-      measure_rates(std::min(cpu::machine_isa(), cpu::Isa::kAvx512)), measure_rates(cpu::machine_isa())};
+      measure_rates(std::min(cpu::machine_isa(), cpu::Isa::kAvx512)),
+      measure_rates(std::min(cpu::machine_isa(), cpu::Isa::kAvx512Bf16)), measure_rates(cpu::machine_isa())};
   return all[static_cast<int>(isa)];
 }
 

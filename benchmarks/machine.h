@@ -17,6 +17,7 @@ struct Rates {
   double multiply_adds = 0;        ///< of float32 vectors (vfmadd231ps)
   double loads = 0;                ///< of whole vectors from L1
   double bfloat16_multiplies = 0;  ///< of vdpbf16ps, two bfloat16 multiply-adds a float32 lane; 0 where there is none
+  double tile_multiply_adds = 0;   ///< of bfloat16 numbers by tdpbf16ps, not instructions; 0 where there are no tiles
 };
 const Rates& rates(cpu::Isa isa);
 

@@ -56,7 +56,7 @@ __all__ = [
 def which_kernel(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> str:
     """The kernel that a call of an op takes, as ``"op/instruction set"`` or ``"op/cuda"``: ``"csr_attention/avx512"``.
 
-    The environment variable ``FIAK_CPU_ISA`` (scalar, avx2, avx512, avx512_bf16) lowers the choice.
+    The environment variable ``FIAK_CPU_ISA`` (scalar, avx2, avx512, avx512_bf16, amx_bf16) lowers the choice.
 
     Args:
         op: ``prior_attention``, ``csr_attention``, ``compact_kv`` or ``compact_linear``; backward takes the same.

@@ -291,7 +291,7 @@ def num_threads(threads: int) -> Iterator[None]:
 
 def _distinct_isas() -> list[str]:
     """The instruction sets of this machine that have kernels of their own, for whatever dtype."""
-    levels = ["scalar", "avx2", "avx512", "avx512_bf16"]
+    levels = ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
     found: dict[tuple[str, ...], str] = {}
     for level in levels[: 1 + levels.index(_C.cpu_capabilities()["machine_isa"])]:
         with cpu_isa(level):

@@ -184,7 +184,7 @@ def test_param_groups_leave_out_what_is_frozen_or_gone() -> None:
 def test_which_kernel() -> None:
     assert fiak_ext.which_kernel("csr_attention", torch.float64) == "csr_attention/scalar"
     op, isa = fiak_ext.which_kernel("prior_attention", torch.float32, "cpu").split("/")
-    assert op == "prior_attention" and isa in ("scalar", "avx2", "avx512", "avx512_bf16")
+    assert op == "prior_attention" and isa in ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     assert fiak_ext.which_kernel("compact_kv", torch.float32) == "compact_kv/scalar"
     with pytest.raises(ValueError, match=r"op must be one of prior_attention, .* \(got 'softmax'\)"):
         fiak_ext.which_kernel("softmax", torch.float32)

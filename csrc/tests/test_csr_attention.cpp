@@ -115,21 +115,25 @@ TEST(CsrKernelChoice, RefusesUnknownNames) {
 }
 
 TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
-  for (const cpu::Isa isa : {cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16}) {
+  const auto check = [](const cpu::CsrRates& rates, double few) {
     for (const int64_t size : {16, 48, 64, 128}) {
       for (const int64_t length : {64, 197, 1024, 4096}) {
         const auto pairs = static_cast<double>(length * length);
         const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
         cpu::CsrHead sparse = full;
-        sparse.nnz *= 0.1;
-        EXPECT_LT(cpu::dense_cost(full, isa), cpu::entries_cost(full, isa)) << size << " " << length;
-        EXPECT_GT(cpu::dense_cost(sparse, isa), cpu::entries_cost(sparse, isa)) << size << " " << length;
+        sparse.nnz *= few;
+        EXPECT_LT(cpu::dense_cost(full, rates), cpu::entries_cost(full, rates)) << size << " " << length;
+        EXPECT_GT(cpu::dense_cost(sparse, rates), cpu::entries_cost(sparse, rates)) << size << " " << length;
       }
     }
     // One query of a long context: transposing its keys would cost more than its products.
     const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / (24 * 16), 64, 64, 1};
-    EXPECT_GT(cpu::dense_cost(decode, isa), cpu::entries_cost(decode, isa));
-  }
+    EXPECT_GT(cpu::dense_cost(decode, rates), cpu::entries_cost(decode, rates));
+  };
+  check(cpu::csr_rates(cpu::Isa::kAvx2, false), 0.1);
+  check(cpu::csr_rates(cpu::Isa::kAvx512, false), 0.1);
+  check(cpu::csr_rates(cpu::Isa::kAvx512Bf16, true), 0.1);
+  check(cpu::csr_rates(cpu::Isa::kAmxBf16, true), 0.02);  // tiles are cheaper still
 }
 
 TEST(CsrAttentionFloat64, EqualsPriorAttentionOfTheDenseWeights) {

@@ -23,7 +23,7 @@ TEST_F(Dispatch, TakesTheBestOfTheMachine) {
 }
 
 TEST_F(Dispatch, IsLoweredAndNeverRaised) {
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16}) {
     setenv("FIAK_CPU_ISA", cpu::isa_name(isa), 1);
     EXPECT_EQ(cpu::selected_isa(), std::min(isa, cpu::machine_isa()));
     EXPECT_LE(cpu::kernel_isa(DType::kFloat32), isa);
@@ -36,7 +36,7 @@ TEST_F(Dispatch, RefusesUnknownNames) {
     cpu::selected_isa();
     FAIL() << "accepted avx9";
   } catch (const std::invalid_argument& error) {
-    EXPECT_STREQ(error.what(), "FIAK_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16 (got avx9)");
+    EXPECT_STREQ(error.what(), "FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 (got avx9)");
   }
   setenv("FIAK_CPU_ISA", "", 1);
   EXPECT_EQ(cpu::selected_isa(), cpu::machine_isa());

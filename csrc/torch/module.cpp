@@ -24,6 +24,7 @@ py::dict build_info() {
   isas.append("avx2");
   isas.append("avx512");
   isas.append("avx512_bf16");
+  isas.append("amx_bf16");
 #endif
   py::dict info;
   info["torch"] = FIAK_TORCH_VERSION;

@@ -2,6 +2,9 @@
 // bfloat16 runs on pairs where the instruction set has them (gemm.h): sums are float32, nothing is rounded before the
 // results.
 #include "kernels/cpu/gemm.h"
+#if defined(FIAK_ISA_AMX_BF16)
+#include "kernels/cpu/amx.h"
+#endif
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tables.h"
@@ -98,6 +101,44 @@ void gather(const CompactLinearArgs& args, int64_t b, const int64_t* keep, int64
   std::memset(target + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
 }
 
+#if defined(FIAK_ISA_AMX_BF16)
+/// The product of kept rows and a head's weight by AMX tiles (amx.h).
+class TileProduct {
+ public:
+  static int64_t bytes(const CompactLinearArgs& args) {
+    return carved((sides(args.head_size) + sides(kBlockRows)) * tile_units(args.in_features));
+  }
+  TileProduct(const CompactLinearArgs& args, Carver& scratch)
+      : args_(args),
+        units_(tile_units(args.in_features)),
+        weight_(scratch.floats((sides(args.head_size) + sides(kBlockRows)) * units_)),
+        rows_(weight_ + sides(args.head_size) * units_) {}
+
+  __attribute__((always_inline)) void load_weight(int64_t h) {
+    pack_right([&](int64_t d) { return row_address(weight_of(args_), args_.dtype, 0, h, d); }, args_.head_size,
+               args_.in_features, weight_);
+  }
+  /// Of rows keep[0, count), in rows of `width`.
+  __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, float* out,
+                                               int64_t width) {
+    pack_left([&](int64_t i) { return row_address(args_.input, args_.dtype, b, 0, keep[i]); }, count, args_.in_features,
+              rows_);
+    for_tiles(
+        sides(count), sides(args_.head_size), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
+          sums.clear();
+          sums.add(rows_ + r * units_, units_, weight_ + c * units_, units_, chunks(args_.in_features));
+          sums.store(out + kTileSide * (r * width + c), width);
+        });
+  }
+
+ private:
+  const CompactLinearArgs& args_;
+  int64_t units_;
+  float *weight_, *rows_;
+  Tiles tiles_;
+};
+#endif
+
 /// Makes pairs of rows 2 i and 2 i + 1 of [count, kTileRows] numbers, which bfloat16 holds; in place.
 template <bool kPairs>
 void pair_rows(float* rows, int64_t count) {
@@ -111,26 +152,54 @@ void pair_rows(float* rows, int64_t count) {
   }
 }
 
+/// The same by vectors.
 template <bool kPairs>
+class VectorProduct {
+ public:
+  static int64_t bytes(const CompactLinearArgs& args) {
+    const int64_t depth = units<kPairs>(args.in_features);
+    return carved(args.head_size * padded(args.in_features)) + carved(depth * tile_columns(args.head_size)) +
+           carved(kBlockRows * padded(depth));
+  }
+  VectorProduct(const CompactLinearArgs& args, Carver& scratch)
+      : args_(args),
+        depth_(units<kPairs>(args.in_features)),
+        panel_(scratch.floats(args.head_size * padded(args.in_features))),
+        columns_(scratch.floats(depth_ * tile_columns(args.head_size))),
+        rows_(scratch.floats(kBlockRows * padded(depth_))) {}
+
+  __attribute__((always_inline)) void load_weight(int64_t h) {
+    weight_ = weight_columns<kPairs>(args_, h, panel_, columns_);
+  }
+  __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, float* out,
+                                               int64_t width) {
+    gather<kPairs>(args_, b, keep, count, rows_);
+    matrix_product<false, kPairs>(rows_, padded(depth_), 1, weight_, tile_rows(count), padded(args_.head_size), depth_,
+                                  out, width);
+  }
+
+ private:
+  const CompactLinearArgs& args_;
+  int64_t depth_;
+  float *panel_, *columns_, *rows_;
+  Columns weight_{};
+};
+
+template <class Product>
 void forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
-  // Heads outside: a thread transposes a head's weight once and runs its share of the batch.
+  // Heads outside: a thread packs a head's weight once and runs its share of the batch.
   parallel_range(parallel, args.heads * args.batch, [&](int64_t begin, int64_t end) {
-    const int64_t depth = units<kPairs>(args.in_features), stride = padded(depth), head_size = padded(args.head_size);
-    const int64_t width = tile_columns(args.head_size);
-    Carver scratch{static_cast<char*>(thread_scratch(carved(args.head_size * padded(args.in_features)) +
-                                                     carved(depth * width) + carved(kBlockRows * stride) +
-                                                     carved(kBlockRows * width) + carved(head_size)))};
-    float* weight_scratch = scratch.floats(args.head_size * padded(args.in_features));
-    float* columns_scratch = scratch.floats(depth * width);
-    float* rows = scratch.floats(kBlockRows * stride);
+    const int64_t head_size = padded(args.head_size), width = tile_columns(args.head_size);
+    Carver scratch{static_cast<char*>(
+        thread_scratch(Product::bytes(args) + carved(kBlockRows * width) + carved(head_size)))};
+    Product product(args, scratch);
     float* out = scratch.floats(kBlockRows * width);
     float* bias = scratch.floats(head_size);
-    Columns weight{};
     int64_t kept = 0;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t h = i / args.batch, b = i % args.batch;
       if (i == begin || b == 0) {
-        weight = weight_columns<kPairs>(args, h, weight_scratch, columns_scratch);
+        product.load_weight(h);
         kept = kept_rows(args, h);
         if (args.bias != nullptr) {
           load_row(static_cast<const char*>(args.bias) + h * args.head_size * element_size(args.dtype), args.dtype,
@@ -139,8 +208,7 @@ void forward(const CompactLinearArgs& args, const Output& output, const Parallel
       }
       for (int64_t first = 0; first < args.kept; first += kBlockRows) {
         const int64_t count = larger(0, smaller(kBlockRows, kept - first));
-        gather<kPairs>(args, b, args.keep + h * args.kept + first, count, rows);
-        matrix_product<false, kPairs>(rows, stride, 1, weight, tile_rows(count), head_size, depth, out, width);
+        product.multiply(b, args.keep + h * args.kept + first, count, out, width);
         for (int64_t k = 0; k < count; ++k) {
           if (args.bias != nullptr) {
             for (int64_t d = 0; d < head_size; d += kLanes) {
@@ -261,8 +329,11 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
 }  // namespace
 
 void compact_linear_forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
-  if (kHasPairs && args.dtype == DType::kBFloat16) return forward<kHasPairs>(args, output, parallel);
-  forward<false>(args, output, parallel);
+#if defined(FIAK_ISA_AMX_BF16)
+  if (args.dtype == DType::kBFloat16) return forward<TileProduct>(args, output, parallel);
+#endif
+  if (kHasPairs && args.dtype == DType::kBFloat16) return forward<VectorProduct<kHasPairs>>(args, output, parallel);
+  forward<VectorProduct<false>>(args, output, parallel);
 }
 
 void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {

@@ -19,11 +19,25 @@ struct CsrHead {
   int elements;  ///< 1, 2 or 4
 };
 
-/// Nanoseconds of the per-entry kernel for all `elements`, on kAvx2, kAvx512 or, in bfloat16, kAvx512Bf16.
-double entries_cost(const CsrHead& head, Isa isa);
+/// Nanoseconds of one of each of what the kernels do.
+struct CsrRates {
+  int lanes;   ///< float32 numbers of a vector
+  bool pairs;  ///< whether rows are stored as bfloat16
+  // Per entry: of an entry, by elements (1, 2, 4); for each vector of its packed rows of K and V; more for those that
+  // the L1 cache does not hold; of a run of entries (those of a row in a block of keys); of a vector of K or V to pack.
+  double entry[3], entry_vector, far_vector, run, packed_vector;
+  // Dense: of a pair, and for each multiply-add of it; of a row; and of a number of K or V to transpose or copy.
+  double pair, pair_multiply, dense_row, number;
+};
+
+/// Those of an instruction set, not kScalar, for rows stored as bfloat16 (`pairs`, where it has them) or float32.
+const CsrRates& csr_rates(Isa isa, bool pairs);
+
+/// Nanoseconds of the per-entry kernel for all `elements`.
+double entries_cost(const CsrHead& head, const CsrRates& rates);
 
 /// The same of the dense kernel.
-double dense_cost(const CsrHead& head, Isa isa);
+double dense_cost(const CsrHead& head, const CsrRates& rates);
 
 /// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, dense, auto), which is read at every
 /// call, names the kernel for all heads that it can compute. Throws std::invalid_argument for another name.

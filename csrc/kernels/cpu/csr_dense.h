@@ -27,7 +27,7 @@ class KeptHead {
     return call(KeptKeys{reinterpret_cast<const char*>(words(n)) + j / 8});
   }
   __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys,
-                                               KeySpan* spans) const {
+                                               int64_t unit, KeySpan* spans) const {
     uint64_t any[kBlockKeys / 64 + 1] = {};
     const int64_t word = from / 64, count = (from + keys + 63) / 64 - word;
     for (int64_t i = 0; i < rows; ++i) {
@@ -40,15 +40,15 @@ class KeptHead {
       return (bits & (~uint64_t{0} >> (64 - size))) != 0;
     };
     int64_t found = 0, at = 0;
-    for (int64_t j = from; j < from + keys; j += kTileWidth) {
-      const int64_t size = smaller(kTileWidth, from + keys - j);
+    for (int64_t j = from; j < from + keys; j += unit) {
+      const int64_t size = smaller(unit, from + keys - j);
       if (!has(j, size)) continue;
       if (found > 0 && spans[found - 1].from + spans[found - 1].keys == j) {
         spans[found - 1].keys += size;
       } else {
         spans[found++] = {j, size, at};
       }
-      at += kTileWidth;
+      at += unit;
     }
     return found;
   }
@@ -63,6 +63,16 @@ class KeptHead {
   int64_t first_, row_, keys_;
 };
 
+#if defined(FIAK_ISA_AMX_BF16)
+constexpr Isa kIsa = Isa::kAmxBf16;
+#elif defined(FIAK_ISA_AVX512_BF16)
+constexpr Isa kIsa = Isa::kAvx512Bf16;
+#elif defined(FIAK_ISA_AVX512)
+constexpr Isa kIsa = Isa::kAvx512;
+#else
+constexpr Isa kIsa = Isa::kAvx2;
+#endif
+
 /// The kernel for each head of a pattern and what it costs.
 class HeadCosts {
  public:
@@ -72,11 +82,8 @@ class HeadCosts {
     bundles_ = static_cast<double*>(memory_.data());
     singles_ = bundles_ + plan_.heads + 1;
     dense_ = reinterpret_cast<char*>(singles_ + plan_.heads + 1);
-    const auto isa_of = [](Storage numbers) {
-      if (kLanes == 8) return Isa::kAvx2;
-      return numbers == Storage::kBFloat16 ? Isa::kAvx512Bf16 : Isa::kAvx512;
-    };
-    const Isa entries_isa = isa_of(storage), dense_isa = isa_of(storage_of(args.dtype));
+    const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
+    const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
     const CsrKernel wanted = selected_csr_kernel();
     const bool choice = plan_.bits != nullptr && args.values == nullptr;
     const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan_.num_queries));
@@ -85,12 +92,12 @@ class HeadCosts {
       const auto nnz = static_cast<double>(first_entry(head + 1) - first_entry(head));
       const auto tiles = choice ? static_cast<double>(plan_.tiles[head]) : 0.0;
       CsrHead shape{args.queries, args.keys, share * nnz, share * tiles, args.head_size, args.value_size, elements};
-      const double entries = entries_cost(shape, entries_isa), dense = dense_cost(shape, dense_isa);
+      const double entries = entries_cost(shape, entries_rates), dense = dense_cost(shape, dense_rates);
       shape.elements = 1;
       dense_[head] = choice && (wanted == CsrKernel::kAuto ? dense < entries : wanted == CsrKernel::kDense);
       bundles_[head + 1] = bundles_[head] + (dense_[head] ? dense : entries);
       singles_[head + 1] =
-          singles_[head] + (dense_[head] ? dense_cost(shape, dense_isa) : entries_cost(shape, entries_isa));
+          singles_[head] + (dense_[head] ? dense_cost(shape, dense_rates) : entries_cost(shape, entries_rates));
     }
   }
   __attribute__((always_inline)) bool is_dense(int64_t b, int64_t h) const {

@@ -12,18 +12,21 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
+#if defined(FIAK_ISA_AMX_BF16)
+constexpr int64_t kBlockRows = 32;  // queries of a block: two tiles of AMX, whose weights stay near
+#else
 constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any height
 static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
+#endif
 constexpr int64_t kBlockKeys = 384;  // keys of a block at most: its scores stay in the L2 cache
-static_assert(kBlockKeys % kTileWidth == 0);
 constexpr float kSmallestNormal = 0x1p-126f;
 constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
 
 FIAK_INLINE int64_t row_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
-/// Keys of a block: all of them, or about equal shares that start at whole tiles.
-FIAK_INLINE int64_t block_keys(int64_t keys) {
+/// Keys of a block: all of them, or about equal shares that start at multiples of `unit`.
+FIAK_INLINE int64_t block_keys(int64_t keys, int64_t unit) {
   const int64_t count = larger(1, (keys + kBlockKeys - 1) / kBlockKeys);
-  return tile_columns((keys + count - 1) / count);
+  return ((keys + count - 1) / count + unit - 1) / unit * unit;
 }
 
 // Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
@@ -154,13 +157,17 @@ FIAK_INLINE void for_vectors(int64_t count, Visit&& visit) {
   if (j < count) visit(j, count - j);
 }
 
-/// The largest score of the support among keys [0, count), -inf if there is none.
-template <class Support>
-static float row_maximum(const float* scores, const Support& support, int64_t count) {
+/// The largest score of the support among keys [0, count), -inf if there is none. Where kScale, scores are still to be
+/// multiplied by `factor`.
+template <bool kScale, class Support>
+static float row_maximum(const float* scores, const Support& support, int64_t count, float factor) {
+  const Vec f = broadcast(factor);
   Vec maxima = broadcast(-kInfinity);
   for_vectors(
-      count, [&](int64_t j, int64_t n)
-                 __attribute__((always_inline)) { maxima = keep_max(support.kept(j, n), load(scores + j), maxima); });
+      count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        const Vec s = load(scores + j);
+        maxima = keep_max(support.kept(j, n), kScale ? mul(s, f) : s, maxima);
+      });
   return reduce_max(maxima);
 }
 
@@ -247,7 +254,93 @@ struct HeadPlace {
 struct KeySpan {
   int64_t from, keys, at;
 };
-constexpr int64_t kMaxSpans = kBlockKeys / kTileWidth;
+constexpr int64_t kMaxSpans = kBlockKeys / 16;
+
+/// The products of a head, by vectors of multiply-adds.
+template <bool kPairs>
+class VectorProducts {
+ public:
+  static constexpr int64_t kSpanKeys = kTileWidth;  // spans start at multiples of it
+  static constexpr bool kScaled = true;             // scores come times their factor
+  static_assert(kBlockKeys % kSpanKeys == 0 && kBlockKeys / kSpanKeys <= kMaxSpans);
+
+  /// Of the operands, for the first `keys` keys; `width` keys are a block.
+  static int64_t bytes(const AttentionArgs& args, int64_t b, int64_t keys, int64_t) {
+    return carved(kBlockRows * padded(units<kPairs>(args.head_size))) +
+           carved(tile_rows(keys) * padded(args.head_size)) +
+           carved(units<kPairs>(args.head_size) * tile_columns(keys)) +
+           carved(units<kPairs>(keys_of(args, b)) * padded(args.value_size));
+  }
+  VectorProducts(const AttentionArgs& args, HeadPlace at, int64_t keys, int64_t width, Carver& scratch)
+      : args_(args),
+        at_(at),
+        width_(width),
+        depth_(units<kPairs>(args.head_size)),
+        value_size_(padded(args.value_size)),
+        query_(scratch.floats(kBlockRows * padded(depth_))) {
+    const int64_t b = at.b, key_head = at.h / shared_heads(args), all_keys = keys_of(args, b);
+    float* rows = scratch.floats(tile_rows(keys) * padded(args.head_size));
+    key_ = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_size, rows,
+                                scratch.floats(depth_ * tile_columns(keys)));
+    // All of the element's values decide, so that no split among threads changes a bit.
+    value_ = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_size,
+                                scratch.floats(units<kPairs>(all_keys) * value_size_));
+    finite_ = all_finite<kPairs>(value_, units<kPairs>(all_keys), value_size_);
+  }
+  /// Whether these can compute the head.
+  __attribute__((always_inline)) bool serves() const { return true; }
+
+  __attribute__((always_inline)) void load_queries(int64_t first, int64_t rows) {
+    load_block<kPairs>(args_.query, args_.dtype, at_.b, at_.h, first, rows, args_.head_size, 1.0f, query_);
+  }
+  /// The scores of a span, from `scores` on in rows of `width`.
+  __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float factor,
+                                                    float* scores) const {
+    const Columns block{key_.data + span.from / kTileWidth * key_.panel_stride, key_.row_stride, key_.panel_stride};
+    matrix_product<false, kPairs>(query_, padded(depth_), 1, block, tile_rows(rows), padded(span.keys), depth_,
+                                  scores + span.at, width_, diagonal - span.from, factor);
+  }
+  /// Row i's scores of a span become weights; returns their sum.
+  template <class Support>
+  __attribute__((always_inline)) float weigh(int64_t i, const KeySpan& span, float* scores, const Support& support,
+                                             int64_t count, float, float shift, const float* kept) const {
+    return weigh_row<kPairs>(scores + i * width_ + span.at, support, count, padded(span.keys), shift, kept);
+  }
+  /// sums (+)= weights values; row i sees the keys below ends[i].
+  __attribute__((always_inline)) void add_values(const KeySpan* spans, int64_t count, int64_t rows, const int64_t* ends,
+                                                 bool add, const float* scores, float* sums) const {
+    constexpr int64_t kGroup = kTileRows * kTileVectors;  // rows that see about the same keys
+    for (int64_t k = 0; k < count; ++k) {
+      const KeySpan& span = spans[k];
+      const Panel rows_of_span{value_.row(units<kPairs>(span.from)), value_.stride};
+      const auto product = add || k > 0 ? guarded_product<true, kPairs> : guarded_product<false, kPairs>;
+      for (int64_t i = 0; i < rows; i += kGroup) {
+        const int64_t size = smaller(kGroup, rows - i);
+        int64_t most = span.from;
+        for (int64_t r = i; r < i + size; ++r) most = larger(most, ends[r]);
+        product(finite_, scores + i * width_ + span.at, width_, 1, rows_of_span, tile_rows(size), value_size_,
+                units<kPairs>(smaller(span.keys, most - span.from)), sums + i * value_size_, value_size_);
+      }
+    }
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const HeadPlace at_;
+  const int64_t width_, depth_, value_size_;
+  float* query_;
+  Columns key_;
+  Panel value_;
+  bool finite_;
+};
+
+}  // namespace fiak::cpu::FIAK_ISA
+
+#if defined(FIAK_ISA_AMX_BF16)
+#include "kernels/cpu/tile_products.h"
+#endif
+
+namespace fiak::cpu::FIAK_ISA {
 
 /// Fetches what block `first` of this head and the next head will read: cold operands would cost as much as products.
 FIAK_INLINE void prefetch_next(const AttentionArgs& args, const ForwardResult& result, HeadPlace at, int64_t first,
@@ -268,47 +361,43 @@ FIAK_INLINE void prefetch_next(const AttentionArgs& args, const ForwardResult& r
   }
 }
 
-/// Queries [begin, end) of a head; begin is a multiple of kBlockRows. What they attend to is `head`'s:
+/// Queries [begin, end) of a head; begin is a multiple of kBlockRows. Returns false, having written nothing, where
+/// Products does not serve its numbers. What they attend to is `head`'s:
 ///
 ///   end(n)            query n sees no key from there on; at most keys_of(b)
 ///   with(n, j, call)  call(query n's support from key j on)
-///   spans(first, rows, from, keys, spans)
-///                     writes those of keys [from, from + keys), in whole tiles but for the last, that some of the rows
-///                     need, and returns their number
+///   spans(first, rows, from, keys, unit, spans)
+///                     writes those of keys [from, from + keys), in multiples of `unit` but for the last, that some of
+///                     the rows need, and returns their number
 ///   fetch(n, j, keys) prefetches the support of query n if it is slow to come
 ///   row(n)            the query's number for dropout
-template <bool kPairs, class Head>
-static void dense_forward(const AttentionArgs& args, const ForwardResult& result, const Head& head, HeadPlace at,
+template <class Products, class Head>
+static bool dense_forward(const AttentionArgs& args, const ForwardResult& result, const Head& head, HeadPlace at,
                           int64_t begin, int64_t end, HeadPlace next) {
   const int64_t b = at.b, h = at.h, key_head = h / shared_heads(args), all_keys = keys_of(args, b);
   int64_t keys = 0;
   for (int64_t n = begin; n < end; ++n) keys = larger(keys, head.end(n));
-  const int64_t depth = units<kPairs>(args.head_size), row_size = padded(args.head_size);
-  const int64_t value_size = padded(args.value_size), width = block_keys(all_keys);
+  const int64_t value_size = padded(args.value_size), width = block_keys(all_keys, Products::kSpanKeys);
   const bool gaussian = args.score == Score::kGaussian;
+  const auto factor = static_cast<float>(args.scale * kLog2E);
+  const float left = Products::kScaled || gaussian ? 1.0f : factor;  // what scores, with their bias, still lack
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
   Carver scratch{static_cast<char*>(
-      thread_scratch(carved(kBlockRows * padded(depth)) + carved(kBlockRows * value_size) + carved(kBlockRows * width) +
-                     carved(width) + carved(keys) + carved(tile_rows(keys) * row_size) +
-                     carved(depth * tile_columns(keys)) + carved(units<kPairs>(all_keys) * value_size)))};
-  float* query = scratch.floats(kBlockRows * padded(depth));
+      thread_scratch(Products::bytes(args, b, keys, width) + carved(kBlockRows * value_size) +
+                     carved(kBlockRows * width) + carved(width) + carved(keys) + carved(padded(args.head_size))))};
   float* sums = scratch.floats(kBlockRows * value_size);
   float* scores = scratch.floats(kBlockRows * width);
   float* kept = scratch.floats(width);
   float* bias = scratch.floats(keys);
-  float* key_rows = scratch.floats(tile_rows(keys) * row_size);
-  if (gaussian) key_bias(args, b, key_head, keys, query, bias);
-  const Columns key = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_size, key_rows,
-                                           scratch.floats(depth * tile_columns(keys)));
-  // All of the element's values decide, so that no split among threads changes a bit.
-  const Panel value = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_size,
-                                         scratch.floats(units<kPairs>(all_keys) * value_size));
-  const bool finite = all_finite<kPairs>(value, units<kPairs>(all_keys), value_size);
+  float* row = scratch.floats(padded(args.head_size));
+  if (gaussian) key_bias(args, b, key_head, keys, row, bias);
+  Products products(args, at, keys, width, scratch);
+  if (!products.serves()) return false;
 
   for (int64_t first = begin; first < end; first += kBlockRows) {
     const int64_t rows = smaller(kBlockRows, end - first);
-    load_block<kPairs>(args.query, args.dtype, b, h, first, rows, args.head_size, 1.0f, query);
+    products.load_queries(first, rows);
     prefetch_next(args, result, at, first, next);
     // Row i of the block sees the keys below ends[i], and none beyond i + diagonal.
     int64_t ends[kBlockRows], seen = 0, diagonal = -kBlockRows;
@@ -321,30 +410,29 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
     bool started = false;
     for (int64_t from = 0; from < seen; from += width) {
       KeySpan spans[kMaxSpans];
-      const int64_t count = head.spans(first, rows, from, smaller(width, seen - from), spans);
+      const int64_t count =
+          head.spans(first, rows, from, smaller(width, seen - from), Products::kSpanKeys, spans);
       if (count == 0) continue;
       const auto for_spans = [&](int64_t i, auto&& call) __attribute__((always_inline)) {
         for (int64_t k = 0; k < count; ++k) {
           const KeySpan& span = spans[k];
-          call(span, larger(0, smaller(span.keys, ends[i] - span.from)), scores + i * width + span.at);
+          call(span, larger(0, smaller(span.keys, ends[i] - span.from)));
         }
       };
-      for (int64_t k = 0; k < count; ++k) {
-        const KeySpan& span = spans[k];
-        const Columns block{key.data + span.from / kTileWidth * key.panel_stride, key.row_stride, key.panel_stride};
-        matrix_product<false, kPairs>(query, padded(depth), 1, block, tile_rows(rows), padded(span.keys), depth,
-                                      scores + span.at, width, diagonal - span.from,
-                                      static_cast<float>(args.scale * kLog2E));
-      }
+      for (int64_t k = 0; k < count; ++k) products.multiply_keys(spans[k], rows, diagonal, factor, scores);
       // All maxima come before the exponentials, which would wait for each of them.
       for (int64_t i = 0; i < rows; ++i) {
         float maximum = -kInfinity;
         for_spans(
-            i, [&](const KeySpan& span, int64_t seen_keys, float* s) __attribute__((always_inline)) {
+            i, [&](const KeySpan& span, int64_t seen_keys) __attribute__((always_inline)) {
               head.fetch(first + i, span.from, seen_keys);
-              for (int64_t j = 0; gaussian && j < seen_keys; ++j) s[j] += bias[span.from + j];
-              const float found =
-                  head.with(first + i, span.from, [&](const auto& x) { return row_maximum(s, x, seen_keys); });
+              float* s = scores + i * width + span.at;
+              for (int64_t j = 0; gaussian && j < seen_keys; ++j) {
+                s[j] = (Products::kScaled ? s[j] : s[j] * factor) + bias[span.from + j];
+              }
+              const float found = head.with(first + i, span.from, [&](const auto& x) {
+                return row_maximum<!Products::kScaled>(s, x, seen_keys, left);
+              });
               maximum = found > maximum ? found : maximum;
             });
         raise_maximum(maximum, !started, states[i], sums + i * value_size, value_size);
@@ -353,7 +441,7 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
         // A row without a finite score so far: 2^-inf = 0.
         const float shift = states[i].maximum == -kInfinity ? 0.0f : states[i].maximum;
         for_spans(
-            i, [&](const KeySpan& span, int64_t seen_keys, float* s) __attribute__((always_inline)) {
+            i, [&](const KeySpan& span, int64_t seen_keys) __attribute__((always_inline)) {
               if (dropout.active()) {
                 for (int64_t j = 0; j < padded(span.keys); ++j) {
                   kept[j] = j < seen_keys ? static_cast<float>(dropout.factor(b, h, head.row(first + i), span.from + j))
@@ -361,24 +449,13 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
                 }
               }
               states[i].total += head.with(first + i, span.from, [&](const auto& x) {
-                return weigh_row<kPairs>(s, x, seen_keys, padded(span.keys), shift, dropout.active() ? kept : nullptr);
+                return products.weigh(i, span, scores, x, seen_keys, left, shift,
+                                      dropout.active() ? kept : nullptr);
               });
             });
       }
-      constexpr int64_t kGroup = kTileRows * kTileVectors;  // rows that see about the same keys
-      for (int64_t k = 0; k < count; ++k) {
-        const KeySpan& span = spans[k];
-        const Panel rows_of_span{value.row(units<kPairs>(span.from)), value.stride};
-        const auto add_values = started ? guarded_product<true, kPairs> : guarded_product<false, kPairs>;
-        started = true;
-        for (int64_t i = 0; i < rows; i += kGroup) {
-          const int64_t size = smaller(kGroup, rows - i);
-          int64_t most = span.from;
-          for (int64_t r = i; r < i + size; ++r) most = larger(most, ends[r]);
-          add_values(finite, scores + i * width + span.at, width, 1, rows_of_span, tile_rows(size), value_size,
-                     units<kPairs>(smaller(span.keys, most - span.from)), sums + i * value_size, value_size);
-        }
-      }
+      products.add_values(spans, count, rows, ends, started, scores, sums);
+      started = true;
     }
     if (!started) {
       std::memset(sums, 0, rows * value_size * sizeof(float));
@@ -391,28 +468,35 @@ static void dense_forward(const AttentionArgs& args, const ForwardResult& result
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t n = first + i;
-      float factor = 0.0f, lse = -kInfinity;
+      float inverse = 0.0f, lse = -kInfinity;
       const bool none = ends[i] == 0 || (states[i].maximum == -kInfinity &&
                                          head.with(n, 0, [&](const auto& x) { return is_empty(x, ends[i]); }));
       if (!none) {
         const float total = states[i].maximum > -kInfinity && states[i].total < kInfinity ? states[i].total : kNaN;
-        factor = 1.0f / total;
+        inverse = 1.0f / total;
         lse = states[i].maximum * kLn2 + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
       }
       static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = lse;
-      store_row(sums + i * value_size, args.dtype, args.value_size, factor,
+      store_row(sums + i * value_size, args.dtype, args.value_size, inverse,
                 row_address(result.output, args.dtype, b, h, n));
     }
   }
+  return true;
 }
 
 template <class Head>
 static void dense_forward_rows(const AttentionArgs& args, const ForwardResult& result, const Head& head, HeadPlace at,
                                int64_t begin, int64_t end, HeadPlace next) {
-#if defined(FIAK_ISA_AVX512_BF16)
-  if (args.dtype == DType::kBFloat16) return dense_forward<true>(args, result, head, at, begin, end, next);
+#if defined(FIAK_ISA_AMX_BF16)
+  if (args.dtype == DType::kBFloat16 && dense_forward<TileProducts>(args, result, head, at, begin, end, next)) return;
 #endif
-  dense_forward<false>(args, result, head, at, begin, end, next);
+#if defined(FIAK_ISA_AVX512_BF16)
+  if (args.dtype == DType::kBFloat16) {
+    dense_forward<VectorProducts<true>>(args, result, head, at, begin, end, next);
+    return;
+  }
+#endif
+  dense_forward<VectorProducts<false>>(args, result, head, at, begin, end, next);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

@@ -6,6 +6,14 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels/cpu/tables.h"
 
 namespace fiak::cpu {
@@ -17,7 +25,23 @@ namespace {
         isa::compact_linear_backward                                                                           \
   }
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+#if defined(__x86_64__)
+/// Whether there are AMX tiles that multiply bfloat16 and the system lets this process use them, which Linux wants to be
+/// asked for.
+bool may_use_amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -29,7 +53,8 @@ Isa detect() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return Isa::kAvx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return may_use_amx() ? Isa::kAmxBf16 : Isa::kAvx512Bf16;
 #else
   return Isa::kScalar;
 #endif
@@ -49,8 +74,8 @@ Isa selected_isa() {
   if (wanted == nullptr || *wanted == '\0') return machine_isa();
   const auto* name = std::find(std::begin(kNames), std::end(kNames), std::string(wanted));
   if (name == std::end(kNames)) {
-    throw std::invalid_argument(std::string("FIAK_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16 (got ") + wanted +
-                                ")");
+    throw std::invalid_argument(std::string("FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 (got ") +
+                                wanted + ")");
   }
   return std::min(machine_isa(), static_cast<Isa>(name - std::begin(kNames)));
 }
@@ -64,7 +89,7 @@ Isa kernel_isa(DType dtype) {
 const Kernels& kernels(Isa isa) {
 #if defined(__x86_64__)
   static constexpr Kernels kTables[] = {FIAK_TABLE(scalar), FIAK_TABLE(avx2), FIAK_TABLE(avx512),
-                                        FIAK_TABLE(avx512_bf16)};
+                                        FIAK_TABLE(avx512_bf16), FIAK_TABLE(amx_bf16)};
 #else
   static constexpr Kernels kTables[] = {FIAK_TABLE(scalar)};
 #endif

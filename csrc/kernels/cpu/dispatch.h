@@ -6,7 +6,7 @@
 
 namespace fiak::cpu {
 
-enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 /// One implementation of every op. The scalar table takes every dtype; the others take all but float64.
 struct Kernels {
@@ -23,12 +23,12 @@ const char* isa_name(Isa isa);
 /// The best instruction set that this machine has.
 Isa machine_isa();
 
-/// machine_isa(), lowered by the environment variable FIAK_CPU_ISA (scalar, avx2, avx512, avx512_bf16), which is read
-/// at every call; throws std::invalid_argument for another name.
+/// machine_isa(), lowered by the environment variable FIAK_CPU_ISA (scalar, avx2, avx512, avx512_bf16,
+/// amx_bf16), which is read at every call; throws std::invalid_argument for another name.
 Isa selected_isa();
 
 /// The instruction set of the kernels that a call with this dtype runs on: float64 runs scalar, and only bfloat16
-/// uses the BF16 instructions.
+/// uses more than AVX-512.
 Isa kernel_isa(DType dtype);
 
 /// The kernels of kernel_isa(dtype); `isa` must be a value that kernel_isa returned.

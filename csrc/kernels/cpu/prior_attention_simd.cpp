@@ -28,7 +28,8 @@ class PriorHead {
     const float* weights = weights_of(args_, b_, h_, n);
     return weights == nullptr ? call(AllKeys{}) : call(WeightedKeys{weights + j});
   }
-  __attribute__((always_inline)) int64_t spans(int64_t, int64_t, int64_t from, int64_t keys, KeySpan* spans) const {
+  __attribute__((always_inline)) int64_t spans(int64_t, int64_t, int64_t from, int64_t keys, int64_t,
+                                               KeySpan* spans) const {
     spans[0] = {from, keys, 0};
     return 1;
   }

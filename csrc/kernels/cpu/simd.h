@@ -14,7 +14,11 @@
 
 #include <cstdint>
 
-#if defined(FIAK_ISA_AVX512_BF16)
+#if defined(FIAK_ISA_AMX_BF16)
+#define FIAK_ISA amx_bf16
+#define FIAK_ISA_AVX512_BF16
+#define FIAK_ISA_AVX512
+#elif defined(FIAK_ISA_AVX512_BF16)
 #define FIAK_ISA avx512_bf16
 #define FIAK_ISA_AVX512
 #elif defined(FIAK_ISA_AVX512)
@@ -22,7 +26,7 @@
 #elif defined(FIAK_ISA_AVX2)
 #define FIAK_ISA avx2
 #else
-#error "compile this file with FIAK_ISA_AVX2, FIAK_ISA_AVX512 or FIAK_ISA_AVX512_BF16"
+#error "compile this file with FIAK_ISA_AVX2, FIAK_ISA_AVX512, FIAK_ISA_AVX512_BF16 or FIAK_ISA_AMX_BF16"
 #endif
 
 #define FIAK_INLINE static inline __attribute__((always_inline))
@@ -42,6 +46,7 @@ FIAK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 FIAK_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 FIAK_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 FIAK_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+FIAK_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
 /// The larger; b where either is NaN.
 FIAK_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 FIAK_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }

@@ -1,0 +1,145 @@
+// AMX tiles: 16 x 16 sums of float32, and products of 16 x 32 by 32 x 16 bfloat16 numbers that are added to them.
+//
+// A tile of an operand is 16 rows of 16 units of 32 bits, 1 KB side by side in memory; a unit is two numbers that follow
+// each other along the depth, as in gemm.h. Of the left operand a tile has 16 rows and 32 steps of the depth, a chunk, of
+// the right one these steps and 16 columns. Tiles of the same rows or columns follow each other along the depth; beyond
+// an operand's end they hold zeros.
+//
+// Every sum is a chain in the order of the depth over what chunks sum up to. Subnormal numbers count as 0.
+#pragma once
+
+#include "kernels/cpu/simd.h"
+
+namespace fiak::cpu::FIAK_ISA {
+
+constexpr int64_t kTileSide = 16;
+constexpr int64_t kTileUnits = kTileSide * kTileSide;
+constexpr int64_t kChunk = 2 * kTileSide;
+
+constexpr int64_t sides(int64_t size) { return (size + kTileSide - 1) / kTileSide; }
+constexpr int64_t chunks(int64_t depth) { return (depth + kChunk - 1) / kChunk; }
+/// Units of a row or column of tiles.
+constexpr int64_t tile_units(int64_t depth) { return chunks(depth) * kTileUnits; }
+
+/// While it lives, the thread's tiles are 16 rows of 64 bytes.
+class Tiles {
+ public:
+  __attribute__((always_inline)) Tiles() {
+    struct {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } const all{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    asm volatile("ldtilecfg %0" ::"m"(all));
+  }
+  __attribute__((always_inline)) ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// Tile registers by number: 0 to 3 for sums, 4 and 5 for the left operand, 6 and 7 for the right one.
+
+template <int kTile>
+FIAK_INLINE void load_tile(const float* p, int64_t row_bytes = 64) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <int kTile>
+FIAK_INLINE void store_tile(float* p, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <int kTile>
+FIAK_INLINE void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kSums, int kLeft, int kRight>
+FIAK_INLINE void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
+}
+
+/// Up to 2 x 2 tiles of sums, in registers.
+template <int kRows, int kColumns>
+struct TileSums {
+  template <class Use>
+  FIAK_INLINE void for_all(Use&& use) {
+    use(Constant<0>(), Constant<0>());
+    if constexpr (kColumns > 1) use(Constant<0>(), Constant<1>());
+    if constexpr (kRows > 1) use(Constant<1>(), Constant<0>());
+    if constexpr (kRows > 1 && kColumns > 1) use(Constant<1>(), Constant<1>());
+  }
+  FIAK_INLINE void clear() {
+    for_all([](auto r, auto c) __attribute__((always_inline)) { clear_tile<2 * r.value + c.value>(); });
+  }
+  /// From and to rows of numbers, `row` apart.
+  FIAK_INLINE void load(const float* p, int64_t row) {
+    for_all([&](auto r, auto c) __attribute__((always_inline)) {
+      load_tile<2 * r.value + c.value>(p + kTileSide * (r.value * row + c.value), row * 4);
+    });
+  }
+  FIAK_INLINE void store(float* p, int64_t row) {
+    for_all([&](auto r, auto c) __attribute__((always_inline)) {
+      store_tile<2 * r.value + c.value>(p + kTileSide * (r.value * row + c.value), row * 4);
+    });
+  }
+  /// Adds the products of `count` chunks; the operands' tiles of the second row and column start `left_row` and
+  /// `right_column` behind.
+  FIAK_INLINE void add(const float* left, int64_t left_row, const float* right, int64_t right_column, int64_t count) {
+    for (int64_t i = 0; i < count; ++i, left += kTileUnits, right += kTileUnits) {
+      load_tile<4>(left);
+      load_tile<6>(right);
+      if constexpr (kColumns > 1) load_tile<7>(right + right_column);
+      if constexpr (kRows > 1) load_tile<5>(left + left_row);
+      for_all([](auto r, auto c) __attribute__((always_inline)) {
+        multiply_tiles<2 * r.value + c.value, 4 + r.value, 6 + c.value>();
+      });
+    }
+  }
+};
+
+/// use(TileSums, row, column) for all `rows` x `columns` tiles, as many at once as the registers hold.
+template <class Use>
+FIAK_INLINE void for_tiles(int64_t rows, int64_t columns, Use&& use) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t c = 0; c < columns; c += 2) {
+      if (r + 1 < rows) {
+        c + 1 < columns ? use(TileSums<2, 2>(), r, c) : use(TileSums<2, 1>(), r, c);
+      } else {
+        c + 1 < columns ? use(TileSums<1, 2>(), r, c) : use(TileSums<1, 1>(), r, c);
+      }
+    }
+  }
+}
+
+/// Chunk c of a row of bfloat16 numbers.
+FIAK_INLINE Vec load_chunk(const char* row, int64_t c, int64_t size) {
+  return load_pairs_in_order(row + 2 * c * kChunk, smaller(kChunk, size - c * kChunk));
+}
+
+/// Rows [0, count) as the left operand; row(i) is the address of row i.
+template <class Row>
+FIAK_INLINE void pack_left(Row&& row, int64_t count, int64_t size, float* target) {
+  for (int64_t i = 0; i < sides(count) * kTileSide; ++i) {
+    float* to = target + i / kTileSide * tile_units(size) + i % kTileSide * kTileSide;
+    for (int64_t c = 0; c < chunks(size); ++c, to += kTileUnits) {
+      store(to, i < count ? load_chunk(row(i), c, size) : zero());
+    }
+  }
+}
+/// Rows [0, count) as the columns of the right operand.
+template <class Row>
+FIAK_INLINE void pack_right(Row&& row, int64_t count, int64_t size, float* target) {
+  for (int64_t side = 0; side < sides(count); ++side) {
+    for (int64_t c = 0; c < chunks(size); ++c, target += kTileUnits) {
+      Vec square[kTileSide];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileSide; ++i) {
+        const int64_t n = side * kTileSide + i;
+        square[i] = n < count ? load_chunk(row(n), c, size) : zero();
+      }
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileSide; ++i) store(target + i * kTileSide, square[i]);
+    }
+  }
+}
+
+}  // namespace fiak::cpu::FIAK_ISA
