@@ -330,9 +330,11 @@ def test_models_of_timm_have_the_patterns_that_they_are_said_to_have() -> None:
             for module in timm_models.build(name)["70% pruned"].modules()
             if isinstance(module, PriorAttention) and module.pattern is not None
         ]
-        kept = sum(pattern.nnz for pattern in patterns)
-        pairs = sum(pattern.nnz / pattern.density for pattern in patterns)
-        assert len(patterns) == 12 and kept / pairs == pytest.approx(0.3, abs=1e-3)
+        densities = [pattern.density for pattern in patterns if pattern.groups == 1]
+        assert sum(densities) / len(densities) == pytest.approx(0.3, abs=1e-3)
+        shifted = [pattern.density for pattern in patterns if pattern.groups > 1]  # 70% of the visible pairs
+        assert len(shifted) == (0 if name.startswith("deit") else 5) and len(patterns) == 12
+        assert all(0.2 < density < 0.29 for density in shifted)
 
 
 def test_models_of_timm_are_timed_and_tabulated(

@@ -115,6 +115,25 @@ def test_swin_is_calibrated_by_the_attention_that_it_pays() -> None:
         torch.testing.assert_close(prior.posterior, expected.float())
 
 
+def test_pairs_between_parts_of_a_shifted_window_cost_nothing_to_prune() -> None:
+    converted = convert(swin(), kind="softmax")
+    shifted = next(module for module in priors(converted) if module.groups == 4)
+    between = converted.layers[0].blocks[1].attn_mask == -100
+    expected = converted(images())
+    calibrate(converted, [images()])
+    assert shifted.reached is not None
+    assert torch.equal(shifted.reached == 0, between[:, None].expand(-1, shifted.num_heads, -1, -1))
+    model = copy.deepcopy(converted)
+    report = prune(model, 0.0, importance="posterior")
+    assert report.unreached == shifted.num_heads * int(between.sum()) > 0 and report.pruned == 0
+    assert report.pairs == sum(layer.pairs for layer in report.layers)
+    torch.testing.assert_close(model(images()), expected)  # without these pairs, and with all others
+    layer = prune(converted, 0.5, importance="posterior").layers[1]
+    visible = shifted.num_heads * int((~between).sum())
+    assert (layer.pairs, layer.pruned, layer.kept) == (visible, visible // 2, visible - visible // 2)
+    assert shifted.pattern is not None and not bool((shifted.pattern.to_mask() & between[:, None]).any())
+
+
 def test_what_swin_refuses() -> None:
     with pytest.raises(ValueError, match="num_tokens must be 4, as in the model, or be left out"):
         convert(swin(), num_tokens=3)
