@@ -11,6 +11,7 @@ import torch
 from converted import BATCH, priors
 from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fiak_ext import PriorAttention, SparsePattern, calibrate, compact, convert, prune, resize_priors
@@ -94,6 +95,89 @@ def test_pruned_swin_is_the_original_with_the_same_mask(compacted: bool) -> None
     expected.square().sum().backward()
     output.square().sum().backward()
     torch.testing.assert_close(gradients(converted), gradients(model))
+
+
+def distance(x: Tensor, expected: Tensor) -> float:
+    """Between two tensors, as a share of the second's norm."""
+    return float((x.float() - expected.float()).norm() / expected.float().norm())
+
+
+def masked(original: nn.Module, masks: list[Tensor], x: Tensor) -> Tensor:
+    """The output of the original model with a mask of each layer, bool ``[windows, heads, N, N]``."""
+    for module in original.modules():
+        if isinstance(module, WindowAttention):
+            module.__class__, module.allowed = MaskedWindowAttention, masks.pop(0)
+        elif isinstance(module, Block):
+            mask = masks.pop(0)
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, mask=mask: (args, {**kwargs, "attn_mask": mask}), with_kwargs=True
+            )
+    output: Tensor = original(x)
+    return output
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_models_of_real_size(name: str) -> None:
+    """Converted, pruned and compacted, forward and gradients, against dense attention with the same masks."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 224, 224)
+    converted = convert(copy.deepcopy(model))
+    with torch.no_grad():
+        dense = model(x)
+        assert distance(converted(x), dense) < 1e-5
+    masks = []
+    for attention in priors(converted):
+        shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
+        mask = (torch.rand(shape) < 0.3) | torch.eye(shape[-1], dtype=torch.bool)
+        mask[..., 1] = False
+        masks.append(mask)
+        attention.set_pattern(SparsePattern.from_mask(mask))
+    assert len(masks) == 12
+    expected = masked(model, masks, x)
+    assert distance(expected, dense) > 1e-3
+    expected.square().sum().backward()
+    wanted = gradients(model)
+    compacted = compact(copy.deepcopy(converted))
+    assert all(attention.keep is not None for attention in priors(compacted))
+    for candidate in (converted, compacted):
+        output = candidate(x)
+        assert distance(output, expected) < 1e-5
+        output.square().sum().backward()
+        got = gradients(candidate)
+        assert got.keys() == wanted.keys()
+        assert distance(*(torch.cat([grads[name].flatten() for name in wanted]) for grads in (got, wanted))) < 1e-5
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+def test_swin_stays_a_first_class_citizen(state: str) -> None:
+    model, x = convert(swin().float()), images().float()
+    if state != "dense":
+        prune(model, 0.5, keys=0.25, importance="random", generator=torch.Generator().manual_seed(0))
+    if state == "compacted":
+        compact(model)
+
+    def step(module: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        output = module(x)
+        output.float().square().mean().backward()
+        return output.detach(), gradients(model)
+
+    expected = step(model)
+    torch.compiler.reset()
+    torch.testing.assert_close(step(torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
+    exported = torch.export.export(copy.deepcopy(model), (x,)).module()
+    torch.testing.assert_close(exported(x), expected[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, grads = step(model)
+    assert distance(output, expected[0]) < 0.1
+    assert all(grad.dtype == torch.float32 and bool(grad.isfinite().all()) for grad in grads.values())
+    low = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert distance(low, expected[0]) < 0.1
+    assert torch.equal(model(x), expected[0])  # which its copy left alone
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(step(model), expected)
 
 
 def test_swin_is_calibrated_by_the_attention_that_it_pays() -> None:
