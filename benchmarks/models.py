@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,13 @@ from benchmarks.cases import Case, load_mask, recorded_heads
 from benchmarks.timing import quartiles, ratios, timed, times_of_rounds
 from fiak_ext import PriorAttention, SparsePattern, VisionTransformer, pack_linears
 
-__all__ = ["MODELS", "Sizes", "build", "compare", "shares"]
+__all__ = ["MODELS", "PRUNED", "RECORDED", "Sizes", "build", "compare", "shares", "speeds"]
 
 PRUNED = 0.7
+RECORDED = "vit_fashion_n197"  # masks of a trained model
 _BASELINES = ("SDPA", "unfused FiAK", "SDPA, packed linears")
 _SECONDS = 20.0  # for all rounds of one size and mode
 _COMPILED = ("SDPA", "FiAK 70% pruned", "unfused FiAK", "SDPA, packed linears", "FiAK 70% pruned, packed linears")
-_RECORDED = "vit_fashion_n197"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def build(sizes: Sizes) -> dict[str, VisionTransformer]:
     case = Case(
         "", sizes.batch, sizes.num_heads, sizes.num_heads, num_tokens, num_tokens, head_size, head_size, False, ""
     )
-    mask = load_mask(_RECORDED, PRUNED)
+    mask = load_mask(RECORDED, PRUNED)
     for layer in range(sizes.depth):
         _attention(pruned, layer).set_pattern(SparsePattern.from_mask(recorded_heads(mask, case, layer)))
         _block(unfused, layer).attention = _Unfused()
@@ -148,7 +148,25 @@ def shares(model: nn.Module, images: Tensor, *, rounds: int = 5) -> dict[str, fl
     return {**parts, "rest": 1 - sum(parts.values())}
 
 
-def _speeds(models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+def speeds(
+    models: Mapping[str, Callable[[Tensor], Tensor]],
+    images: Tensor,
+    rounds: int,
+    baselines: Sequence[str],
+    seconds: float,
+) -> dict[str, dict[str, Any]]:
+    """How fast models are on a batch of images, without gradients, in interleaved rounds.
+
+    Args:
+        models: by name.
+        images: ``[batch, channels, rows, columns]``.
+        rounds, seconds: see :func:`benchmarks.timing.times_of_rounds`.
+        baselines: names to compare with.
+
+    Returns:
+        By name ``images_per_second`` (median) and ``ratios``: by baseline, how many times faster (quartiles).
+    """
+
     def call(model: Callable[[Tensor], Tensor]) -> dict[str, float]:
         with torch.no_grad():
             return {"forward": timed(partial(model, images))[0]}
@@ -156,12 +174,12 @@ def _speeds(models: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, ro
     calls = {name: partial(call, model) for name, model in models.items()}
     for first in calls.values():
         first()
-    results = times_of_rounds(calls, rounds=rounds, seconds=_SECONDS)
+    results = times_of_rounds(calls, rounds=rounds, seconds=seconds)
     times = {name: [result["forward"] for result in of] for name, of in results.items()}
     return {
         name: {
             "images_per_second": images.size(0) / statistics.median(of),
-            "ratios": {baseline: quartiles(ratios(of, times[baseline])) for baseline in _BASELINES},
+            "ratios": {baseline: quartiles(ratios(of, times[baseline])) for baseline in baselines},
         }
         for name, of in times.items()
     }
@@ -182,17 +200,17 @@ def compare(*, rounds: int, compiled: bool) -> Iterator[dict[str, Any]]:
     for name, sizes in MODELS.items():
         models = build(sizes)
         images = torch.randn(sizes.batch, 3, sizes.image_size, sizes.image_size)
-        speeds = {"eager": _speeds(models, images, rounds)}
+        modes = {"eager": speeds(models, images, rounds, _BASELINES, _SECONDS)}
         if compiled:
             torch.compiler.reset()
             functions = {key: torch.compile(models[key], fullgraph=True, dynamic=False) for key in _COMPILED}
-            speeds["compiled"] = _speeds(functions, images, rounds)
+            modes["compiled"] = speeds(functions, images, rounds, _BASELINES, _SECONDS)
         for contestant, model in models.items():
             yield {
                 "model": name,
                 "contestant": contestant,
                 "batch": sizes.batch,
                 "threads": torch.get_num_threads(),
-                "modes": {mode: of[contestant] for mode, of in speeds.items() if contestant in of},
+                "modes": {mode: of[contestant] for mode, of in modes.items() if contestant in of},
                 "shares": shares(model, images),
             }

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-__all__ = ["break_even", "markdown", "plot"]
+__all__ = ["break_even", "markdown", "models_tables", "plot"]
 
 Results = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def markdown(report: Results) -> str:
             ),
         ]
     if models := report.get("models"):
-        parts += _models(models)
+        parts += models_tables(models)
     return "\n\n".join(parts) + "\n"
 
 
@@ -189,7 +189,8 @@ def plot(results: Sequence[Results], path: Path) -> None:
     plt.close(figure)
 
 
-def _models(results: Sequence[Results]) -> list[str]:
+def models_tables(results: Sequence[Results]) -> list[str]:
+    """A heading and tables for each model and number of threads, of rows as :func:`benchmarks.models.compare` has."""
     parts = []
     for model, threads in _unique((row["model"], row["threads"]) for row in results):
         rows = [row for row in results if (row["model"], row["threads"]) == (model, threads)]

@@ -22,6 +22,7 @@ Measured: TypeAlias = Literal["posterior", "gradient"]
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
 
 _CHUNK_BYTES = 1 << 26  # of float64 attention that a recorder holds at a time
+_NO_WEIGHT = math.log(torch.finfo(torch.float32).tiny)  # -87.3, a bias below its row's largest that hides a pair
 
 
 def calibrate(
@@ -35,11 +36,13 @@ def calibrate(
 
     The model runs in evaluation mode. The mean of each (head, i, j) is over the samples in which i and j are both
     visible: inside the input's length, before the sample's padding where there are ``kv_lens`` (i too where the module
-    has as many queries as keys, as in self-attention), and j <= i where causal. It is accumulated in float64, sample by
-    sample, so that it does not depend on how samples are batched. With pattern groups, sample b of a batch counts for
-    group ``b % groups``, as in attention. Sets, on every module, ``posterior`` or ``saliency`` (float32, ``[groups,
-    heads, N, M]``, 0 where never visible) and ``reached`` (int64, the same shape: the samples behind each mean). An
-    earlier calibration of the same importance is replaced.
+    has as many queries as keys, as in self-attention), and j <= i where causal. Where a bias is added to the scores,
+    pairs are not visible either whose bias is so far below the largest of the row, by 88 or more in all heads, that
+    they have no weight in float32: Swin's -100 between the parts of a shifted window. The mean is accumulated in
+    float64, sample by sample, so that it does not depend on how samples are batched. With pattern groups, sample b of a
+    batch counts for group ``b % groups``, as in attention. Sets, on every module, ``posterior`` or ``saliency``
+    (float32, ``[groups, heads, N, M]``, 0 where never visible) and ``reached`` (int64, the same shape: the samples
+    behind each mean). An earlier calibration of the same importance is replaced.
 
     ``"posterior"``: ``mean_b a_ij``, without gradients. ``"gradient"``: ``-mean_b dL/dlog w_ij`` at the present weights
     w: to first order, how much the loss rises when the weight of the pair shrinks by a factor of e; a gradient step
@@ -314,9 +317,13 @@ class _Mean:
         if self.only_training and not self.attention.training:
             return
         self.calls += 1
+        bias = options["bias"]
+        shown = None if bias is None else (bias - bias.amax(-1, keepdim=True) > _NO_WEIGHT).any(1, keepdim=True)
         for sample, place in enumerate(_places(self.attention, query, key, options)):
             self.add(query[sample, :, : place.queries], key[sample, :, : place.keys], place, options)
-            self.samples[place.group, :, place.start : place.start + place.queries, : place.keys] += 1
+            rows, columns = slice(place.start, place.start + place.queries), slice(place.keys)
+            seen = 1 if shown is None else shown[place.group % shown.size(0), :, rows, columns]
+            self.samples[place.group, :, rows, columns] += seen
 
     def add(self, query: Tensor, key: Tensor, place: _Place, options: Mapping[str, Any]) -> None:
         """Adds what the queries [heads, n, D] and keys [key heads, m, D] of one sample give."""

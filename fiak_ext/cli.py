@@ -10,8 +10,9 @@ from pathlib import Path
 __all__ = ["main"]
 
 _MODELS = """\
-models: hf:PATH     a text encoder of Hugging Face transformers (all-MiniLM and other BERT-like ones): a folder, or a
-                    name on the hub where that can be reached; needs --num-tokens, the longest input
+models: hf:PATH     a model of Hugging Face transformers: a text encoder (all-MiniLM and other BERT-like ones), a text
+                    classifier, a causal language model (GPT-2, Llama) or an image classifier (ViT). PATH is a folder,
+                    or a name on the hub where that can be reached. Text models need --num-tokens, the longest input
         timm:NAME   an image classifier of timm, with its pretrained weights
         FILE        a checkpoint of fiak demo, such as demo_output/softmax.pt
         DIR         what fiak prune has written, for flops and bench
@@ -22,14 +23,16 @@ batches of --data, removes the others, fine-tunes if asked to, and writes a chec
 before and after is on data that neither calibration nor fine-tuning saw.
 """
 _PRUNE_END = """\
-data:   a text encoder takes a text file. It is running text, cut into texts that fill the pattern, or with
-        --texts lines a text a line. Fine-tuning needs no labels: it brings the embeddings (mean of the last hidden
-        states) back to the dense model's, by the mean of 1 - cosine.
+data:   a text model takes a text file. It is running text, cut into texts that fill the pattern, or with --texts lines
+        a text a line. Fine-tuning needs no labels: it brings the model back to what the dense one does. Of an encoder
+        these are the embeddings (mean of the last hidden states), by the mean of 1 - cosine; of a classifier and a
+        language model what they predict, by its KL divergence (0 is the dense model itself; smaller is better).
         An image classifier takes an ImageFolder, a folder of pictures for each class, in DIR or in DIR/train and
-        DIR/test; for a checkpoint of fiak demo, all that fiak demo takes. Fine-tuning is by cross entropy.
+        DIR/test; for a checkpoint of fiak demo, all that fiak demo takes. Classes are numbered in the order of their
+        folders' names, as the model must number them. Fine-tuning is by cross entropy.
 
 output: DIR has the checkpoint (model.safetensors, and what else its library needs), report.json and report.txt. Load it
-        with fiak_ext.from_pretrained(DIR) if it is a text encoder.
+        with fiak_ext.from_pretrained(DIR) if it is a model of transformers.
 
 example:
   fiak prune --model hf:./all-MiniLM-L6-v2 --num-tokens 48 --amount 0.7 --data texts.txt \\

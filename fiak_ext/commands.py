@@ -87,44 +87,45 @@ class Task:
         raise NotImplementedError
 
 
-class TextEncoder(Task):
-    """A Hugging Face model that embeds texts; fine-tuning brings its embeddings back to the dense model's."""
+class HuggingFaceTask(Task):
+    """A model of Hugging Face transformers, and what makes its inputs: a tokenizer or an image processor."""
 
-    measure = "mean cosine to the dense model's embeddings"
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, config: Any, processor: Any) -> None:
         transformers = _import("transformers", "hf:")
-        transformers.logging.disable_progress_bar()
-        transformers.logging.set_verbosity_error()
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(path)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            self._class = getattr(transformers, (self.config.architectures or [""])[0], transformers.AutoModel)
-            pruned = getattr(self.config, "fiak", None) is not None
-            self.model = fiak_ext.from_pretrained(path) if pruned else self._class.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CommandError(f"--model: hf:{path} must be a model of transformers ({_line(error)})") from error
-        self._targets: Tensor | None = None  # the dense model's embeddings of the texts for evaluation
+        self.config = config
+        self.processor = processor
+        with _hugging_face_errors(path):
+            model_class = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+            pruned = getattr(config, "fiak", None) is not None
+            self.model = fiak_ext.from_pretrained(path) if pruned else model_class.from_pretrained(path)
         self.model.eval()
-        with torch.no_grad():
-            output = self.model(**self.example(1, 4))
-        if getattr(output, "last_hidden_state", None) is None:
-            raise CommandError(
-                f"--model: hf:{path} must be a text encoder with an output last_hidden_state "
-                f"(got {type(self.model).__name__})"
-            )
 
     def dense(self) -> nn.Module:
         config = copy.deepcopy(self.config)
         config._attn_implementation = "sdpa"
-        model: nn.Module = type(self.model)(config) if hasattr(self._class, "from_config") else self._class(config)
+        model: nn.Module = type(self.model)(config)
         return model.eval()
 
-    def example(self, batch_size: int, num_tokens: int | None) -> dict[str, Tensor]:
+    def save(self, model: nn.Module, folder: Path) -> None:
+        pretrained: Any = model
+        pretrained.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+class TextTask(HuggingFaceTask):
+    """A model of texts without labels; fine-tuning brings it back to what the dense model does.
+
+    Attributes:
+        extra: what the model is told beside a batch.
+    """
+
+    extra: Mapping[str, Any] = {}
+
+    def example(self, batch_size: int, num_tokens: int | None) -> dict[str, Any]:
         if num_tokens is None:
             raise CommandError("--num-tokens is required for a text model")
         ids = torch.full((batch_size, num_tokens), 1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.extra}
 
     def data(self, path: Path, options: argparse.Namespace) -> Data:
         try:
@@ -135,7 +136,7 @@ class TextEncoder(Task):
             raise CommandError(f"--data: {path} must be a text file ({error.strerror})") from error
         try:
             parts = recipes.text_batches(
-                self.tokenizer,
+                self.processor,
                 lines,
                 options.num_tokens,
                 fill=options.texts == "fill",
@@ -146,7 +147,25 @@ class TextEncoder(Task):
             )
         except ValueError as error:
             raise CommandError(f"--data: {path}: {_line(error)}") from error
-        return Data(parts.calibration, parts.tuning, parts.evaluation)
+        found = (parts.calibration, parts.tuning, parts.evaluation)
+        return Data(*([{**batch, **self.extra} for batch in batches] for batches in found))
+
+
+class TextEncoder(TextTask):
+    """Embeds texts."""
+
+    measure = "mean cosine to the dense model's embeddings"
+
+    def __init__(self, path: str, config: Any, processor: Any) -> None:
+        super().__init__(path, config, processor)
+        self._targets: Tensor | None = None  # the dense model's embeddings of the texts for evaluation
+        with torch.no_grad():
+            output = self.model(**self.example(1, 4))
+        if getattr(output, "last_hidden_state", None) is None:
+            raise CommandError(
+                f"--model: hf:{path} must be a text encoder with an output last_hidden_state, a classifier or a causal "
+                f"language model (got {type(self.model).__name__})"
+            )
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         return recipes.embeddings(model, batch)
@@ -159,10 +178,28 @@ class TextEncoder(Task):
             self._targets = recipes.embed(dense, batches)
         return 1.0 if model is dense else recipes.mean_cosine(recipes.embed(model, batches), self._targets)
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        pretrained: Any = model
-        pretrained.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+
+class TextPredictor(TextTask):
+    """Predicts the class of each text, or the token that follows each."""
+
+    measure = "mean KL divergence from the dense model's predictions, in nats"
+
+    def __init__(self, path: str, config: Any, processor: Any) -> None:
+        super().__init__(path, config, processor)
+        pretrained: Any = self.model
+        if pretrained.can_generate():
+            self.extra = {"use_cache": False}
+        elif config.num_labels < 2:
+            raise CommandError(f"--model: hf:{path} must tell at least two classes apart (got {config.num_labels})")
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        return recipes.predictions(model, batch)
+
+    def loss(self, dense: nn.Module) -> Callable[[nn.Module, Any], Tensor]:
+        return recipes.divergence_loss(dense)
+
+    def score(self, model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> float:
+        return recipes.mean_divergence(model, dense, batches)
 
 
 class ImageClassifier(Task):
@@ -176,6 +213,7 @@ class ImageClassifier(Task):
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        output = getattr(output, "logits", output)
         assert isinstance(output, Tensor)
         return output
 
@@ -187,6 +225,21 @@ class ImageClassifier(Task):
         model.eval()
         right = [(self.forward(model, batch).argmax(1) == batch[1]).double() for batch in batches]
         return 100 * float(torch.cat(right).mean())
+
+    def image_folder(self, path: Path, transform: Callable[[Any], Tensor], options: argparse.Namespace) -> Data:
+        """Batches of the pictures in DIR/train and DIR/test, or of DIR alone, in two parts."""
+        data = _import("timm.data", "an ImageFolder")
+        train, test = path / "train", next((path / name for name in ("test", "val") if (path / name).is_dir()), path)
+        folders = (train, test) if train.is_dir() else (path,)
+        try:
+            images: list[Any] = [data.ImageDataset(str(folder), transform=transform) for folder in folders]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CommandError(f"--data: {path} must be an ImageFolder ({_line(error)})") from error
+        if len(images) == 1:
+            order = torch.randperm(len(images[0]), generator=torch.Generator().manual_seed(options.seed)).tolist()
+            last = len(order) - len(order) // _HELD_OUT
+            images = [torch.utils.data.Subset(images[0], part) for part in (order[:last], order[last:])]
+        return self.split(images[0], images[1], options)
 
     def split(
         self, train: Sequence[tuple[Tensor, int]], test: Sequence[tuple[Tensor, int]], options: argparse.Namespace
@@ -229,6 +282,22 @@ class ImageClassifier(Task):
         self.model.eval()
 
 
+class HuggingFaceClassifier(HuggingFaceTask, ImageClassifier):
+    """An image classifier of Hugging Face transformers, and an ImageFolder for it."""
+
+    def __init__(self, path: str, config: Any, processor: Any) -> None:
+        super().__init__(path, config, processor)
+        size = config.image_size
+        self.image_shape = (config.num_channels, *((size, size) if isinstance(size, int) else size))
+
+    def data(self, path: Path, options: argparse.Namespace) -> Data:
+        def transform(picture: Any) -> Tensor:
+            pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+            return pixels
+
+        return self.image_folder(path, transform, options)
+
+
 class TimmClassifier(ImageClassifier):
     """A model of timm, and an ImageFolder for it."""
 
@@ -252,17 +321,7 @@ class TimmClassifier(ImageClassifier):
     def data(self, path: Path, options: argparse.Namespace) -> Data:
         data = _import("timm.data", "timm:")
         transform = data.create_transform(**data.resolve_data_config(model=self.model))
-        train, test = path / "train", next((path / name for name in ("test", "val") if (path / name).is_dir()), path)
-        folders = (train, test) if train.is_dir() else (path,)
-        try:
-            images: list[Any] = [data.ImageDataset(str(folder), transform=transform) for folder in folders]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CommandError(f"--data: {path} must be an ImageFolder ({_line(error)})") from error
-        if len(images) == 1:
-            order = torch.randperm(len(images[0]), generator=torch.Generator().manual_seed(options.seed)).tolist()
-            last = len(order) - len(order) // _HELD_OUT
-            images = [torch.utils.data.Subset(images[0], part) for part in (order[:last], order[last:])]
-        return self.split(images[0], images[1], options)
+        return self.image_folder(path, transform, options)
 
     def description(self) -> dict[str, Any]:
         return {"timm": self.name}
@@ -304,17 +363,47 @@ class OwnClassifier(ImageClassifier):
         return {"VisionTransformer": self.arguments}
 
 
+# What the names of architectures end with, where they say what a model is for; the others are taken for text encoders.
+_ENDINGS: Mapping[str, type[HuggingFaceTask]] = {
+    "ForImageClassification": HuggingFaceClassifier,
+    "ForSequenceClassification": TextPredictor,
+    "ForCausalLM": TextPredictor,
+    "LMHeadModel": TextPredictor,
+}
+
+
+def _load_hugging_face(path: str) -> Task:
+    transformers = _import("transformers", "hf:")
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    with _hugging_face_errors(path):
+        config = transformers.AutoConfig.from_pretrained(path)
+        name = (config.architectures or [""])[0]
+        task = next((task for ending, task in _ENDINGS.items() if name.endswith(ending)), TextEncoder)
+        images = task is HuggingFaceClassifier
+        processor = (transformers.AutoImageProcessor if images else transformers.AutoTokenizer).from_pretrained(path)
+    return task(path, config, processor)
+
+
+@contextlib.contextmanager
+def _hugging_face_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(f"--model: hf:{path} must be a model of transformers ({_line(error)})") from error
+
+
 def _load(spec: str, *, pretrained: bool = True) -> Task:
     library, _, name = spec.partition(":")
     if library == "hf" and name:
-        return TextEncoder(name)
+        return _load_hugging_face(name)
     if library == "timm" and name:
         return TimmClassifier(name, pretrained=pretrained)
     path = Path(spec)
     if (path / _DESCRIPTION).is_file():
         return _load_saved(path)
     if (path / "config.json").is_file():
-        return TextEncoder(spec)
+        return _load_hugging_face(spec)
     if not path.is_file():
         raise CommandError(
             f"--model must be hf:PATH, timm:NAME, a checkpoint of fiak demo or a folder of fiak prune (got {spec!r})"
@@ -363,7 +452,7 @@ def prune(options: argparse.Namespace) -> None:
     example = task.example(1, options.num_tokens)  # refuses a missing --num-tokens at once
     if _is_pruned(task.model):
         raise CommandError(f"--model: {options.model} must not be pruned already")
-    if options.importance == "gradient" and isinstance(task, TextEncoder):
+    if options.importance == "gradient" and isinstance(task, TextTask):
         raise CommandError("--importance: gradient needs labels, which texts do not have; posterior needs none")
     data = task.data(options.data, options)
     dense = task.model

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from fiak_ext.models import param_groups
 
-__all__ = ["TextBatches", "cosine_loss", "embed", "embeddings", "fine_tune", "mean_cosine", "text_batches"]
+__all__ = [
+    "TextBatches",
+    "cosine_loss",
+    "divergence_loss",
+    "embed",
+    "embeddings",
+    "fine_tune",
+    "mean_cosine",
+    "mean_divergence",
+    "predictions",
+    "text_batches",
+]
 
 _WARM_UP = 0.1  # share of the steps
 _HELD_OUT = 5  # the last fifth of the texts is for evaluation
@@ -63,6 +74,49 @@ def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 def mean_cosine(first: Tensor, second: Tensor) -> float:
     """The mean over all texts of the cosine of two models' :func:`embed`, both ``[n, dim]``."""
     return float((first.double() * second.double()).sum(-1).mean())
+
+
+def predictions(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of what a model predicts, ``[n, classes]``: for each text, or for each token that is no padding.
+
+    Args:
+        model: of Hugging Face transformers, with an output ``logits``, ``[B, classes]`` (a classifier) or ``[B, tokens,
+            classes]`` (a language model).
+        batch: ``input_ids`` and ``attention_mask``, int64 ``[B, tokens]``, and what else the model is to be told, as
+            keyword arguments of the model.
+    """
+    logits: Tensor = model(**batch).logits
+    return logits if logits.dim() == 2 else logits[batch["attention_mask"].bool()]
+
+
+def divergence_loss(teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
+    """A loss for :func:`fine_tune` that needs no labels: the mean KL divergence from the teacher's :func:`predictions`.
+
+    Args:
+        teacher: the model before pruning, which is run without gradients in the mode that it is in.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target = predictions(teacher, batch).float().log_softmax(-1)
+        own = predictions(model, batch).float().log_softmax(-1)
+        return F.kl_div(own, target, log_target=True, reduction="batchmean")
+
+    return loss
+
+
+@torch.no_grad()
+def mean_divergence(model: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> float:
+    """The mean KL divergence, in nats, of a model's :func:`predictions` from the teacher's; both in evaluation mode."""
+    model.eval()
+    teacher.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        target = predictions(teacher, batch).float().log_softmax(-1)
+        own = predictions(model, batch).float().log_softmax(-1)
+        total += float(F.kl_div(own, target, log_target=True, reduction="sum"))
+        count += len(own)
+    return total / count
 
 
 def fine_tune(

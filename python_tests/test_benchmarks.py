@@ -3,12 +3,13 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, models, peers
+from benchmarks import compare, models, peers, timm_models
 from benchmarks.attention import Effort, contestants
 from benchmarks.cases import MASK_KINDS, Case, load_cases, load_mask, make_mask, recorded_heads, recorded_pruned
 from benchmarks.memory import peak_bytes
@@ -242,6 +243,7 @@ def test_a_report_of_one_section_is_a_table_of_it(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- whole models and memory
 
+build_of_timm = timm_models.build
 TINY = models.Sizes(batch=2, image_size=40, patch_size=4, dim=24, depth=2, num_heads=3)
 
 
@@ -289,6 +291,70 @@ def test_models_are_timed_and_tabulated(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert row["shares"]["attention"] > 0 and row["shares"]["linears"] > 0
     assert rows[0]["modes"]["eager"]["ratios"]["SDPA"] == [1, 1, 1]
     assert "## Whole tiny, 2 images" in (tmp_path / "compare.md").read_text()
+
+
+TIMM: dict[str, dict[str, Any]] = {
+    "deit_tiny_patch16_224": {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 16, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm_agree_where_they_must(name: str) -> None:
+    contestants = timm_models.build(name, **TIMM[name])
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        outputs = {contestant: model(images) for contestant, model in contestants.items()}
+    pruned = "70% pruned"
+    for contestant, same in (
+        ("converted", "timm"),
+        ("timm, packed linears", "timm"),
+        (f"{pruned}, compacted", pruned),
+        (f"{pruned}, packed linears", pruned),
+    ):
+        torch.testing.assert_close(outputs[contestant], outputs[same])
+    assert not torch.allclose(outputs[pruned], outputs["timm"])
+    for contestant, model in contestants.items():
+        attentions = [module for module in model.modules() if isinstance(module, PriorAttention)]
+        assert all(module.is_pruned == contestant.startswith(pruned) for module in attentions)
+        assert all(module.is_compacted == contestant.endswith("compacted") for module in attentions)
+        assert bool(attentions) == (not contestant.startswith("timm"))
+
+
+def test_models_of_timm_have_the_patterns_that_they_are_said_to_have() -> None:
+    for name in timm_models.MODELS:
+        patterns = [
+            module.pattern
+            for module in timm_models.build(name)["70% pruned"].modules()
+            if isinstance(module, PriorAttention) and module.pattern is not None
+        ]
+        densities = [pattern.density for pattern in patterns if pattern.groups == 1]
+        assert sum(densities) / len(densities) == pytest.approx(0.3, abs=1e-3)
+        shifted = [pattern.density for pattern in patterns if pattern.groups > 1]
+        # Along each side the last of n windows has parts of 4 and 3 tokens, which do not see each other.
+        visible = [] if name.startswith("deit") else [((n - 1 + 25 / 49) / n) ** 2 for n in (8, 4, 2, 2, 2)]
+        assert shifted == pytest.approx([0.3 * share for share in visible], abs=1e-3)
+
+
+def test_models_of_timm_are_timed_and_tabulated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timm_models, "build", lambda name: build_of_timm(name, **TIMM[name]))
+    file = tmp_path / "timm.json"
+    threads = torch.get_num_threads()
+    timm_models.main(["--batch", "2", "--rounds", "3", "--json", str(file)])
+    assert torch.get_num_threads() == threads
+    rows = json.loads(file.read_text())["models"]
+    assert len(rows) == 2 * 2 * 6 and {row["threads"] for row in rows} == {1, 2}
+    for row in rows:
+        speed = row["modes"]["eager"]
+        assert speed["images_per_second"] > 0 and speed["ratios"].keys() == {"timm", "timm, packed linears"}
+        assert row["contestant"] not in speed["ratios"] or speed["ratios"][row["contestant"]] == [1, 1, 1]
+    printed = capsys.readouterr().out
+    for name in TIMM:
+        assert f"## Whole {name}, 2 images, float32, 1 thread" in printed
 
 
 def test_the_dense_prior_takes_an_eighth_of_the_memory_of_sdpa_with_a_bias() -> None:

@@ -184,6 +184,28 @@ def test_added_bias(biases: int) -> None:
     assert_calibrated(attention, batches)
 
 
+@pytest.mark.parametrize("importance", ["posterior", "gradient"])
+def test_pairs_without_weight_are_not_visible(importance: Any) -> None:
+    """Far below the largest bias of the row in all heads: in one head, or less far, is not enough."""
+    torch.manual_seed(0)
+    attention = PriorAttention(2, 4, groups=3)
+    (batch,) = batches_of(attention, [6])
+    batch["bias"] = torch.full((3, 2, 4, 4), 30.0)
+    batch["bias"][1, :, 2, 3] = -60  # e^-90
+    batch["bias"][1, :, 2, 1] = -50  # e^-80
+    batch["bias"][1, 0, 3, 0] = -60
+    calibrate(
+        Recorded(attention),
+        [batch],
+        importance=importance,
+        forward=lambda model, batch: torch.stack(model(**batch)).square().sum(),
+    )
+    hidden = torch.zeros(3, 2, 4, 4, dtype=torch.bool)
+    hidden[1, :, 2, 3] = True
+    assert attention.reached is not None
+    assert torch.equal(attention.reached, torch.where(hidden, 0, 2))
+
+
 def test_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = randomised(PriorAttention(2, 7))
     batches = batches_of(attention, [2])

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,111 @@ def test_flops_and_bench_of_what_prune_wrote(
     assert "--amount must be left out" in capsys.readouterr().err
 
 
+def language_model(folder: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=45,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        initializer_range=0.5,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def text_classifier(folder: Path, num_labels: int = 3) -> None:
+    config = transformers.BertConfig(
+        vocab_size=45,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        initializer_range=0.5,
+        num_labels=num_labels,
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [language_model, text_classifier])
+def test_prune_what_predicts(
+    make: Callable[[Path], None], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    folder, out = tmp_path / "model", tmp_path / "out"
+    make(folder)
+    tokenizer().save_pretrained(folder)
+    tuning = ["--texts", "lines", "--fine-tune-steps", "20", "--lr", "0.01"]
+    assert prune_text(folder, text, out, "--amount", "0.6", *tuning) == 0
+    report = report_in(out)
+    causal = make is language_model
+    pairs = 4 * (TOKENS * (TOKENS + 1) // 2 if causal else TOKENS**2)
+    assert report["pruning"]["pruned"] == 2 * round(0.6 * pairs)
+    scores = report["scores"]
+    assert scores["dense"] == 0.0 < scores["fine-tuned"] < 0.95 * scores["pruned"]
+    assert report["measure"] == "mean KL divergence from the dense model's predictions, in nats"
+
+    # By hand, each text alone and without padding.
+    model = fiak_ext.from_pretrained(out).eval()
+    dense = type(model).from_pretrained(folder).eval()
+    data = recipes.text_batches(tokenizer(), text_lines(), TOKENS, fill=False, batch_size=1, evaluation=256)
+    divergences = []
+    with torch.no_grad():
+        for batch in data.evaluation:
+            own, target = (module(input_ids=batch["input_ids"]).logits.softmax(-1) for module in (model, dense))
+            divergences.append((target * (target / own).log()).sum(-1).flatten())
+    assert scores["fine-tuned"] == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-3)
+
+    capsys.readouterr()
+    assert main(["flops", "--model", str(out), "--num-tokens", str(TOKENS)]) == 0
+    assert f"{report['flops']['model']['torch']['now']:,}" in capsys.readouterr().out
+
+
+def test_dense_models_that_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_SECONDS", 0.01)
+    language_model(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert main(["bench", "--model", f"hf:{tmp_path}", "--num-tokens", "4", "--amount", "0.5"]) == 0
+
+
 # ---------------------------------------------------------------- images
+
+
+def test_prune_an_image_classifier_of_transformers(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_SECONDS", 0.01)
+    torch.manual_seed(0)
+    folder, out = tmp_path / "vit", tmp_path / "out"
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=28,
+        patch_size=14,
+        num_labels=2,
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    arguments = ["--model", f"hf:{folder}", "--data", str(pictures), "--out", str(out), "--dead-rows"]
+    tuning = ["--fine-tune-steps", "20", "--lr", "0.01", "--batch-size", "8", "--calibration", "16"]
+    assert main(["prune", *arguments, *tuning, "--amount", "0.5", "--importance", "gradient"]) == 0
+    report = report_in(out)
+    assert report["pruning"]["dead"] == 2 * 4 * 5  # rows 1 to 4 of both heads of the last layer
+    assert report["scores"]["fine-tuned"] == 100.0
+    model = fiak_ext.from_pretrained(out).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    for label, name in enumerate(("dark", "light")):
+        files = sorted((pictures / "test" / name).iterdir())
+        batch = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+        assert model(**batch).logits.argmax(1).tolist() == [label] * len(files)
+    capsys.readouterr()
+    assert main(["flops", "--model", str(out)]) == 0
+    assert f"{report['flops']['model']['torch']['now']:,}" in capsys.readouterr().out
+    assert main(["bench", "--model", str(out), "--batch-size", "2"]) == 0
 
 
 @pytest.mark.parametrize("importance", ["prior", "gradient"])
@@ -254,6 +359,9 @@ def test_errors_are_one_line(
     other = tmp_path / "other"
     other.mkdir()
     (other / "fiak.json").write_text('{"sklearn": "svm"}')
+    regression = tmp_path / "regression"
+    text_classifier(regression, num_labels=1)
+    tokenizer().save_pretrained(regression)
     model = f"hf:{encoder}"
     for options, message in (
         ([model, text, "0.5"], "--num-tokens is required for a text model"),
@@ -265,6 +373,7 @@ def test_errors_are_one_line(
         ([model, text, "0.1", "--num-tokens", "8", "--keys", "0.5", "--batch-size", "4"], "keys=0.5 alone removes"),
         ([model, text, "0.1", "--num-tokens", "8", "--importance", "gradient"], "gradient needs labels"),
         ([model, text, "0.1", "--num-tokens", "8", "--importance", "prior", "--batch-size", "4"], "needs a prior"),
+        ([f"hf:{regression}", text, "0.5", "--num-tokens", "8"], "must tell at least two classes apart (got 1)"),
         (["hf:" + str(pictures), text, "0.5"], "must be a model of transformers"),
         ([str(tmp_path / "none"), text, "0.5"], "--model must be hf:PATH, timm:NAME, a checkpoint"),
         ([str(broken), pictures, "0.5"], "must be a checkpoint of fiak demo"),

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from converted import CASES, Case, priors
+from converted import CASES, Case, images, priors
 from safetensors.torch import load_file, save_file
+from test_convert_timm import swin
 
-from fiak_ext import compact, from_pretrained
+from fiak_ext import compact, convert, from_pretrained, prune
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-HUGGING_FACE = [CASES[name] for name in ("bert", "roberta", "gpt2", "llama", "vit")]
+HUGGING_FACE_NAMES = ("bert", "roberta", "gpt2", "llama", "vit")
+HUGGING_FACE = [CASES[name] for name in HUGGING_FACE_NAMES]
 every_hugging_face = pytest.mark.parametrize("case", HUGGING_FACE, ids=lambda case: case.name)
 every_state = pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
 
@@ -64,23 +66,73 @@ def test_save_pretrained_and_from_pretrained(case: Case, state: str, tmp_path: P
     assert again.keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
+# Loads by all ways that a folder has files for.
 CHILD = """
-import sys, torch
+import sys
+from pathlib import Path
+import timm.models
+import torch
+from safetensors.torch import load_file
+
 sys.path.insert(0, sys.argv[2])
-from converted import CASES
+from test_convert_saving import fresh, output
 from fiak_ext import from_pretrained
-case = CASES["bert"]
-model = from_pretrained(sys.argv[1]).eval()
-torch.save(case.run(model, case.inputs()).detach(), sys.argv[1] + "/output.pt")
+
+for folder in Path(sys.argv[1]).iterdir():
+    name = folder.name.partition(",")[0]
+    models = {"model.pt": fresh(name), "model.safetensors": fresh(name)}
+    models["model.pt"].load_state_dict(torch.load(folder / "model.pt"))
+    tied = "lm_head.weight" in models["model.pt"].state_dict()
+    models["model.safetensors"].load_state_dict(load_file(folder / "model.safetensors"), strict=not tied)
+    if name.startswith(("vit_", "deit_", "swin_")):
+        for file in ("model.pt", "model.safetensors"):
+            models[f"timm, {file}"] = fresh(name)
+            timm.models.load_checkpoint(models[f"timm, {file}"], str(folder / file))
+    if (folder / "pretrained").is_dir():
+        models["pretrained"] = from_pretrained(folder / "pretrained").eval()
+    torch.save({way: output(name, model) for way, model in models.items()}, folder / "outputs.pt")
 """
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+def fresh(name: str) -> Any:
+    """A new converted model."""
+    return convert(swin().float()) if name == SWIN else CASES[name].converted(torch.float32)
+
+
+@torch.no_grad()
+def output(name: str, model: Any) -> torch.Tensor:
+    return model(images(16).float()) if name == SWIN else CASES[name].run(model, CASES[name].inputs())
 
 
 def test_another_process_loads_the_same_bits(tmp_path: Path) -> None:
-    case = CASES["bert"]
-    source = in_state(case, "compacted")
-    source.save_pretrained(tmp_path)
+    expected = {}
+    for name in (*CASES, SWIN):
+        for state in ("dense", "pruned", "compacted"):
+            source, folder = fresh(name), tmp_path / f"{name},{state}"
+            folder.mkdir()
+            for attention in priors(source):
+                torch.nn.init.normal_(attention.prior)  # type: ignore[arg-type]
+            if state != "dense":
+                prune(source, 0.6, keys=0.25)
+            if state == "compacted":
+                compact(source)
+            expected[folder] = output(name, source)
+            state_dict = source.state_dict()
+            torch.save(state_dict, folder / "model.pt")
+            state_dict.pop("lm_head.weight", None)  # tied, which safetensors refuses
+            save_file(state_dict, folder / "model.safetensors")
+            if name in HUGGING_FACE_NAMES:
+                source.save_pretrained(folder / "pretrained")
     subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)], check=True)
-    assert torch.equal(torch.load(tmp_path / "output.pt"), case.run(source, case.inputs()))
+    for folder, bits in expected.items():
+        outputs = torch.load(folder / "outputs.pt")
+        assert (
+            len(outputs)
+            == 2 + 2 * folder.name.startswith(("vit_", "deit_", "swin_")) + (folder / "pretrained").is_dir()
+        )
+        for way, loaded in outputs.items():
+            assert torch.equal(loaded, bits), (folder.name, way)
 
 
 def test_pickle() -> None:

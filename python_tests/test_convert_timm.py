@@ -11,6 +11,7 @@ import torch
 from converted import BATCH, priors
 from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fiak_ext import PriorAttention, SparsePattern, calibrate, compact, convert, prune, resize_priors
@@ -96,6 +97,89 @@ def test_pruned_swin_is_the_original_with_the_same_mask(compacted: bool) -> None
     torch.testing.assert_close(gradients(converted), gradients(model))
 
 
+def distance(x: Tensor, expected: Tensor) -> float:
+    """Between two tensors, as a share of the second's norm."""
+    return float((x.float() - expected.float()).norm() / expected.float().norm())
+
+
+def masked(original: nn.Module, masks: list[Tensor], x: Tensor) -> Tensor:
+    """The output of the original model with a mask of each layer, bool ``[windows, heads, N, N]``."""
+    for module in original.modules():
+        if isinstance(module, WindowAttention):
+            module.__class__, module.allowed = MaskedWindowAttention, masks.pop(0)
+        elif isinstance(module, Block):
+            mask = masks.pop(0)
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, mask=mask: (args, {**kwargs, "attn_mask": mask}), with_kwargs=True
+            )
+    output: Tensor = original(x)
+    return output
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_models_of_real_size(name: str) -> None:
+    """Converted, pruned and compacted, forward and gradients, against dense attention with the same masks."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 224, 224)
+    converted = convert(copy.deepcopy(model))
+    with torch.no_grad():
+        dense = model(x)
+        assert distance(converted(x), dense) < 1e-5
+    masks = []
+    for attention in priors(converted):
+        shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
+        mask = (torch.rand(shape) < 0.3) | torch.eye(shape[-1], dtype=torch.bool)
+        mask[..., 1] = False
+        masks.append(mask)
+        attention.set_pattern(SparsePattern.from_mask(mask))
+    assert len(masks) == 12
+    expected = masked(model, masks, x)
+    assert distance(expected, dense) > 1e-3
+    expected.square().sum().backward()
+    wanted = gradients(model)
+    compacted = compact(copy.deepcopy(converted))
+    assert all(attention.keep is not None for attention in priors(compacted))
+    for candidate in (converted, compacted):
+        output = candidate(x)
+        assert distance(output, expected) < 1e-5
+        output.square().sum().backward()
+        got = gradients(candidate)
+        assert got.keys() == wanted.keys()
+        assert distance(*(torch.cat([grads[name].flatten() for name in wanted]) for grads in (got, wanted))) < 1e-5
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+def test_swin_stays_a_first_class_citizen(state: str) -> None:
+    model, x = convert(swin().float()), images().float()
+    if state != "dense":
+        prune(model, 0.5, keys=0.25, importance="random", generator=torch.Generator().manual_seed(0))
+    if state == "compacted":
+        compact(model)
+
+    def step(module: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        output = module(x)
+        output.float().square().mean().backward()
+        return output.detach(), gradients(model)
+
+    expected = step(model)
+    torch.compiler.reset()
+    torch.testing.assert_close(step(torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
+    exported = torch.export.export(copy.deepcopy(model), (x,)).module()
+    torch.testing.assert_close(exported(x), expected[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, grads = step(model)
+    assert distance(output, expected[0]) < 0.1
+    assert all(grad.dtype == torch.float32 and bool(grad.isfinite().all()) for grad in grads.values())
+    low = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert distance(low, expected[0]) < 0.1
+    assert torch.equal(model(x), expected[0])  # which its copy left alone
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(step(model), expected)
+
+
 def test_swin_is_calibrated_by_the_attention_that_it_pays() -> None:
     model = swin()
     seen: dict[str, torch.Tensor] = {}
@@ -113,6 +197,25 @@ def test_swin_is_calibrated_by_the_attention_that_it_pays() -> None:
         prior = converted.get_submodule(name).prior_attention
         expected = attention.unflatten(0, (-1, prior.groups)).mean(0)
         torch.testing.assert_close(prior.posterior, expected.float())
+
+
+def test_pairs_between_parts_of_a_shifted_window_cost_nothing_to_prune() -> None:
+    converted = convert(swin(), kind="softmax")
+    shifted = next(module for module in priors(converted) if module.groups == 4)
+    between = converted.layers[0].blocks[1].attn_mask == -100
+    expected = converted(images())
+    calibrate(converted, [images()])
+    assert shifted.reached is not None
+    assert torch.equal(shifted.reached == 0, between[:, None].expand(-1, shifted.num_heads, -1, -1))
+    model = copy.deepcopy(converted)
+    report = prune(model, 0.0, importance="posterior")
+    assert report.unreached == shifted.num_heads * int(between.sum()) > 0 and report.pruned == 0
+    assert report.pairs == sum(layer.pairs for layer in report.layers)
+    torch.testing.assert_close(model(images()), expected)  # without these pairs, and with all others
+    layer = prune(converted, 0.5, importance="posterior").layers[1]
+    visible = shifted.num_heads * int((~between).sum())
+    assert (layer.pairs, layer.pruned, layer.kept) == (visible, visible // 2, visible - visible // 2)
+    assert shifted.pattern is not None and not bool((shifted.pattern.to_mask() & between[:, None]).any())
 
 
 def test_what_swin_refuses() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from converted import CASES, Case, priors
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fiak_ext import compact, convert
 
@@ -193,24 +191,32 @@ def test_torch_func(state: str) -> None:
 
 # ---------------------------------------------------------------- two processes
 
+CHILD = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-def _train(rank: int, port: int, folder: str) -> None:
-    """In each state two steps on half of the batch; rank 0 saves the parameters."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for state in STATES:
-        model = in_state(CASES["bert"], state, torch.float64)
-        _steps(DistributedDataParallel(model, find_unused_parameters=True), _ids()[rank::2])
-        if rank == 0:
-            torch.save(model.state_dict(), Path(folder) / f"{state}.pt")
-    dist.destroy_process_group()
+sys.path.insert(0, sys.argv[2])
+from test_convert_training import CASES, STATES, ids, in_state, steps
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+for state in STATES:
+    model = in_state(CASES["bert"], state, torch.float64)
+    steps(DistributedDataParallel(model, find_unused_parameters=True), ids()[dist.get_rank() :: dist.get_world_size()])
+    if dist.get_rank() == 0:
+        torch.save(model.state_dict(), f"{sys.argv[1]}/{state}.pt")
+dist.destroy_process_group()
+"""
 
 
-def _ids() -> Tensor:
+def ids() -> Tensor:
     return torch.randint(2, 31, (4, 8), generator=torch.Generator().manual_seed(3))
 
 
-def _steps(model: nn.Module, ids: Tensor) -> None:
+def steps(model: nn.Module, ids: Tensor) -> None:
+    """Two steps of training."""
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     for _ in range(2):
         optimizer.zero_grad()
@@ -219,14 +225,13 @@ def _steps(model: nn.Module, ids: Tensor) -> None:
 
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_train, (port, str(tmp_path)), nprocs=2)
+    """Under torchrun, each with half of the batch."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    subprocess.run([*torchrun, sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)], check=True)
     for state in STATES:
         model = in_state(CASES["bert"], state, torch.float64)
         before = copy.deepcopy(model.state_dict())
-        _steps(model, _ids())
+        steps(model, ids())
         torch.testing.assert_close(torch.load(tmp_path / f"{state}.pt"), model.state_dict())
         changed = [name for name, x in model.state_dict().items() if not torch.equal(x, before[name])]
         assert any("query.weight" in name for name in changed)

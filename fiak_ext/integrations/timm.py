@@ -70,6 +70,8 @@ class PriorWindowAttention(ConvertedAttention, WindowAttention):
     """Swin's attention within windows. Where windows are shifted, each place of a window has priors of its own.
 
     The relative position bias and the mask between parts of a shifted window, -100 as in timm, are added to the scores.
+    Pairs between such parts have no weight, so ``calibrate`` does not reach them: then ``prune`` takes them first and
+    counts them towards nothing.
     """
 
     qkv: nn.Linear
