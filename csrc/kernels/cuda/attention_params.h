@@ -120,31 +120,44 @@ struct Constant {
   static constexpr int value = kNumber;
 };
 
-/// call(Element{}, Constant<kHead>{}) for the kernels of these arguments: kHead is the least of 64, 128 and 256 that
-/// neither head_size nor value_size exceeds.
+/// call(Element{}) for the dtype of these arguments.
 template <class Call>
-void with_kernel_of(const AttentionArgs& args, Call&& call) {
-  const auto with_head = [&](auto element) {
-    const int64_t size = std::max(args.head_size, args.value_size);
-    if (size <= 64) return call(element, Constant<64>{});
-    if (size <= 128) return call(element, Constant<128>{});
-    call(element, Constant<256>{});
-  };
+void with_element_of(const AttentionArgs& args, Call&& call) {
   switch (args.dtype) {
     case DType::kFloat16:
-      return with_head(Half{});
+      return call(Half{});
     case DType::kBFloat16:
-      return with_head(BFloat16{});
+      return call(BFloat16{});
     default:
-      return with_head(float{});
+      return call(float{});
   }
 }
 
-/// define(dtype's name, Element) for every dtype, and define(dtype's name, Element, kHead) for every head, too.
+/// call(Constant<kHead>{}) for these arguments: kHead is the least of 64, 128 and 256 that neither head_size nor
+/// value_size exceeds.
+template <class Call>
+void with_head_of(const AttentionArgs& args, Call&& call) {
+  const int64_t size = std::max(args.head_size, args.value_size);
+  if (size <= 64) return call(Constant<64>{});
+  if (size <= 128) return call(Constant<128>{});
+  call(Constant<256>{});
+}
+
+/// define(dtype's name, Element) for every dtype, and define(dtype's name, Element, kHead) for every head, too. A file
+/// that is compiled once for each dtype (FIAK_CUDA_DTYPE_SOURCES in CMakeLists.txt) has the one that it is compiled
+/// for, FIAK_DTYPE and FIAK_ELEMENT.
+#ifdef FIAK_DTYPE
+#define FIAK_APPLY(define, ...) define(__VA_ARGS__)  // whose arguments are expanded first
+#define FIAK_FOR_ATTENTION_DTYPES(define) FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT)
+#define FIAK_FOR_ATTENTION_TYPES(define)           \
+  FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT, 64) \
+  FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT, 128) FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT, 256)
+#else
 #define FIAK_FOR_ATTENTION_DTYPES(define) define(f32, float) define(f16, Half) define(bf16, BFloat16)
 #define FIAK_FOR_ATTENTION_TYPES(define)                                                                              \
   define(f32, float, 64) define(f32, float, 128) define(f32, float, 256) define(f16, Half, 64) define(f16, Half, 128) \
       define(f16, Half, 256) define(bf16, BFloat16, 64) define(bf16, BFloat16, 128) define(bf16, BFloat16, 256)
+#endif
 
 /// visit(Element{}), and visit(Element{}, Constant<kHead>{}), likewise.
 template <class Visit>

@@ -651,24 +651,25 @@ void for_each_csr_entries_kernel(Visit&& visit) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-/// call(Element{}, Constant<kHead>{}, Constant<kElements>{}) for the kernels of these arguments: several elements at
-/// once where a row is the same query in all of them.
+/// call(Constant<kHead>{}, Constant<kElements>{}) for the kernels of these arguments: several elements at once where a
+/// row is the same query in all of them.
 template <class Call>
 void with_entries_kernel_of(const AttentionArgs& args, const CsrWeights& weights, Call&& call) {
-  with_kernel_of(args, [&](auto element, auto head) {
+  with_head_of(args, [&](auto head) {
     if (args.batch > 1 && weights.query_offsets == nullptr) {
-      call(element, head, Constant<kSharedElements>{});
+      call(head, Constant<kSharedElements>{});
     } else {
-      call(element, head, Constant<1>{});
+      call(head, Constant<1>{});
     }
   });
 }
 
-/// Does launch(kernel, blocks, params) of what computes `result` by entries; there must be pairs.
-template <class Launch>
-void csr_entries_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+/// Does launch(kernel, blocks, params) of what computes `result` by entries; there must be pairs. The first argument,
+/// of any value, is of the arguments' dtype.
+template <class Element, class Launch>
+void csr_entries_forward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                          const ForwardResult& result, Launch&& launch) {
-  with_entries_kernel_of(args, weights, [&](auto element, auto head, auto elements) {
+  with_entries_kernel_of(args, weights, [&](auto head, auto elements) {
     const int64_t runs = tiles_of(args.batch, decltype(elements)::value);
     launch(csr_entries_forward_kernel(element, head, elements),
            tiles_of(args.queries, kEntriesWarps) * args.query_heads * runs,
@@ -677,10 +678,10 @@ void csr_entries_forward(const AttentionArgs& args, const CsrWeights& weights, c
 }
 
 /// The same of the gradients that are wanted, delta first. `delta` is scratch, [batch, query_heads, queries].
-template <class Launch>
-void csr_entries_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+template <class Element, class Launch>
+void csr_entries_backward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                           const BackwardArgs& grads, float* delta, Launch&& launch) {
-  with_entries_kernel_of(args, weights, [&](auto element, auto head, auto elements) {
+  with_entries_kernel_of(args, weights, [&](auto head, auto elements) {
     const CsrBackwardParams params = backward_params(args, weights, seed, grads, delta);
     const int64_t runs = tiles_of(args.batch, decltype(elements)::value);
     const int64_t query_blocks = tiles_of(args.queries, kEntriesWarps) * args.query_heads * runs;

@@ -246,23 +246,24 @@ void for_each_csr_tiles_kernel(Visit&& visit) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-/// Does launch(kernel, blocks, params) of what computes the heads that use tiles; there must be pairs.
-template <class Launch>
-void csr_tiles_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+/// Does launch(kernel, blocks, params) of what computes the heads that use tiles; there must be pairs. The first
+/// argument, of any value, is of the arguments' dtype.
+template <class Element, class Launch>
+void csr_tiles_forward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                        const ForwardResult& result, Launch&& launch) {
-  with_kernel_of(args, [&](auto element, auto head) {
-    using T = ForwardTiling<decltype(element), decltype(head)::value>;
+  with_head_of(args, [&](auto head) {
+    using T = ForwardTiling<Element, decltype(head)::value>;
     launch(csr_tiles_forward_kernel(element, head), args.batch * args.query_heads * tiles_of(args.queries, T::kOwn),
            forward_params(args, weights, seed, result));
   });
 }
 
 /// The same of the gradients of query, key and value that are wanted; `delta` is computed.
-template <class Launch>
-void csr_tiles_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+template <class Element, class Launch>
+void csr_tiles_backward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                         const BackwardArgs& grads, float* delta, Launch&& launch) {
-  with_kernel_of(args, [&](auto element, auto head) {
-    using T = BackwardTiling<decltype(element), decltype(head)::value>;
+  with_head_of(args, [&](auto head) {
+    using T = BackwardTiling<Element, decltype(head)::value>;
     const CsrBackwardParams params = backward_params(args, weights, seed, grads, delta);
     const int64_t query_tiles = args.batch * args.query_heads * tiles_of(args.queries, T::kOwn);
     const int64_t key_tiles = args.batch * args.key_heads * tiles_of(args.keys, T::kOwn);
