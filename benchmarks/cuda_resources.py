@@ -70,11 +70,11 @@ def find_cuobjdump() -> str | None:
 
 
 def launched_kernels(program: Path = KERNELS) -> dict[str, dict[str, int]]:
-    """Name -> threads of a block and bytes of dynamic shared memory."""
+    """Name -> threads of a block, and bytes of dynamic shared memory and of parameters."""
     kernels = {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
-        name, threads, shared_bytes, _ = line.split()
-        kernels[name] = {"threads": int(threads), "dynamic_shared": int(shared_bytes)}
+        name, *numbers = line.split()
+        kernels[name] = dict(zip(("threads", "dynamic_shared", "parameters"), map(int, numbers), strict=True))
     return kernels
 
 

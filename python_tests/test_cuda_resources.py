@@ -65,6 +65,26 @@ def test_instructions_that_were_meant_are_there(cuobjdump: str, report: dict) ->
     assert checked >= 11 + 54 + 90
 
 
+def _entries(ptx: str) -> dict[str, dict[str, int]]:
+    """What kernels PTX has: threads of a block, and the bytes of the one parameter."""
+    entry = r"\.entry (\w+)\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\)\s*\.maxntid (\d+), 1, 1"
+    return {name: {"threads": int(threads), "parameters": int(size)} for name, size, threads in re.findall(entry, ptx)}
+
+
+def test_kernels_can_be_launched_from_their_ptx(cuobjdump: str) -> None:
+    if not cuda_resources.KERNELS.exists():
+        pytest.skip("fiak_cuda_kernels is not built: cmake --build build/release")
+    if "virtual" not in build_info()["cuda_architectures"]:
+        pytest.skip("built without PTX")
+    launched = cuda_resources.launched_kernels()
+    command = [cuobjdump, "--dump-ptx", str(cuda_resources.LIBRARY)]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\.entry ", ptx)) == len(launched)
+    assert _entries(ptx) == {
+        name: {"threads": kernel["threads"], "parameters": kernel["parameters"]} for name, kernel in launched.items()
+    }
+
+
 def test_regressions_are_named(report: dict) -> None:
     architecture = next(iter(report["architectures"]))
     name, other = list(report["architectures"][architecture])[:2]

@@ -14,13 +14,14 @@
 //   fiak_csr_entries_grad_key_T_dD_eE(CsrBackwardParams)      grad_key; a warp for each key of a key head
 //   fiak_csr_entries_grad_value_T_dD_eE(CsrBackwardParams)    grad_value; a warp for each key of a key head
 //     T: f32, f16, bf16; D: 64, 128, 256, at least head_size and value_size; E: batch elements of a group that a warp
-//     serves at once, 1 with query_offsets
+//     serves at once, 1 or 2; 1 with query_offsets
 //     grid: ceil(queries / kEntriesWarps) * query_heads * ceil(batch / E) blocks, or of keys and key_heads
 //   fiak_csr_entries_grad_values_T_dD_eE(CsrBackwardParams)   grad_weight; a warp for each row of the pattern
 //     with any query_offsets; grid: ceil(weights.num_rows / kEntriesWarps)
 //   fiak_csr_delta_T(CsrBackwardParams)                       delta, which the others of backward read
 //     grid: ceil(batch * query_heads * queries / kDeltaWarps); block: 32 * kDeltaWarps
-//   block: 32 * kEntriesWarps but for delta; shared memory: 0
+//   block: 32 * kEntriesWarps but for delta; shared memory: 0; the first factor of each product runs fastest; both
+//   structs are described in attention_params.h
 //
 // Heads that CsrPattern::uses_tiles gives to the kernels over tiles are left out, but for grad_weight.
 #pragma once

@@ -4,7 +4,9 @@
 // Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_size and value_size). All take one
 // struct, CsrForwardParams or CsrBackwardParams (attention_params.h), and run on one-dimensional grids; blocks of key
 // heads that CsrPattern::uses_tiles leaves to the kernels over entries (csr_entries.cuh) end at once. kOwn and kThreads
-// are those of ForwardTiling or BackwardTiling (tile_attention.cuh):
+// are those of ForwardTiling or BackwardTiling (tile_attention.cuh); kOwn is half of kThreads. Numbers for each kernel:
+// fiak_cuda_kernels prints them, benchmarks/results/cuda_resources.md holds them. fiak_csr_delta_* (csr_entries.cuh)
+// comes before those of backward:
 //
 //   name                         blocks                                         threads   dynamic shared memory
 //   fiak_csr_tiles_forward_*     batch * query_heads * ceil(queries / kOwn)     kThreads  ForwardShared

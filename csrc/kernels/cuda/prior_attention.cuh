@@ -2,8 +2,9 @@
 // both nvcc and csrc/simt compile.
 //
 // Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_size and value_size). All take one
-// struct, PriorForwardParams or PriorBackwardParams (attention_params.h), and run on one-dimensional grids. kOwn and
-// kThreads are those of ForwardTiling or BackwardTiling (tile_attention.cuh):
+// struct, PriorForwardParams or PriorBackwardParams (attention_params.h), and run on one-dimensional grids. kOwn,
+// kStreamed and kThreads are those of ForwardTiling or BackwardTiling (tile_attention.cuh); kOwn is half of kThreads.
+// Numbers for each kernel: fiak_cuda_kernels prints them, benchmarks/results/cuda_resources.md holds them.
 //
 //   name                     blocks                                                  threads   dynamic shared memory
 //   fiak_prior_forward_*     batch * query_heads * ceil(queries / kOwn)              kThreads  ForwardShared
