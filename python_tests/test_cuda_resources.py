@@ -46,6 +46,27 @@ def test_nothing_is_worse_than_committed(report: dict) -> None:
     assert cuda_resources.regressions(report, json.loads(cuda_resources.RESULTS.read_text())) == []
 
 
+# Bytes of local memory; of no other kernel on any architecture.
+KNOWN_SPILLS = {
+    ("sm_86", "fiak_csr_entries_grad_query_f32_d128_e2"): 8,
+    ("sm_89", "fiak_csr_entries_grad_query_f32_d128_e2"): 8,
+    ("sm_90", "fiak_csr_tiles_grad_key_f32_d256"): 8,
+    ("sm_120", "fiak_csr_tiles_grad_key_bf16_d64"): 48,
+    ("sm_120", "fiak_csr_tiles_grad_key_f16_d64"): 48,
+}
+
+
+def test_the_committed_table_has_every_architecture_and_no_other_spills() -> None:
+    committed = json.loads(cuda_resources.RESULTS.read_text())
+    assert list(committed["architectures"]) == list(cuda_resources.LIMITS)
+    spills = {}
+    for architecture, kernels in committed["architectures"].items():
+        spills.update({(architecture, name): x["local"] for name, x in kernels.items() if x["local"] > 0})
+        assert [name for name, kernel in kernels.items() if kernel["warps"] == 0] == []
+        assert set(kernels) == set(committed["architectures"]["sm_80"]), architecture
+    assert spills == KNOWN_SPILLS
+
+
 def _functions(sass: str) -> Iterator[tuple[str, str]]:
     parts = re.split(r"^\s*Function : (\w+)$", sass, flags=re.MULTILINE)
     return zip(parts[1::2], parts[2::2], strict=True)
@@ -63,6 +84,26 @@ def test_instructions_that_were_meant_are_there(cuobjdump: str, report: dict) ->
                 missing = [x for x in instructions if not re.search(x, code)]
                 assert not missing, f"{name} on {architecture} lacks {missing}"
     assert checked >= 11 + 54 + 90
+
+
+def _entries(ptx: str) -> dict[str, dict[str, int]]:
+    """What kernels PTX has: threads of a block, and the bytes of the one parameter."""
+    entry = r"\.entry (\w+)\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\)\s*\.maxntid (\d+), 1, 1"
+    return {name: {"threads": int(threads), "parameters": int(size)} for name, size, threads in re.findall(entry, ptx)}
+
+
+def test_kernels_can_be_launched_from_their_ptx(cuobjdump: str) -> None:
+    if not cuda_resources.KERNELS.exists():
+        pytest.skip("fiak_cuda_kernels is not built: cmake --build build/release")
+    if "virtual" not in build_info()["cuda_architectures"]:
+        pytest.skip("built without PTX")
+    launched = cuda_resources.launched_kernels()
+    command = [cuobjdump, "--dump-ptx", str(cuda_resources.LIBRARY)]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\.entry ", ptx)) == len(launched)
+    assert _entries(ptx) == {
+        name: {"threads": kernel["threads"], "parameters": kernel["parameters"]} for name, kernel in launched.items()
+    }
 
 
 def test_regressions_are_named(report: dict) -> None:

@@ -21,14 +21,15 @@ bool has_pairs(const AttentionArgs& args) {
 void forward(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel) {
   if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).prior_forward(args, result, parallel);
   const auto seed = static_cast<int64_t>(args.seed);
-  cuda::prior_forward(args, &seed, result, kLaunch);
+  cuda::with_element_of(args, [&](auto element) { cuda::prior_forward(element, args, &seed, result, kLaunch); });
 }
 
 void backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
   if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).prior_backward(args, grads, parallel);
   const auto seed = static_cast<int64_t>(args.seed);
   std::vector<float> delta(args.batch * args.query_heads * args.queries);
-  cuda::prior_backward(args, &seed, grads, delta.data(), kLaunch);
+  cuda::with_element_of(
+      args, [&](auto element) { cuda::prior_backward(element, args, &seed, grads, delta.data(), kLaunch); });
 }
 
 const cpu::Kernels kCudaKernels = [] {

@@ -20,10 +20,13 @@ ForwardTensors forward_cuda(const PriorInputs& in) {
   check_prior_attention(op, in);
   check_cuda_limits(op, in.query, in.key, in.value);
   const c10::cuda::CUDAGuard device(in.query.device());
-  return run_forward(
-      prior_operands(op, in).args, in.query, in.value, [&](const PriorArgs& args, const ForwardResult& result) {
-        cuda::prior_attention_forward(args, seed_address(in.seed), result, c10::cuda::getCurrentCUDAStream().stream());
-      });
+  return run_forward(prior_operands(op, in).args, in.query, in.value,
+                     [&](const PriorArgs& args, const ForwardResult& result) {
+                       cuda::with_element_of(args, [&](auto element) {
+                         cuda::prior_attention_forward(element, args, seed_address(in.seed), result,
+                                                       c10::cuda::getCurrentCUDAStream().stream());
+                       });
+                     });
 }
 
 GradTensors backward_cuda(const PriorGradInputs& in) {
@@ -35,8 +38,11 @@ GradTensors backward_cuda(const PriorGradInputs& in) {
   const Tensor delta = at::empty_like(in.logsumexp, at::MemoryFormat::Contiguous);
   run_backward(prior_operands(op, inputs).args, in.grad_output, in.output, in.logsumexp, grads,
                [&](const PriorArgs& args, const BackwardArgs& backward) {
-                 cuda::prior_attention_backward(args, seed_address(in.seed), backward, delta.mutable_data_ptr<float>(),
-                                                c10::cuda::getCurrentCUDAStream().stream());
+                 cuda::with_element_of(args, [&](auto element) {
+                   cuda::prior_attention_backward(element, args, seed_address(in.seed), backward,
+                                                  delta.mutable_data_ptr<float>(),
+                                                  c10::cuda::getCurrentCUDAStream().stream());
+                 });
                });
   return grads;
 }

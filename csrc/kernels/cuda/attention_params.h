@@ -1,7 +1,13 @@
 // The parameters that the attention kernels take, made on the host. Pointers are the device's.
 //
 // Every kernel takes one plain struct: ForwardParams or BackwardParams of its op's Weights, which say what pairs there
-// are and what they weigh (PriorWeights, CsrWeights).
+// are and what they weigh (PriorWeights, CsrWeights). It is 160 bytes of AttentionParams, 48 or 56 of Weights, and the
+// rest, without gaps: fields come in the order below, each aligned to its size. An Input or Output is 32 bytes: the
+// address, and the strides of batch, head and row in elements (int64; the last dimension is contiguous).
+//
+// query is [batch, query_heads, queries, head_size]; key and value are [batch, key_heads, keys, head_size or
+// value_size]; output and grad_output are like query, with value_size; each gradient is like what it is of. query_heads
+// is a multiple of key_heads. Before any other kernel of backward, the one called delta must have run.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +21,15 @@ namespace fiak::cuda {
 
 struct AttentionParams {
   Input query, key, value;
-  const int64_t* kv_lens;  ///< [batch], each in 0..keys, or null
-  const int64_t* seed;     ///< one number; read where dropout_threshold is not 0
-  uint64_t dropout_threshold;
-  float dropout_kept;
+  const int64_t* kv_lens;      ///< [batch], each in 0..keys, or null
+  const int64_t* seed;         ///< one number; read where dropout_threshold is not 0
+  uint64_t dropout_threshold;  ///< of 2^32: pairs whose random word is below it are dropped; 0 without dropout
+  float dropout_kept;          ///< what the others are multiplied by
   float scale;
   int32_t batch, query_heads, key_heads, queries, keys, head_size, value_size;
-  bool is_gaussian;
+  bool is_gaussian;  ///< 1 byte; 3 of padding
 };
+static_assert(sizeof(Input) == 32 && sizeof(Output) == 32 && sizeof(AttentionParams) == 160, "as said above");
 
 template <class Weights>
 struct ForwardParams : AttentionParams {
@@ -57,6 +64,10 @@ struct CsrWeights {
   const int64_t* query_offsets;       ///< [batch]: query n is row n + offset of its head; or null for 0
   int32_t selected;                   ///< a CsrKernel
 };
+
+static_assert(sizeof(PriorWeights) == 48 && sizeof(CsrWeights) == 56, "as said above");
+static_assert(sizeof(ForwardParams<CsrWeights>) == 160 + 56 + 32 + 8, "as said above");
+static_assert(sizeof(BackwardParams<CsrWeights>) == 160 + 56 + 2 * 32 + 2 * 8 + 3 * 32 + 8, "as said above");
 
 inline AttentionParams attention_params(const AttentionArgs& args, const int64_t* seed) {
   const Dropout dropout = make_dropout(args.dropout_p, 0);
@@ -120,31 +131,44 @@ struct Constant {
   static constexpr int value = kNumber;
 };
 
-/// call(Element{}, Constant<kHead>{}) for the kernels of these arguments: kHead is the least of 64, 128 and 256 that
-/// neither head_size nor value_size exceeds.
+/// call(Element{}) for the dtype of these arguments.
 template <class Call>
-void with_kernel_of(const AttentionArgs& args, Call&& call) {
-  const auto with_head = [&](auto element) {
-    const int64_t size = std::max(args.head_size, args.value_size);
-    if (size <= 64) return call(element, Constant<64>{});
-    if (size <= 128) return call(element, Constant<128>{});
-    call(element, Constant<256>{});
-  };
+void with_element_of(const AttentionArgs& args, Call&& call) {
   switch (args.dtype) {
     case DType::kFloat16:
-      return with_head(Half{});
+      return call(Half{});
     case DType::kBFloat16:
-      return with_head(BFloat16{});
+      return call(BFloat16{});
     default:
-      return with_head(float{});
+      return call(float{});
   }
 }
 
-/// define(dtype's name, Element) for every dtype, and define(dtype's name, Element, kHead) for every head, too.
+/// call(Constant<kHead>{}) for these arguments: kHead is the least of 64, 128 and 256 that neither head_size nor
+/// value_size exceeds.
+template <class Call>
+void with_head_of(const AttentionArgs& args, Call&& call) {
+  const int64_t size = std::max(args.head_size, args.value_size);
+  if (size <= 64) return call(Constant<64>{});
+  if (size <= 128) return call(Constant<128>{});
+  call(Constant<256>{});
+}
+
+/// define(dtype's name, Element) for every dtype, and define(dtype's name, Element, kHead) for every head, too. A file
+/// that is compiled once for each dtype (FIAK_CUDA_DTYPE_SOURCES in CMakeLists.txt) has the one that it is compiled
+/// for, FIAK_DTYPE and FIAK_ELEMENT.
+#ifdef FIAK_DTYPE
+#define FIAK_APPLY(define, ...) define(__VA_ARGS__)  // whose arguments are expanded first
+#define FIAK_FOR_ATTENTION_DTYPES(define) FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT)
+#define FIAK_FOR_ATTENTION_TYPES(define)           \
+  FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT, 64) \
+  FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT, 128) FIAK_APPLY(define, FIAK_DTYPE, FIAK_ELEMENT, 256)
+#else
 #define FIAK_FOR_ATTENTION_DTYPES(define) define(f32, float) define(f16, Half) define(bf16, BFloat16)
 #define FIAK_FOR_ATTENTION_TYPES(define)                                                                              \
   define(f32, float, 64) define(f32, float, 128) define(f32, float, 256) define(f16, Half, 64) define(f16, Half, 128) \
       define(f16, Half, 256) define(bf16, BFloat16, 64) define(bf16, BFloat16, 128) define(bf16, BFloat16, 256)
+#endif
 
 /// visit(Element{}), and visit(Element{}, Constant<kHead>{}), likewise.
 template <class Visit>

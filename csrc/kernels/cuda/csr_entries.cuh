@@ -14,13 +14,14 @@
 //   fiak_csr_entries_grad_key_T_dD_eE(CsrBackwardParams)      grad_key; a warp for each key of a key head
 //   fiak_csr_entries_grad_value_T_dD_eE(CsrBackwardParams)    grad_value; a warp for each key of a key head
 //     T: f32, f16, bf16; D: 64, 128, 256, at least head_size and value_size; E: batch elements of a group that a warp
-//     serves at once, 1 with query_offsets
+//     serves at once, 1 or 2; 1 with query_offsets
 //     grid: ceil(queries / kEntriesWarps) * query_heads * ceil(batch / E) blocks, or of keys and key_heads
 //   fiak_csr_entries_grad_values_T_dD_eE(CsrBackwardParams)   grad_weight; a warp for each row of the pattern
 //     with any query_offsets; grid: ceil(weights.num_rows / kEntriesWarps)
 //   fiak_csr_delta_T(CsrBackwardParams)                       delta, which the others of backward read
 //     grid: ceil(batch * query_heads * queries / kDeltaWarps); block: 32 * kDeltaWarps
-//   block: 32 * kEntriesWarps but for delta; shared memory: 0
+//   block: 32 * kEntriesWarps but for delta; shared memory: 0; the first factor of each product runs fastest; both
+//   structs are described in attention_params.h
 //
 // Heads that CsrPattern::uses_tiles gives to the kernels over tiles are left out, but for grad_weight.
 #pragma once
@@ -651,24 +652,25 @@ void for_each_csr_entries_kernel(Visit&& visit) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-/// call(Element{}, Constant<kHead>{}, Constant<kElements>{}) for the kernels of these arguments: several elements at
-/// once where a row is the same query in all of them.
+/// call(Constant<kHead>{}, Constant<kElements>{}) for the kernels of these arguments: several elements at once where a
+/// row is the same query in all of them.
 template <class Call>
 void with_entries_kernel_of(const AttentionArgs& args, const CsrWeights& weights, Call&& call) {
-  with_kernel_of(args, [&](auto element, auto head) {
+  with_head_of(args, [&](auto head) {
     if (args.batch > 1 && weights.query_offsets == nullptr) {
-      call(element, head, Constant<kSharedElements>{});
+      call(head, Constant<kSharedElements>{});
     } else {
-      call(element, head, Constant<1>{});
+      call(head, Constant<1>{});
     }
   });
 }
 
-/// Does launch(kernel, blocks, params) of what computes `result` by entries; there must be pairs.
-template <class Launch>
-void csr_entries_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+/// Does launch(kernel, blocks, params) of what computes `result` by entries; there must be pairs. The first argument,
+/// of any value, is of the arguments' dtype.
+template <class Element, class Launch>
+void csr_entries_forward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                          const ForwardResult& result, Launch&& launch) {
-  with_entries_kernel_of(args, weights, [&](auto element, auto head, auto elements) {
+  with_entries_kernel_of(args, weights, [&](auto head, auto elements) {
     const int64_t runs = tiles_of(args.batch, decltype(elements)::value);
     launch(csr_entries_forward_kernel(element, head, elements),
            tiles_of(args.queries, kEntriesWarps) * args.query_heads * runs,
@@ -677,10 +679,10 @@ void csr_entries_forward(const AttentionArgs& args, const CsrWeights& weights, c
 }
 
 /// The same of the gradients that are wanted, delta first. `delta` is scratch, [batch, query_heads, queries].
-template <class Launch>
-void csr_entries_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+template <class Element, class Launch>
+void csr_entries_backward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                           const BackwardArgs& grads, float* delta, Launch&& launch) {
-  with_entries_kernel_of(args, weights, [&](auto element, auto head, auto elements) {
+  with_entries_kernel_of(args, weights, [&](auto head, auto elements) {
     const CsrBackwardParams params = backward_params(args, weights, seed, grads, delta);
     const int64_t runs = tiles_of(args.batch, decltype(elements)::value);
     const int64_t query_blocks = tiles_of(args.queries, kEntriesWarps) * args.query_heads * runs;

@@ -23,8 +23,10 @@ inline bool may_use_entries(const AttentionArgs& args, const CsrWeights& weights
 template <class Launch>
 void csr_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed, const ForwardResult& result,
                  Launch&& launch) {
-  if (may_use_entries(args, weights)) csr_entries_forward(args, weights, seed, result, launch);
-  if (may_use_tiles(args, weights)) csr_tiles_forward(args, weights, seed, result, launch);
+  with_element_of(args, [&](auto element) {
+    if (may_use_entries(args, weights)) csr_entries_forward(element, args, weights, seed, result, launch);
+    if (may_use_tiles(args, weights)) csr_tiles_forward(element, args, weights, seed, result, launch);
+  });
 }
 
 /// The same of the gradients that are wanted. `delta` is scratch, [batch, query_heads, queries].
@@ -35,8 +37,10 @@ void csr_backward(const AttentionArgs& args, const CsrWeights& weights, const in
   if (!may_use_entries(args, weights)) {
     by_entries.grad_query.data = by_entries.grad_key.data = by_entries.grad_value.data = nullptr;
   }
-  csr_entries_backward(args, weights, seed, by_entries, delta, launch);
-  if (may_use_tiles(args, weights)) csr_tiles_backward(args, weights, seed, grads, delta, launch);
+  with_element_of(args, [&](auto element) {
+    csr_entries_backward(element, args, weights, seed, by_entries, delta, launch);
+    if (may_use_tiles(args, weights)) csr_tiles_backward(element, args, weights, seed, grads, delta, launch);
+  });
 }
 
 }  // namespace fiak::cuda

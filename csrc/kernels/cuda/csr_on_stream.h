@@ -1,5 +1,5 @@
-// The launches of csr_entries.cuh and csr_tiles.cuh on a stream, each compiled in a file of its own: they take nvcc
-// minutes.
+// The launches of csr_entries.cuh and csr_tiles.cuh on a stream, for each dtype, which is the first argument's: each
+// kind and dtype is compiled by itself.
 #pragma once
 
 #include "kernels/cuda/attention_params.h"
@@ -7,13 +7,16 @@
 
 namespace fiak::cuda {
 
-void csr_entries_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                         const ForwardResult& result, const LaunchOnStream& launch);
-void csr_entries_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+#define FIAK_CSR_ON_STREAM(dtype, Element)                                                                      \
+  void csr_entries_forward(Element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,  \
+                           const ForwardResult& result, const LaunchOnStream& launch);                          \
+  void csr_entries_backward(Element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed, \
+                            const BackwardArgs& grads, float* delta, const LaunchOnStream& launch);             \
+  void csr_tiles_forward(Element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,    \
+                         const ForwardResult& result, const LaunchOnStream& launch);                            \
+  void csr_tiles_backward(Element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,   \
                           const BackwardArgs& grads, float* delta, const LaunchOnStream& launch);
-void csr_tiles_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                       const ForwardResult& result, const LaunchOnStream& launch);
-void csr_tiles_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                        const BackwardArgs& grads, float* delta, const LaunchOnStream& launch);
+FIAK_FOR_ATTENTION_DTYPES(FIAK_CSR_ON_STREAM)
+#undef FIAK_CSR_ON_STREAM
 
 }  // namespace fiak::cuda

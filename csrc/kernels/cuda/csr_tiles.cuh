@@ -4,7 +4,9 @@
 // Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_size and value_size). All take one
 // struct, CsrForwardParams or CsrBackwardParams (attention_params.h), and run on one-dimensional grids; blocks of key
 // heads that CsrPattern::uses_tiles leaves to the kernels over entries (csr_entries.cuh) end at once. kOwn and kThreads
-// are those of ForwardTiling or BackwardTiling (tile_attention.cuh):
+// are those of ForwardTiling or BackwardTiling (tile_attention.cuh); kOwn is half of kThreads. Numbers for each kernel:
+// fiak_cuda_kernels prints them, benchmarks/results/cuda_resources.md holds them. fiak_csr_delta_* (csr_entries.cuh)
+// comes before those of backward:
 //
 //   name                         blocks                                         threads   dynamic shared memory
 //   fiak_csr_tiles_forward_*     batch * query_heads * ceil(queries / kOwn)     kThreads  ForwardShared
@@ -246,23 +248,24 @@ void for_each_csr_tiles_kernel(Visit&& visit) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-/// Does launch(kernel, blocks, params) of what computes the heads that use tiles; there must be pairs.
-template <class Launch>
-void csr_tiles_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+/// Does launch(kernel, blocks, params) of what computes the heads that use tiles; there must be pairs. The first
+/// argument, of any value, is of the arguments' dtype.
+template <class Element, class Launch>
+void csr_tiles_forward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                        const ForwardResult& result, Launch&& launch) {
-  with_kernel_of(args, [&](auto element, auto head) {
-    using T = ForwardTiling<decltype(element), decltype(head)::value>;
+  with_head_of(args, [&](auto head) {
+    using T = ForwardTiling<Element, decltype(head)::value>;
     launch(csr_tiles_forward_kernel(element, head), args.batch * args.query_heads * tiles_of(args.queries, T::kOwn),
            forward_params(args, weights, seed, result));
   });
 }
 
 /// The same of the gradients of query, key and value that are wanted; `delta` is computed.
-template <class Launch>
-void csr_tiles_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
+template <class Element, class Launch>
+void csr_tiles_backward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
                         const BackwardArgs& grads, float* delta, Launch&& launch) {
-  with_kernel_of(args, [&](auto element, auto head) {
-    using T = BackwardTiling<decltype(element), decltype(head)::value>;
+  with_head_of(args, [&](auto head) {
+    using T = BackwardTiling<Element, decltype(head)::value>;
     const CsrBackwardParams params = backward_params(args, weights, seed, grads, delta);
     const int64_t query_tiles = args.batch * args.query_heads * tiles_of(args.queries, T::kOwn);
     const int64_t key_tiles = args.batch * args.key_heads * tiles_of(args.keys, T::kOwn);

@@ -1,6 +1,8 @@
 // How kernels are defined, described and listed. Each has a C name, takes one plain struct, and runs on a
 // one-dimensional grid, so that it can be launched from its PTX alone. The header comment of its .cuh says what the
-// struct holds, and what grid, block and dynamic shared memory are.
+// struct holds, and what grid, block and dynamic shared memory are. The program fiak_cuda_kernels prints the numbers of
+// each: name, threads of a block, bytes of dynamic shared memory and of the struct. More than 48 KiB must be allowed
+// first (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES).
 //
 // Names are fiak_<op>_<what>_<type>[_d<head size>]: fiak_compact_rows_u16, fiak_prior_forward_f16_d64.
 #pragma once

@@ -2,8 +2,9 @@
 // both nvcc and csrc/simt compile.
 //
 // Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_size and value_size). All take one
-// struct, PriorForwardParams or PriorBackwardParams (attention_params.h), and run on one-dimensional grids. kOwn and
-// kThreads are those of ForwardTiling or BackwardTiling (tile_attention.cuh):
+// struct, PriorForwardParams or PriorBackwardParams (attention_params.h), and run on one-dimensional grids. kOwn,
+// kStreamed and kThreads are those of ForwardTiling or BackwardTiling (tile_attention.cuh); kOwn is half of kThreads.
+// Numbers for each kernel: fiak_cuda_kernels prints them, benchmarks/results/cuda_resources.md holds them.
 //
 //   name                     blocks                                                  threads   dynamic shared memory
 //   fiak_prior_forward_*     batch * query_heads * ceil(queries / kOwn)              kThreads  ForwardShared
@@ -269,22 +270,24 @@ void for_each_prior_kernel(Visit&& visit) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-/// Does launch(kernel, blocks, params) of what computes `result`; there must be pairs.
-template <class Launch>
-void prior_forward(const PriorArgs& args, const int64_t* seed, const ForwardResult& result, Launch&& launch) {
-  with_kernel_of(args, [&](auto element, auto head) {
-    using T = ForwardTiling<decltype(element), decltype(head)::value>;
+/// Does launch(kernel, blocks, params) of what computes `result`; there must be pairs. The first argument, of any
+/// value, is of the arguments' dtype.
+template <class Element, class Launch>
+void prior_forward(Element element, const PriorArgs& args, const int64_t* seed, const ForwardResult& result,
+                   Launch&& launch) {
+  with_head_of(args, [&](auto head) {
+    using T = ForwardTiling<Element, decltype(head)::value>;
     launch(prior_forward_kernel(element, head), args.batch * args.query_heads * tiles_of(args.queries, T::kOwn),
            forward_params(args, weights_of(args), seed, result));
   });
 }
 
 /// The same of the gradients that are wanted. `delta` is scratch, [batch, query_heads, queries].
-template <class Launch>
-void prior_backward(const PriorArgs& args, const int64_t* seed, const BackwardArgs& grads, float* delta,
-                    Launch&& launch) {
-  with_kernel_of(args, [&](auto element, auto head) {
-    using T = BackwardTiling<decltype(element), decltype(head)::value>;
+template <class Element, class Launch>
+void prior_backward(Element element, const PriorArgs& args, const int64_t* seed, const BackwardArgs& grads,
+                    float* delta, Launch&& launch) {
+  with_head_of(args, [&](auto head) {
+    using T = BackwardTiling<Element, decltype(head)::value>;
     const PriorBackwardParams params = backward_params(args, weights_of(args), seed, grads, delta);
     const int64_t query_heads = args.batch * args.query_heads;
     const int64_t key_tiles = args.batch * args.key_heads * tiles_of(args.keys, T::kOwn);

@@ -41,6 +41,10 @@ struct Tiling {
   static constexpr int kTiles = kStreamed / 8;
   static constexpr int kColumnTiles = kHead / 8;
 };
+static_assert(Tiling<Half, 64>::kStreamed == 64 && Tiling<Half, 128>::kStreamed == 32 &&
+                  Tiling<Half, 256>::kStreamed == 16 && Tiling<float, 64>::kStreamed == 32 &&
+                  Tiling<float, 128>::kStreamed == 16 && Tiling<float, 256>::kStreamed == 16,
+              "for those who launch the kernels from their PTX");
 
 /// The pair of element e of a product's tile t, whose first query and key are n and j: queries by keys, or keys by
 /// queries.
