@@ -57,7 +57,7 @@ void multiply_tiles() {
     uint8_t rows[16];
   };
   static const Configuration all{1, 0, {}, {64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16}};
-#define FIAK_FOUR_TILES                                                     \
+#define FIAK_FOUR_TILES                                                  \
   "tdpbf16ps %%tmm5, %%tmm4, %%tmm0\ntdpbf16ps %%tmm5, %%tmm4, %%tmm1\n" \
   "tdpbf16ps %%tmm5, %%tmm4, %%tmm2\ntdpbf16ps %%tmm5, %%tmm4, %%tmm3\n"
   int64_t loops = kLoops;
