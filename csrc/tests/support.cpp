@@ -203,8 +203,7 @@ void expect_identical(const Tensor& actual, const Tensor& expected, const std::s
 }
 
 std::vector<cpu::Isa> all_isas() {
-  return {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16,
-          cpu::Isa::kAmxBf16};
+  return {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kAmxBf16};
 }
 
 bool machine_has(cpu::Isa isa) { return isa <= cpu::machine_isa(); }

@@ -1,9 +1,9 @@
 // AMX tiles: 16 x 16 sums of float32, and products of 16 x 32 by 32 x 16 bfloat16 numbers that are added to them.
 //
-// A tile of an operand is 16 rows of 16 units of 32 bits, 1 KB side by side in memory; a unit is two numbers that follow
-// each other along the depth, as in gemm.h. Of the left operand a tile has 16 rows and 32 steps of the depth, a chunk, of
-// the right one these steps and 16 columns. Tiles of the same rows or columns follow each other along the depth; beyond
-// an operand's end they hold zeros.
+// A tile of an operand is 16 rows of 16 units of 32 bits, 1 KB side by side in memory; a unit is two numbers that
+// follow each other along the depth, as in gemm.h. Of the left operand a tile has 16 rows and 32 steps of the depth, a
+// chunk, of the right one these steps and 16 columns. Tiles of the same rows or columns follow each other along the
+// depth; beyond an operand's end they hold zeros.
 //
 // Every sum is a chain in the order of the depth over what chunks sum up to. Subnormal numbers count as 0.
 #pragma once

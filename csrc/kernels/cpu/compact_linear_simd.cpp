@@ -190,8 +190,8 @@ void forward(const CompactLinearArgs& args, const Output& output, const Parallel
   // Heads outside: a thread packs a head's weight once and runs its share of the batch.
   parallel_range(parallel, args.heads * args.batch, [&](int64_t begin, int64_t end) {
     const int64_t head_size = padded(args.head_size), width = tile_columns(args.head_size);
-    Carver scratch{static_cast<char*>(
-        thread_scratch(Product::bytes(args) + carved(kBlockRows * width) + carved(head_size)))};
+    Carver scratch{
+        static_cast<char*>(thread_scratch(Product::bytes(args) + carved(kBlockRows * width) + carved(head_size)))};
     Product product(args, scratch);
     float* out = scratch.floats(kBlockRows * width);
     float* bias = scratch.floats(head_size);

@@ -26,8 +26,8 @@ class KeptHead {
   __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
     return call(KeptKeys{reinterpret_cast<const char*>(words(n)) + j / 8});
   }
-  __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys,
-                                               int64_t unit, KeySpan* spans) const {
+  __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys, int64_t unit,
+                                               KeySpan* spans) const {
     uint64_t any[kBlockKeys / 64 + 1] = {};
     const int64_t word = from / 64, count = (from + keys + 63) / 64 - word;
     for (int64_t i = 0; i < rows; ++i) {

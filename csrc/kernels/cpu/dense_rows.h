@@ -383,9 +383,9 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
   const float left = Products::kScaled || gaussian ? 1.0f : factor;  // what scores, with their bias, still lack
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
-  Carver scratch{static_cast<char*>(
-      thread_scratch(Products::bytes(args, b, keys, width) + carved(kBlockRows * value_size) +
-                     carved(kBlockRows * width) + carved(width) + carved(keys) + carved(padded(args.head_size))))};
+  Carver scratch{static_cast<char*>(thread_scratch(Products::bytes(args, b, keys, width) +
+                                                   carved(kBlockRows * value_size) + carved(kBlockRows * width) +
+                                                   carved(width) + carved(keys) + carved(padded(args.head_size))))};
   float* sums = scratch.floats(kBlockRows * value_size);
   float* scores = scratch.floats(kBlockRows * width);
   float* kept = scratch.floats(width);
@@ -410,8 +410,7 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
     bool started = false;
     for (int64_t from = 0; from < seen; from += width) {
       KeySpan spans[kMaxSpans];
-      const int64_t count =
-          head.spans(first, rows, from, smaller(width, seen - from), Products::kSpanKeys, spans);
+      const int64_t count = head.spans(first, rows, from, smaller(width, seen - from), Products::kSpanKeys, spans);
       if (count == 0) continue;
       const auto for_spans = [&](int64_t i, auto&& call) __attribute__((always_inline)) {
         for (int64_t k = 0; k < count; ++k) {
@@ -449,8 +448,7 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
                 }
               }
               states[i].total += head.with(first + i, span.from, [&](const auto& x) {
-                return products.weigh(i, span, scores, x, seen_keys, left, shift,
-                                      dropout.active() ? kept : nullptr);
+                return products.weigh(i, span, scores, x, seen_keys, left, shift, dropout.active() ? kept : nullptr);
               });
             });
       }

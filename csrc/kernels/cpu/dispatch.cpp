@@ -28,8 +28,8 @@ namespace {
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 #if defined(__x86_64__)
-/// Whether there are AMX tiles that multiply bfloat16 and the system lets this process use them, which Linux wants to be
-/// asked for.
+/// Whether there are AMX tiles that multiply bfloat16 and the system lets this process use them, which Linux wants to
+/// be asked for.
 bool may_use_amx() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -74,8 +74,8 @@ Isa selected_isa() {
   if (wanted == nullptr || *wanted == '\0') return machine_isa();
   const auto* name = std::find(std::begin(kNames), std::end(kNames), std::string(wanted));
   if (name == std::end(kNames)) {
-    throw std::invalid_argument(std::string("FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 (got ") +
-                                wanted + ")");
+    throw std::invalid_argument(
+        std::string("FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 (got ") + wanted + ")");
   }
   return std::min(machine_isa(), static_cast<Isa>(name - std::begin(kNames)));
 }

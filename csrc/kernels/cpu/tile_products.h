@@ -18,8 +18,8 @@ class TileProducts {
            carved(sides(args.value_size) * tile_units(keys_of(args, b))) +
            carved(kBlockRows / kTileSide * tile_units(width));
   }
-  __attribute__((always_inline)) TileProducts(const AttentionArgs& args, HeadPlace at, int64_t keys, int64_t width,
-                                              Carver& scratch)
+  __attribute__((always_inline))
+  TileProducts(const AttentionArgs& args, HeadPlace at, int64_t keys, int64_t width, Carver& scratch)
       : args_(args),
         at_(at),
         key_head_(at.h / shared_heads(args)),
@@ -48,13 +48,14 @@ class TileProducts {
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float,
                                                     float* scores) const {
     const int64_t from = diagonal - span.from;
-    for_tiles(sides(rows), sides(span.keys), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
-      if (kTileSide * (r + 2) - 1 + from < kTileSide * c) return;
-      sums.clear();
-      sums.add(query_ + r * head_units_, head_units_, key_ + (span.from / kTileSide + c) * head_units_, head_units_,
-               chunks(args_.head_size));
-      sums.store(scores + kTileSide * (r * width_ + c) + span.at, width_);
-    });
+    for_tiles(
+        sides(rows), sides(span.keys), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
+          if (kTileSide * (r + 2) - 1 + from < kTileSide * c) return;
+          sums.clear();
+          sums.add(query_ + r * head_units_, head_units_, key_ + (span.from / kTileSide + c) * head_units_, head_units_,
+                   chunks(args_.head_size));
+          sums.store(scores + kTileSide * (r * width_ + c) + span.at, width_);
+        });
   }
   template <class Support>
   __attribute__((always_inline)) float weigh(int64_t i, const KeySpan& span, const float* scores,
