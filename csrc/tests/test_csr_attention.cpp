@@ -117,7 +117,7 @@ TEST(CsrKernelChoice, RefusesUnknownNames) {
 TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
   const auto check = [](const cpu::CsrRates& rates, double few) {
     for (const int64_t size : {16, 48, 64, 128}) {
-      for (const int64_t length : {64, 197, 1024, 4096}) {
+      for (const int64_t length : {197, 1024, 4096}) {
         const auto pairs = static_cast<double>(length * length);
         const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
         cpu::CsrHead sparse = full;
