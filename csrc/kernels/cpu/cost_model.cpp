@@ -10,8 +10,8 @@ namespace fiak::cpu {
 namespace {
 
 // As `python -m benchmarks.cost_model --fit` prints them; the costs of copying, packed_vector and number, are what it
-// holds fixed. Measured on one Zen 4 core, and on one core of a Xeon with AMX, which has a shuffle unit less for each
-// of its multiply-adds; there bfloat16 has no bundles of one element in the case table, and that entry is extrapolated.
+// holds fixed. Measured on one Zen 4 core, and on one core of a Xeon with AMX, where the case table has no bundles of
+// one element in bfloat16: that entry is extrapolated.
 constexpr CsrRates kAvx2Rates = {8, false, {1.00, 0.90, 0.90}, 0.197, 0.191, 39.7, 2.5, 0.668, 0.0175, 7.8, 0.43};
 constexpr CsrRates kAvx512Rates = {16, false, {0.71, 0.66, 2.03}, 0.353, 0.283, 23.6, 5.2, 0.425, 0.0165, 6.8, 0.41};
 constexpr CsrRates kAvx512Bf16Rates = {16, true, {0.37, 1.00, 1.20}, 0.526, 0.123, 32.8, 5.0, 0.445, 0.0081, 3.6, 0.21};
