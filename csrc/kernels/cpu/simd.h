@@ -52,9 +52,8 @@ FIAK_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 FIAK_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 FIAK_INLINE float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
 FIAK_INLINE float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
-/// x * 2^n for whole n; overflows to infinity and underflows to 0.
-FIAK_INLINE Vec scale_by_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
-FIAK_INLINE Vec round_to_whole(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/// The lowest bits of x in the place of the exponent.
+FIAK_INLINE Vec shift_to_exponent(Vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 FIAK_INLINE Vec load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 FIAK_INLINE void store_half(void* p, Vec x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -218,15 +217,8 @@ FIAK_INLINE float reduce_max(Vec x) {
   const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
-/// x * 2^n for whole n in -252..252; overflows to infinity and underflows to 0. Two steps reach the subnormals.
-FIAK_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
-  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
-  const __m256i bias = _mm256_set1_epi32(127);
-  const Vec first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  const Vec second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
-  return mul(mul(x, first), second);
-}
-FIAK_INLINE Vec round_to_whole(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/// The lowest bits of x in the place of the exponent.
+FIAK_INLINE Vec shift_to_exponent(Vec x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 FIAK_INLINE Vec load_half(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 FIAK_INLINE void store_half(void* p, Vec x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -334,11 +326,14 @@ FIAK_INLINE void transpose_square(Vec (&rows)[kLanes]) {
 
 #endif
 
-/// 2^x for x <= 128 to about one unit in the last place, by the polynomial of Cephes' exp2f. 2^-inf is 0; NaN
-/// stays NaN.
+/// 2^x for x <= 128 to about one unit in the last place, by the polynomial of Cephes' exp2f; infinite from 127.5 on.
+/// What a subnormal number would stand for is 0, but for x within half of -126: a result that is subnormal, or too
+/// small for one, takes processors of Intel 150 cycles. NaN stays NaN.
 FIAK_INLINE Vec exp2_below_128(Vec x) {
-  x = max(broadcast(-151.0f), x);
-  const Vec n = round_to_whole(x), r = sub(x, n);
+  x = max(broadcast(-127.0f), x);
+  // A sum this large has whole numbers for its last bits: those of n, the nearest to x, as an exponent has them.
+  const Vec large = broadcast(0x1.8p23f + 127.0f);
+  const Vec sum = add(x, large), r = sub(x, sub(sum, large));
   Vec p = broadcast(1.535336188319500e-4f);
   p = fmadd(p, r, broadcast(1.339887440266574e-3f));
   p = fmadd(p, r, broadcast(9.618437357674640e-3f));
@@ -346,10 +341,10 @@ FIAK_INLINE Vec exp2_below_128(Vec x) {
   p = fmadd(p, r, broadcast(2.402264791363012e-1f));
   p = fmadd(p, r, broadcast(6.931472028550421e-1f));
   p = fmadd(p, r, broadcast(1.0f));
-  return scale_by_power_of_two(p, n);
+  return mul(p, shift_to_exponent(sum));
 }
-/// 2^x for any x; infinite from 128 on.
-FIAK_INLINE Vec exp2(Vec x) { return exp2_below_128(min(broadcast(130.0f), x)); }
+/// 2^x for any x; infinite from 127.5 on.
+FIAK_INLINE Vec exp2(Vec x) { return exp2_below_128(min(broadcast(128.0f), x)); }
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 /// log(x) for finite x > 0 that are not subnormal, to about one unit in the last place: Cephes' logf.
