@@ -1,10 +1,10 @@
 """Measures and fits the constants of csrc/kernels/cpu/cost_model.cpp, which picks ``csr_attention``'s forward kernel.
 
-``python -m benchmarks.cost_model --json avx512.json`` times both kernels, forced by ``FIAK_CSR_KERNEL``, over the case
+``python -m benchmarks.cost_model --json avx512.json`` times all kernels, forced by ``FIAK_CSR_KERNEL``, over the case
 table's uniform masks and writes what it finds. Run it for each of ``--dtype float32``, ``--dtype bfloat16`` (where
 there is AMX also with ``FIAK_CPU_ISA=avx512_bf16``) and ``FIAK_CPU_ISA=avx2``; ``--fit avx512.json`` prints the
 constants, in nanoseconds, and how far the model is off, without decoding, which has a kernel of its own. While
-measuring it prints how the choice compares with the better of the two kernels and with dense SDPA.
+measuring it prints how the choice compares with the best of the kernels and with dense SDPA.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
 
         calls: dict[str, Callable[[], float]] = {
             "entries": lambda: run("entries"),
+            "blocks": lambda: run("blocks"),
             "dense": lambda: run("dense"),
             "auto": lambda: run("auto"),
             "sdpa": sdpa,
@@ -101,7 +102,9 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
                 "nnz": int(mask.sum()),
                 "tiles": int(tiles.sum()),
                 "has_bits": int(mask.sum()) * 16 >= mask.numel(),
-                "off": statistics.median(a / min(e, d) for e, d, a in zip(*list(times.values())[:3], strict=True)),
+                "off": statistics.median(
+                    auto / min(best) for *best, auto in zip(*list(times.values())[:4], strict=True)
+                ),
                 "speedup": statistics.median(s / a for a, s in zip(times["auto"], times["sdpa"], strict=True)),
                 **{name: statistics.median(seconds) for name, seconds in times.items()},
             }
@@ -116,8 +119,8 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
     return results
 
 
-def features(case: Case, result: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """What a call counts of ENTRIES and of DENSE, as csrc/kernels/cpu/cost_model.cpp does."""
+def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
+    """What a call of each kernel counts of ENTRIES or of DENSE, as csrc/kernels/cpu/cost_model.cpp does."""
     avx2, pairs = result["isa"] == "avx2", result["isa"].endswith("bf16") and result["dtype"] == "bfloat16"
     lanes, in_vector = (8, 2) if avx2 else (16, 4)
 
@@ -134,49 +137,57 @@ def features(case: Case, result: dict[str, Any]) -> tuple[list[float], list[floa
         elements //= 2
     of_bundle = vectors(case.head_size, elements) + vectors(case.value_size, elements)
     row_bytes = case.keys * vectors(widest, elements) * lanes * 4
-    runs = 1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))
     rows = case.query_heads * case.queries
-    row_runs = rows * min(runs, nnz / rows)
-    entries = nnz + row_runs * 1.5  # a run's last group of four is half full
     bundles = case.batch / elements
-    counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
     used_bytes = row_bytes * min(1.0, tiles * 384 / (rows * case.keys))
-    far = 1 - 40 * 1024 / used_bytes if runs == 1 and used_bytes > 40 * 1024 else 0.0
-    counts += [entries * of_bundle, entries * of_bundle * far, row_runs, case.query_heads * case.keys * of_bundle]
+
+    def entries(runs: int) -> list[float]:
+        row_runs = rows * min(runs, nnz / rows)
+        entries = nnz + row_runs * 1.5  # a run's last group of four is half full
+        counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
+        far = 1 - 40 * 1024 / used_bytes if runs == 1 and used_bytes > 40 * 1024 else 0.0
+        counts += [entries * of_bundle, entries * of_bundle * far, row_runs, case.query_heads * case.keys * of_bundle]
+        return [bundles * x for x in counts]
+
     numbers = case.head_size + -(-case.value_size // lanes) * lanes
     dense = [tiles * 384, tiles * 384 * numbers, rows, case.query_heads * case.keys * numbers]
-    return [bundles * x for x in counts], [case.batch * x for x in dense]
+    return {
+        "entries": entries(1),
+        "blocks": entries(1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))),
+        "dense": [case.batch * x for x in dense],
+    }
 
 
 def fit(results: list[dict[str, Any]]) -> None:
     """Least squares of the relative error, without negative costs; what decides, similar times, counts most."""
     cases = {case.name: case for case in load_cases()}
-    for kernel, names in (("entries", ENTRIES), ("dense", DENSE)):
-        used = [r for r in results if r["nnz"] and (kernel == "entries" or r["has_bits"])]
+    for kernels, names in ((("entries", "blocks"), ENTRIES), (("dense",), DENSE)):
+        used = [r for r in results if r["nnz"] and (kernels != ("dense",) or r["has_bits"])]
         used = [r for r in used if not cases[r["case"]].is_decoding]
         # The clock drifts: SDPA, which takes the same time for all densities of a case, tells by how much.
         usual = {r["case"]: statistics.median(o["sdpa"] for o in results if o["case"] == r["case"]) for r in used}
-        used = [r for r in used if 0.8 < r["sdpa"] / usual[r["case"]] < 1.25]
-        counts = torch.tensor([features(cases[r["case"]], r)[kernel == "dense"] for r in used]).double()
-        times = torch.tensor([r[kernel] * usual[r["case"]] / r["sdpa"] for r in used]).double() * 1e9
+        runs = [(r, kernel) for r in used if 0.8 < r["sdpa"] / usual[r["case"]] < 1.25 for kernel in kernels]
+        counts = torch.tensor([features(cases[r["case"]], r)[kernel] for r, kernel in runs]).double()
+        times = torch.tensor([r[kernel] * usual[r["case"]] / r["sdpa"] for r, kernel in runs]).double() * 1e9
         scaled = counts / times[:, None]
-        ratios = torch.tensor([r["entries"] / r["dense"] for r in used]).double()
+        ratios = torch.tensor([min(r["entries"], r["blocks"]) / r["dense"] for r, _ in runs]).double()
         weights = torch.where((ratios - 1).abs() < 0.5, 1.0, 0.2)[:, None].double()
-        copies = names.index("packed_vector" if kernel == "entries" else "number")
-        held = scaled[:, copies, None] * COPIES[used[0]["isa"]][kernel]
+        copies = names.index("number" if kernels == ("dense",) else "packed_vector")
+        held = scaled[:, copies, None] * COPIES[used[0]["isa"]][kernels[0]]
         kept = [i for i in range(len(names)) if i != copies and scaled[:, i].any()]
         while True:
             solution = torch.linalg.lstsq(scaled[:, kept] * weights, (1 - held) * weights).solution[:, 0]
             if solution.min() >= 0:
                 break
             kept.pop(int(solution.argmin()))
-        print(kernel, {names[i]: round(float(x), 4) for i, x in zip(kept, solution, strict=True)})
+        print(" and ".join(kernels), {names[i]: round(float(x), 4) for i, x in zip(kept, solution, strict=True)})
         predicted = scaled[:, kept] @ solution + held[:, 0]
         errors = (predicted - 1).abs()
         print(f"  off by {errors.median():.1%} (median), {errors.max():.1%} (most)")
         for name in dict.fromkeys(r["case"] for r in used):
-            of_case = predicted[[i for i, r in enumerate(used) if r["case"] == name]]
-            print(f"  {name:16} model / time", " ".join(f"{float(x):.2f}" for x in of_case))
+            for kernel in kernels:
+                of_case = predicted[[i for i, (r, k) in enumerate(runs) if r["case"] == name and k == kernel]]
+                print(f"  {name:16} {kernel:7} model / time", " ".join(f"{float(x):.2f}" for x in of_case))
 
 
 def main() -> None:

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <stdexcept>
@@ -13,7 +14,7 @@ class CsrAttention : public KernelTest {
   /// The check with each forward kernel wherever it can run, and with their choice.
   template <class Check>
   void with_each_kernel(Check&& check) {
-    for (const char* kernel : {"entries", "dense", "auto"}) {
+    for (const char* kernel : {"entries", "blocks", "dense", "auto"}) {
       setenv("FIAK_CSR_KERNEL", kernel, 1);
       SCOPED_TRACE(kernel);
       check();
@@ -88,6 +89,11 @@ TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
     problem.backward(scalar(), threads(1), exact);
     Results yardstick = problem.forward(scalar(), dtype(), threads(1));
     problem.backward(scalar(), threads(1), yardstick);
+    with_each_kernel([&] {
+      const Results forward = problem.forward(kernels(), dtype(), threads(2));
+      expect_close(forward.output, exact.output, yardstick.output, problem.describe());
+      expect_close(forward.logsumexp, exact.logsumexp, yardstick.logsumexp, problem.describe());
+    });
     Results actual = problem.forward(kernels(), dtype(), threads(2));
     problem.backward(kernels(), threads(2), actual);
     for (const auto member : {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key,
@@ -115,25 +121,41 @@ TEST(CsrKernelChoice, RefusesUnknownNames) {
 }
 
 TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
-  const auto check = [](const cpu::CsrRates& rates, double few) {
+  const auto entries = [](const cpu::CsrHead& head, const cpu::CsrRates& rates) {
+    return std::min(cpu::entries_cost(head, rates, false), cpu::entries_cost(head, rates, true));
+  };
+  const auto check = [&](const cpu::CsrRates& rates, double few) {
     for (const int64_t size : {16, 48, 64, 128}) {
       for (const int64_t length : {197, 1024, 4096}) {
         const auto pairs = static_cast<double>(length * length);
         const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
         cpu::CsrHead sparse = full;
         sparse.nnz *= few;
-        EXPECT_LT(cpu::dense_cost(full, rates), cpu::entries_cost(full, rates)) << size << " " << length;
-        EXPECT_GT(cpu::dense_cost(sparse, rates), cpu::entries_cost(sparse, rates)) << size << " " << length;
+        EXPECT_LT(cpu::dense_cost(full, rates), entries(full, rates)) << size << " " << length;
+        EXPECT_GT(cpu::dense_cost(sparse, rates), entries(sparse, rates)) << size << " " << length;
       }
     }
     // One query of a long context: transposing its keys would cost more than its products.
     const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / (24 * 16), 64, 64, 1};
-    EXPECT_GT(cpu::dense_cost(decode, rates), cpu::entries_cost(decode, rates));
+    EXPECT_GT(cpu::dense_cost(decode, rates), entries(decode, rates));
   };
   check(cpu::csr_rates(cpu::Isa::kAvx2, false), 0.1);
   check(cpu::csr_rates(cpu::Isa::kAvx512, false), 0.1);
   check(cpu::csr_rates(cpu::Isa::kAvx512Bf16, true), 0.1);
   check(cpu::csr_rates(cpu::Isa::kAmxBf16, true), 0.002);  // tiles are cheaper still
+}
+
+TEST(CsrKernelChoice, TakesSmallBlocksOfKeysForLongRunsOnly) {
+  for (const auto& rates : {cpu::csr_rates(cpu::Isa::kAvx2, false), cpu::csr_rates(cpu::Isa::kAvx512, false)}) {
+    const auto saved = [&](int64_t keys, double density) {
+      const double nnz = static_cast<double>(keys * keys) * density;
+      const cpu::CsrHead head{keys, keys, nnz, static_cast<double>(keys * keys) / (24 * 16), 64, 64, 1};
+      return cpu::entries_cost(head, rates, false) - cpu::entries_cost(head, rates, true);
+    };
+    EXPECT_EQ(saved(128, 0.9), 0);  // 32 KB of rows are one block
+    EXPECT_GT(saved(2048, 0.9), 0);
+    EXPECT_LT(saved(2048, 0.01), 0);
+  }
 }
 
 TEST(CsrAttentionFloat64, EqualsPriorAttentionOfTheDenseWeights) {

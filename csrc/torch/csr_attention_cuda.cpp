@@ -17,10 +17,12 @@ namespace {
 
 using at::Tensor;
 
-/// As the environment variable FIAK_CSR_KERNEL has it, which the CPU's kernels heed, too: there the tiles' is dense.
+/// As the environment variable FIAK_CSR_KERNEL has it, which the CPU's kernels heed, too: there the tiles' is dense,
+/// and blocks of keys are chosen.
 cuda::CsrKernel selected_kernel() {
   switch (cpu::selected_csr_kernel()) {
     case cpu::CsrKernel::kEntries:
+    case cpu::CsrKernel::kBlocks:
       return cuda::CsrKernel::kEntries;
     case cpu::CsrKernel::kDense:
       return cuda::CsrKernel::kTiles;

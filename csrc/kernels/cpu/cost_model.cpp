@@ -33,15 +33,15 @@ const CsrRates& csr_rates(Isa isa, bool pairs) {
   return isa == Isa::kAmxBf16 ? kAmxBf16Rates : kAvx512Bf16Rates;
 }
 
-double entries_cost(const CsrHead& head, const CsrRates& r) {
+double entries_cost(const CsrHead& head, const CsrRates& r, bool blocked) {
   const int64_t key_vectors = row_vectors(head.head_size, head.elements, r);
   const int64_t value_vectors = row_vectors(head.value_size, head.elements, r);
   const auto vectors = static_cast<double>(key_vectors + value_vectors);
-  // Long keys are taken in blocks that fit into the L1 cache, and every run of entries ends with half a group more.
+  // Every run of entries ends with half a group more.
   constexpr double kL1 = 40 * 1024;
   const auto rows = static_cast<double>(head.queries), keys = static_cast<double>(head.keys);
   const double bytes = keys * static_cast<double>(std::max(key_vectors, value_vectors) * 4 * r.lanes);
-  const double blocks = bytes <= 64 * 1024 ? 1 : std::ceil(bytes / kL1);
+  const double blocks = !blocked || bytes <= 64 * 1024 ? 1 : std::ceil(bytes / kL1);
   const double runs = std::min(rows * blocks, head.nnz);
   const double entries = head.nnz + runs * 1.5;
   const double used = bytes * std::min(1.0, head.tiles * kPlanTileRows * kPlanTileKeys / (rows * keys));
@@ -64,8 +64,9 @@ CsrKernel selected_csr_kernel() {
   const std::string name = wanted == nullptr || *wanted == '\0' ? "auto" : wanted;
   if (name == "auto") return CsrKernel::kAuto;
   if (name == "entries") return CsrKernel::kEntries;
+  if (name == "blocks") return CsrKernel::kBlocks;
   if (name == "dense") return CsrKernel::kDense;
-  throw std::invalid_argument("FIAK_CSR_KERNEL must be entries, dense or auto (got " + name + ")");
+  throw std::invalid_argument("FIAK_CSR_KERNEL must be entries, blocks, dense or auto (got " + name + ")");
 }
 
 }  // namespace fiak::cpu

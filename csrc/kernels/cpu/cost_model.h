@@ -1,5 +1,6 @@
-// What csr_attention's two forward kernels cost, so that every head of a pattern runs on the cheaper one: per entry
-// (csr_attention_simd.cpp), or dense with a bit for each pair (csr_dense.h).
+// What csr_attention's forward kernels cost, so that every head of a pattern runs on the cheapest: per entry
+// (csr_attention_simd.cpp), with all keys at once or in blocks that fit into the L1 cache, or dense with a bit for each
+// pair (csr_dense.h).
 //
 // Counts of what the kernels do, times the nanoseconds of each, which `python -m benchmarks.cost_model` measures and
 // fits. Nothing depends on the number of threads: it must not change what is computed.
@@ -33,15 +34,15 @@ struct CsrRates {
 /// Those of an instruction set, not kScalar, for rows stored as bfloat16 (`pairs`, where it has them) or float32.
 const CsrRates& csr_rates(Isa isa, bool pairs);
 
-/// Nanoseconds of the per-entry kernel for all `elements`.
-double entries_cost(const CsrHead& head, const CsrRates& rates);
+/// Nanoseconds of the per-entry kernel for all `elements`, with the keys in small blocks or not.
+double entries_cost(const CsrHead& head, const CsrRates& rates, bool blocked);
 
 /// The same of the dense kernel.
 double dense_cost(const CsrHead& head, const CsrRates& rates);
 
-/// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, dense, auto), which is read at every
-/// call, names the kernel for all heads that it can compute. Throws std::invalid_argument for another name.
-enum class CsrKernel { kAuto, kEntries, kDense };
+/// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, blocks, dense, auto), which is read at
+/// every call, names the kernel for all heads that it can compute. Throws std::invalid_argument for another name.
+enum class CsrKernel { kAuto, kEntries, kBlocks, kDense };
 CsrKernel selected_csr_kernel();
 
 }  // namespace fiak::cpu

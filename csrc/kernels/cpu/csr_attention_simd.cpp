@@ -56,10 +56,14 @@ struct Bundles {
   }
 };
 
-/// The keys of a head in blocks whose packed rows the L1 cache holds.
+/// The keys of a head in blocks.
 struct KeyBlocks {
   int64_t keys, size, count;
 
+  /// As large as the plan has them.
+  explicit KeyBlocks(int64_t keys)
+      : keys(keys), size(smaller(keys, kPlanBlock)), count(larger(1, (keys + kPlanBlock - 1) / kPlanBlock)) {}
+  /// Such that the L1 cache holds their packed rows; all in one if it holds most.
   KeyBlocks(int64_t keys, int64_t row_bytes, int64_t most = kPlanBlock) : keys(keys), size(keys), count(1) {
     if (keys * row_bytes <= kWholePanelBytes && keys <= most) return;
     size = smaller(most, larger(kMinBlock, kBlockBytes / row_bytes));
@@ -216,11 +220,11 @@ void normalise(const float* maxima, const float* totals, const float* divisors, 
   }
 }
 
-/// Pattern rows [begin, end) of query head h for the elements of `bundle`. `next`, `next_h` is what the caller comes to
-/// next; next_h is -1 where nothing is.
+/// Pattern rows [begin, end) of query head h for the elements of `bundle`, with the keys in `blocked`, that is, small
+/// blocks or not. `next`, `next_h` is what the caller comes to next; next_h is -1 where nothing is.
 template <Storage kStorage, int kElements>
-void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle& bundle, int64_t h, int64_t begin,
-                  int64_t end, int64_t longest, const Bundle& next, int64_t next_h) {
+void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle& bundle, int64_t h, bool blocked,
+                  int64_t begin, int64_t end, int64_t longest, const Bundle& next, int64_t next_h) {
   const int64_t b0 = bundle.b[0], head = b0 % (args.plan.heads / args.query_heads) * args.query_heads + h;
   const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b0), offset = offset_of(args, b0);
   const bool gaussian = args.score == Score::kGaussian;
@@ -229,7 +233,8 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   const int64_t head_chunks = row_chunks(columns_with(query_extra, args.head_size, kStorage), kStorage, kElements);
   const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
   const int64_t sum_floats = sum_vectors(value_chunks, kStorage) * kLanes;
-  const KeyBlocks blocks(keys, larger(head_chunks, value_chunks) * kVectorBytes);
+  const KeyBlocks blocks =
+      blocked ? KeyBlocks(keys, larger(head_chunks, value_chunks) * kVectorBytes) : KeyBlocks(keys);
   using Runs = RowRuns<kElements>;
   constexpr int64_t kGroupFloats = kGroup * kElements;
   const int64_t row_floats = most_run_floats<kElements>(blocks.count, longest);
@@ -286,10 +291,11 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       float* group_divisors = row_divisors + row * kGroupFloats;
       pack_rows<kElements>(args.query, args.dtype, bundle, h, n, n + count, args.head_size, kStorage, query_extra,
                            query, pack);
+      RowsAhead ahead;
       for (int e = 0; e < kElements; ++e) {
         const int64_t b = bundle.b[e], done = pass + row - begin;
-        prefetch_rows(args.query, args.dtype, b, h, n + count, smaller(n + 2 * count, end - offset), args.head_size);
-        prefetch_rows(args.value, args.dtype, b, key_head, done, smaller(done + count, keys), args.value_size);
+        ahead.add(args.query, args.dtype, b, h, n + count, smaller(n + 2 * count, end - offset), args.head_size);
+        ahead.add(args.value, args.dtype, b, key_head, done, smaller(done + count, keys), args.value_size);
       }
       for (int64_t block = 0; block < blocks.count; ++block) {
         DotsTask task{};
@@ -299,6 +305,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         task.scale = static_cast<float>(args.scale * kLog2E);
         task.fill = -kInfinity;
         task.maxima = group_maxima;
+        task.ahead = &ahead;
         dots<kStorage, kElements>(task, query, key, blocks.first(block) / kPlanBlock * kPlanBlock);
       }
       for (int64_t r = 0; r < count; ++r) {
@@ -338,13 +345,14 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
 
     for (int64_t row = 0; row < rows; row += group_rows) {
       const int64_t count = smaller(group_rows, rows - row), n = pass + row - offset;
+      RowsAhead ahead;
       for (int e = 0; e < kElements; ++e) {
         const int64_t done = pass + row - begin;
-        prefetch_rows_for_writing(result.output, args.dtype, bundle.b[e], h, n + count,
-                                  smaller(n + 2 * count, end - offset), args.value_size);
+        ahead.add(result.output, args.dtype, bundle.b[e], h, n + count, smaller(n + 2 * count, end - offset),
+                  args.value_size);
         if (next_h >= 0 && e < next.elements) {
-          prefetch_rows(args.key, args.dtype, next.b[e], next_h / shared_heads(args), done,
-                        smaller(done + count, args.keys), args.head_size);
+          ahead.add(args.key, args.dtype, next.b[e], next_h / shared_heads(args), done,
+                    smaller(done + count, args.keys), args.head_size);
         }
       }
       for (int64_t i = 0; i < count * sum_floats; i += kLanes) store(sums + i, zero());
@@ -355,6 +363,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         task.weights = scores;
         task.sums = sums;
         task.sums_stride = sum_floats;
+        task.ahead = &ahead;
         weighted_sums<kStorage, kElements>(task, value, blocks.first(block) / kPlanBlock * kPlanBlock);
       }
       const auto reduce = [&](const float* groups, float* target) {
@@ -1023,15 +1032,14 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
   for_bundle_rows(args, parallel, elements, costs,
                   [&](const Bundle& bundle, int64_t h, int64_t begin, int64_t end, int64_t longest, const Bundle& next,
                       int64_t next_h) {
-                    if (costs.is_dense(bundle.b[0], h)) {
-                      forward_dense(args, result, bundle, h, begin, end, next, next_h);
-                    } else if (bundle.elements == 1) {
-                      forward_rows<kStorage, 1>(args, result, bundle, h, begin, end, longest, next, next_h);
-                    } else if (bundle.elements == 2) {
-                      forward_rows<kStorage, 2>(args, result, bundle, h, begin, end, longest, next, next_h);
-                    } else {
-                      forward_rows<kStorage, kMaxElements>(args, result, bundle, h, begin, end, longest, next, next_h);
+                    const CsrKernel kernel = costs.kernel(bundle.b[0], h);
+                    if (kernel == CsrKernel::kDense) {
+                      return forward_dense(args, result, bundle, h, begin, end, next, next_h);
                     }
+                    const auto rows = bundle.elements == 1   ? forward_rows<kStorage, 1>
+                                      : bundle.elements == 2 ? forward_rows<kStorage, 2>
+                                                             : forward_rows<kStorage, kMaxElements>;
+                    rows(args, result, bundle, h, kernel == CsrKernel::kBlocks, begin, end, longest, next, next_h);
                   });
 }
 

@@ -81,7 +81,7 @@ class HeadCosts {
       : plan_(args.plan), heads_(args.query_heads), memory_((plan_.heads + 1) * (2 * sizeof(double) + 1)) {
     bundles_ = static_cast<double*>(memory_.data());
     singles_ = bundles_ + plan_.heads + 1;
-    dense_ = reinterpret_cast<char*>(singles_ + plan_.heads + 1);
+    kernels_ = reinterpret_cast<char*>(singles_ + plan_.heads + 1);
     const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
     const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
     const CsrKernel wanted = selected_csr_kernel();
@@ -92,16 +92,25 @@ class HeadCosts {
       const auto nnz = static_cast<double>(first_entry(head + 1) - first_entry(head));
       const auto tiles = choice ? static_cast<double>(plan_.tiles[head]) : 0.0;
       CsrHead shape{args.queries, args.keys, share * nnz, share * tiles, args.head_size, args.value_size, elements};
-      const double entries = entries_cost(shape, entries_rates), dense = dense_cost(shape, dense_rates);
+      CsrKernel kernel = wanted;
+      if (kernel == CsrKernel::kAuto) {
+        const double all = entries_cost(shape, entries_rates, false), blocks = entries_cost(shape, entries_rates, true);
+        kernel = blocks < all ? CsrKernel::kBlocks : CsrKernel::kEntries;
+        if (choice && dense_cost(shape, dense_rates) < (blocks < all ? blocks : all)) kernel = CsrKernel::kDense;
+      }
+      if (kernel == CsrKernel::kDense && !choice) kernel = CsrKernel::kBlocks;
+      kernels_[head] = static_cast<char>(kernel);
+      const auto cost = [&] {
+        return kernel == CsrKernel::kDense ? dense_cost(shape, dense_rates)
+                                           : entries_cost(shape, entries_rates, kernel == CsrKernel::kBlocks);
+      };
+      bundles_[head + 1] = bundles_[head] + cost();
       shape.elements = 1;
-      dense_[head] = choice && (wanted == CsrKernel::kAuto ? dense < entries : wanted == CsrKernel::kDense);
-      bundles_[head + 1] = bundles_[head] + (dense_[head] ? dense : entries);
-      singles_[head + 1] =
-          singles_[head] + (dense_[head] ? dense_cost(shape, dense_rates) : entries_cost(shape, entries_rates));
+      singles_[head + 1] = singles_[head] + cost();
     }
   }
-  __attribute__((always_inline)) bool is_dense(int64_t b, int64_t h) const {
-    return dense_[b % groups() * heads_ + h] != 0;
+  __attribute__((always_inline)) CsrKernel kernel(int64_t b, int64_t h) const {
+    return static_cast<CsrKernel>(kernels_[b % groups() * heads_ + h]);
   }
 
   /// What comes before row `row` of head h in bundle k of a group, of which `full` come before those of one element
@@ -132,7 +141,7 @@ class HeadCosts {
   int64_t heads_;
   SharedScratch memory_;
   double *bundles_, *singles_;  // of the heads before, for a bundle and for a single element
-  char* dense_;
+  char* kernels_;               // of CsrKernel
 };
 
 }  // namespace fiak::cpu::FIAK_ISA

@@ -187,6 +187,39 @@ FIAK_INLINE void for_groups(const Run& run, Use&& use) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Fetching ahead
+
+/// Rows that are wanted soon, of up to two operands of each element. A run fetches one of each: many at once would
+/// fill the buffers that loads wait in.
+class RowsAhead {
+ public:
+  /// Rows [begin, end) of x.
+  template <class Operand>
+  __attribute__((always_inline)) void add(const Operand& x, DType dtype, int64_t b, int64_t h, int64_t begin,
+                                          int64_t end, int64_t size) {
+    if (begin >= end) return;
+    rows_[operands_++] = {row_address(x, dtype, b, h, begin), x.row_stride * element_size(dtype),
+                          size * element_size(dtype), end - begin};
+  }
+  __attribute__((always_inline)) void fetch_one() {
+    for (int i = 0; i < operands_; ++i) {
+      Rows& x = rows_[i];
+      if (--x.count < 0) continue;
+      prefetch_row(x.next, x.bytes);
+      x.next += x.step;
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* next;
+    int64_t step, bytes, count;
+  };
+  Rows rows_[2 * kMaxElements];
+  int operands_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Dot products
 
 /// out[entry] = scale x[row] . panel[index], one part (bundle.h) of the vectors.
@@ -197,6 +230,7 @@ struct DotsTask {
   float scale, fill;  // `fill` stands behind a run's last entry
   bool first, last;   // of the parts
   float* maxima;      // [rows] groups, or null: running maxima, ignoring NaN, in the lanes that found them
+  RowsAhead* ahead;   // or null
 };
 
 template <Storage kStorage, int kChunks>
@@ -240,6 +274,7 @@ static void dots_pass(const DotsTask& shared) {
   const auto fill = broadcast_group<kElements>(task.fill);
   const auto scale = broadcast_group<kElements>(task.last ? task.scale : 1.0f);
   for (const Run* run = task.begin; run < task.end; ++run) {
+    if (task.ahead != nullptr) task.ahead->fetch_one();
     Vec x[kChunks];
 #pragma GCC unroll 8
     for (int c = 0; c < kChunks; ++c) {
@@ -279,6 +314,7 @@ struct SumsTask {
   const float* weights;  // where place 0 is
   float* sums;           // [rows], sums_stride floats apart: sum_vectors() vectors
   int64_t sums_stride;
+  RowsAhead* ahead;  // or null
 };
 
 template <Storage kStorage, int kChunks>
@@ -348,6 +384,7 @@ static void sums_pass(const SumsTask& shared) {
   constexpr int kRegisters = kLanes == 16 ? 16 : 12;
   constexpr int kSets = kVectors == 1 ? 4 : kVectors * 2 <= kRegisters ? 2 : 1;
   for (const Run* run = task.begin; run < task.end; ++run) {
+    if (task.ahead != nullptr) task.ahead->fetch_one();
     Vec sums[kSets][kVectors];
 #pragma GCC unroll 4
     for (int set = 0; set < kSets; ++set) {
