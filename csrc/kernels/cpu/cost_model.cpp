@@ -15,8 +15,8 @@ namespace {
 constexpr CsrRates kAvx2Rates = {8, false, {1.00, 0.90, 0.90}, 0.197, 0.191, 39.7, 2.5, 0.668, 0.0175, 7.8, 0.43};
 constexpr CsrRates kAvx512Rates = {16, false, {0.71, 0.66, 2.03}, 0.353, 0.283, 23.6, 5.2, 0.425, 0.0165, 6.8, 0.41};
 constexpr CsrRates kAvx512Bf16Rates = {16, true, {0.37, 1.00, 1.20}, 0.526, 0.123, 32.8, 5.0, 0.445, 0.0081, 3.6, 0.21};
-constexpr CsrRates kXeonRates = {16, false, {0.34, 0.20, 2.15}, 0.419, 0.134, 125, 5.2, 0.430, 0.0128, 15.6, 0.41};
-constexpr CsrRates kAmxBf16Rates = {16, true, {1.20, 2.07, 2.95}, 0.913, 1.078, 112, 5.0, 0.500, 0.0013, 33.8, 0.25};
+constexpr CsrRates kXeonRates = {16, false, {0.93, 1.18, 2.66}, 0.278, 0.254, 46.7, 5.2, 0.451, 0.0118, 9.8, 0.41};
+constexpr CsrRates kAmxBf16Rates = {16, true, {1.20, 1.56, 2.28}, 0.840, 0.261, 54.8, 5.0, 0.474, 0.0012, 29.4, 0.25};
 
 /// Vectors of a row of `size` numbers, of all elements together (row_chunks in bundle.h).
 int64_t row_vectors(int64_t size, int elements, const CsrRates& rates) {
