@@ -41,6 +41,7 @@ struct Head {
   int b, h, key_head;
   int keys;  ///< that kv_lens leaves
 
+  __device__ Head(int b, int h, int key_head, int keys) : b(b), h(h), key_head(key_head), keys(keys) {}
   __device__ Head(const AttentionParams& params, int64_t batch_and_head)
       : b(static_cast<int>(batch_and_head / params.query_heads)),
         h(static_cast<int>(batch_and_head % params.query_heads)),

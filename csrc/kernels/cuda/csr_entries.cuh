@@ -262,13 +262,14 @@ __device__ __forceinline__ void for_elements(const AttentionParams& params, int 
 template <int kHead, class Visit>
 __device__ __forceinline__ void for_rounds(const PlanView& plan, int64_t row, Visit&& visit) {
   using L = Lanes<kHead>;
-  for (int64_t block = 0; block < plan.key_blocks; ++block) {
+  for (int block = 0; block < plan.key_blocks; ++block) {
     const int64_t* segment = plan.row_segments + row * plan.key_blocks + block;
-    const int64_t end = segment[1];
-    for (int64_t first = segment[0]; first < end; first += kRound) {
-      const int64_t entry = first + L::entry();
-      const int key = entry < end ? static_cast<int>(block * kPlanBlock) + plan.columns[entry] : -1;
-      visit(entry, key, L::steps(end - first));
+    const int64_t first = segment[0];
+    const int count = static_cast<int>(segment[1] - first);  // of kPlanBlock keys
+    for (int i = 0; i < count; i += kRound) {
+      const int64_t entry = first + i + L::entry();
+      const int key = i + L::entry() < count ? block * static_cast<int>(kPlanBlock) + plan.columns[entry] : -1;
+      visit(entry, key, L::steps(count - i));
     }
   }
 }
@@ -369,8 +370,7 @@ struct RowPairs {
 
   const CsrBackwardParams& params;
   const Elements<kElements>& elements;
-  int h, key_head;
-  int64_t row;  ///< among its head's
+  int h, key_head, row;  ///< the row: among its head's
   HeadRows<Element, kHead, kElements> keys, values;
   Numbers queries[kElements], grad_outputs[kElements];
   RowState states[kElements];
@@ -378,7 +378,7 @@ struct RowPairs {
 
   /// query_of(e) is the row's query in the e-th element, or -1.
   template <class QueryOf>
-  __device__ RowPairs(const CsrBackwardParams& params, const Elements<kElements>& elements, int h, int64_t row,
+  __device__ RowPairs(const CsrBackwardParams& params, const Elements<kElements>& elements, int h, int row,
                       QueryOf&& query_of)
       : params(params),
         elements(elements),
@@ -436,7 +436,8 @@ __device__ __forceinline__ void csr_entries_grad_query(const CsrBackwardParams& 
     const int key_head = h / (params.query_heads / params.key_heads);
     if (pattern.uses_tiles(params, params.weights, elements.first, key_head, sizeof(Element) == 2)) return;
     const int64_t row = query + pattern.offset(params, params.weights, elements.first);
-    const RowPairs<Element, kHead, kElements> pairs(params, elements, h, row, [&](int) { return query; });
+    const RowPairs<Element, kHead, kElements> pairs(params, elements, h, static_cast<int>(row),
+                                                    [&](int) { return query; });
     float sums[kElements][kLaneColumns] = {};
     const int64_t pattern_row = pattern.first_row(params, elements.first, h) + row;
     for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
@@ -589,7 +590,7 @@ __device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams&
       const int64_t query = row - pattern.offset(params, params.weights, elements.at(e));
       return query >= 0 && query < params.queries ? static_cast<int>(query) : -1;
     };
-    const RowPairs<Element, kHead, kElements> pairs(params, elements, h, row, query_of);
+    const RowPairs<Element, kHead, kElements> pairs(params, elements, h, static_cast<int>(row), query_of);
     for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
       float grads[kElements], sum = 0;
       pairs.gradients(grads, key, 0, steps);

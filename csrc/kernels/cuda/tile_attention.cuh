@@ -79,15 +79,21 @@ __device__ __forceinline__ void compute_key_biases(float (&biases)[kRows], const
   }
 }
 
-/// Multiplies a product's tiles by dropout's factors; n is the first query's row of the weights.
+/// Multiplies a product's tiles by dropout's factors; n is the first query's row of the weights. One tile after the
+/// other, so that the registers hold Philox's state for few pairs at a time, and a bit for each of the others.
 template <bool kKeysAreRows, int kTiles>
 __device__ __forceinline__ void apply_dropout(float (&tiles)[kTiles][4], const AttentionParams& params,
                                               const Head& head, int n, int j) {
+  static_assert(4 * kTiles <= 32, "a bit for each pair of a thread");
   const auto seed = static_cast<uint64_t>(*params.seed);
   const auto words_of = [&](const Pair<kKeysAreRows>& pair) {
     return philox_words(seed, head.b, head.h, pair.query, pair.key / 4);
   };
-#pragma unroll
+  uint32_t dropped = 0;  // bit 4 t + e
+  const auto draw = [&](int t, int e, uint32_t word) {
+    dropped |= static_cast<uint32_t>(word < params.dropout_threshold) << (4 * t + e);
+  };
+#pragma unroll 1
   for (int t = 0; t < kTiles; ++t) {
     if constexpr (kKeysAreRows) {
 #pragma unroll
@@ -96,17 +102,22 @@ __device__ __forceinline__ void apply_dropout(float (&tiles)[kTiles][4], const A
         const PhiloxWords words = words_of(pair);
         const uint32_t first = pair.key % 2 == 0 ? words.word[0] : words.word[1];
         const uint32_t second = pair.key % 2 == 0 ? words.word[2] : words.word[3];
-        tiles[t][e] *= dropout_factor(params, pair.key % 4 < 2 ? first : second);
+        draw(t, e, pair.key % 4 < 2 ? first : second);
       }
     } else {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {  // two keys from an even one on share Philox's words
-        const Pair<false> pair(n, j, t, 2 * r);
+      for (int e = 0; e < 4; e += 2) {  // two keys from an even one on share Philox's words
+        const Pair<false> pair(n, j, t, e);
         const PhiloxWords words = words_of(pair);
-        tiles[t][2 * r] *= dropout_factor(params, pair.key % 4 < 2 ? words.word[0] : words.word[2]);
-        tiles[t][2 * r + 1] *= dropout_factor(params, pair.key % 4 < 2 ? words.word[1] : words.word[3]);
+        draw(t, e, pair.key % 4 < 2 ? words.word[0] : words.word[2]);
+        draw(t, e + 1, pair.key % 4 < 2 ? words.word[1] : words.word[3]);
       }
     }
+  }
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) tiles[t][e] *= (dropped >> (4 * t + e) & 1) != 0 ? 0.0f : params.dropout_kept;
   }
 }
 
@@ -333,9 +344,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   const int first_tile = support.first_query(first_key) / T::kStreamed;
   const int head_tiles = static_cast<int>(tiles_of(params.queries, T::kStreamed)) - first_tile;
   const int count = first_key < keys && head_tiles > 0 ? shared_heads * head_tiles : 0;
-  const auto head_at = [&](int i) {
-    return Head(params, int64_t{b} * params.query_heads + key_head * shared_heads + i / head_tiles);
-  };
+  const auto head_at = [&](int i) { return Head(b, key_head * shared_heads + i / head_tiles, key_head, keys); };
   const auto first_query_at = [&](int i) { return (first_tile + i % head_tiles) * T::kStreamed; };
 
   float sums[T::kColumnTiles][4] = {};
