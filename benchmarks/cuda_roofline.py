@@ -4,12 +4,14 @@
 build/release/fiak_tests, float16), scales what one batch element and head took to the paper's sizes, and writes
 benchmarks/results/cuda_roofline.json and .md.
 
-Counted: products on tensor cores, with all that tiles add to the sizes, and bytes that cp.async copies to shared
-memory. Derived: bytes of device memory, each operand once, as if the L2 cache held what is read again; one exponential
-for each pair that is kept. The floor of a kernel is the longer of its operands' bytes and its operations without
-padding, at the documented rates; the prediction is the longest of the bytes, the counted operations and the
-exponentials, as if they overlapped perfectly. Nothing here is a measurement, and mma.sync, which the kernels use, is
-known not to reach the documented rate of tensor cores from the H100 on.
+Counted: products on tensor cores, with all that tiles add to the sizes, and bytes of rows that are copied to shared
+memory (cp.async) or loaded into registers (by entries). Derived: bytes of device memory, each operand once, as if the
+L2 cache held what is read again; one exponential for each pair that is kept; the operations of csr_attention's kernels
+by entries, which run in float32 without tensor cores, for all columns that their lanes have. The floor of a kernel is
+the longer of its operands' bytes and its operations without padding, at the documented rates; the prediction is the
+longest of the bytes, the operations, the exponentials and, by entries, the loads, as if the L1 caches held all rows and
+everything overlapped perfectly. Indices, statistics and what is stored are not counted. Nothing here is a measurement,
+and mma.sync, which the kernels use, is known not to reach the documented rate of tensor cores from the H100 on.
 """
 
 from __future__ import annotations
@@ -30,17 +32,27 @@ OPERATIONS_OF_PRODUCT = 2 * 16 * 8 * 16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Documented rates a second: NVIDIA's data sheets, dense float16; exponentials: 16 a clock and multiprocessor."""
+    """Documented rates a second: NVIDIA's data sheets, operations in dense float16 on tensor cores and in float32
+    without; a clock and multiprocessor: 16 exponentials, 128 bytes from the L1 cache."""
 
     bytes: float
     operations: float
-    exponentials: float
+    float32_operations: float
+    clocks: float  # of all multiprocessors
+
+    @property
+    def exponentials(self) -> float:
+        return 16 * self.clocks
+
+    @property
+    def loaded_bytes(self) -> float:
+        return 128 * self.clocks
 
 
 GPUS = {
-    "A100 SXM 80 GB": Gpu(2.039e12, 312e12, 16 * 108 * 1.41e9),
-    "H100 SXM": Gpu(3.35e12, 989e12, 16 * 132 * 1.83e9),
-    "B200": Gpu(8.0e12, 2250e12, 16 * 148 * 1.85e9),
+    "A100 SXM 80 GB": Gpu(2.039e12, 312e12, 19.5e12, 108 * 1.41e9),
+    "H100 SXM": Gpu(3.35e12, 989e12, 67e12, 132 * 1.83e9),
+    "B200": Gpu(8.0e12, 2250e12, 75e12, 148 * 1.85e9),
 }
 
 # batch and heads that stand for a counted size
@@ -85,8 +97,11 @@ def least(row: Mapping[str, Any], batch: int, heads: int) -> Least:
         n, m, d = row["queries"], row["keys"], row["head_size"]
         pairs = batch * heads * row.get("nnz", n * m)
         statistics = 4 * batch * heads * n
-        # The prior, or a bit for each pair
-        prior = heads * n * ((m + 63) // 64 * 8 if "nnz" in row else 4 * m)
+        # The prior; or a bit for each pair; or the rows' ends and an index for each pair that is kept
+        if "entries" in kernel:
+            prior = heads * (8 * n + 2 * row["nnz"])
+        else:
+            prior = heads * n * ((m + 63) // 64 * 8 if "nnz" in row else 4 * m)
         # Operands of n or m rows that are read or written, float32 numbers of a row, copies of the prior, products
         by_queries, by_keys, of_rows, priors, products = known(
             {
@@ -119,16 +134,24 @@ def predict(row: Mapping[str, Any]) -> dict[str, Any]:
     size = row["in_features"] if row["op"] == "compact_linear" else row["head_size"]
     batch, heads = PAPER[row["op"], size]
     needs = least(row, batch, heads)
-    executed = batch * heads * row["products"] * OPERATIONS_OF_PRODUCT
+    copies = batch * heads // (row["batch"] * row["heads"])  # of what was counted
+    by_entries = "entries" in row["kernel"]
+    if by_entries:
+        lanes = int(row["kernel"].rsplit("_d", 1)[1].partition("_")[0])
+        executed = needs.operations * lanes / row["head_size"]
+    else:
+        executed = copies * row["products"] * OPERATIONS_OF_PRODUCT
     result = {**row, "batch": batch, "heads": heads, "least_bytes": needs.bytes, "least_operations": needs.operations}
-    result.update(copied_bytes=batch * heads * row["copied_bytes"], operations=executed, gpus={})
+    result.update({name: copies * row[name] for name in ("copied_bytes", "loaded_bytes")}, operations=executed, gpus={})
     del result["products"], result["blocks"]
     for name, gpu in GPUS.items():
-        floor = max(needs.bytes / gpu.bytes, needs.operations / gpu.operations)
+        operations = gpu.float32_operations if by_entries else gpu.operations
+        floor = max(needs.bytes / gpu.bytes, needs.operations / operations)
         times = {
             "bytes": needs.bytes / gpu.bytes,
-            "operations": executed / gpu.operations,
+            "operations": executed / operations,
             "exponentials": needs.exponentials / gpu.exponentials,
+            "loads": result["loaded_bytes"] / gpu.loaded_bytes,
         }
         bound = max(times, key=lambda unit: times[unit])
         result["gpus"][name] = {"floor_us": 1e6 * floor, "share": floor / times[bound], "bound_by": bound}
@@ -144,7 +167,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "what is counted, what is derived and what is assumed. float16. For each GPU the floor in microseconds, the "
         "share of it that a perfect overlap of what is executed would reach, and what that is bound by.",
         "",
-        "| kernel | sizes | operations, of the least | copies to shared memory, of the least bytes | "
+        "| kernel | sizes | operations, of the least | copied or loaded rows, of the least bytes | "
         + " | ".join(GPUS)
         + " |",
         "|---|---|---|---|" + "---|" * len(GPUS),
@@ -157,7 +180,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         else:
             sizes = f"B{row['batch']} H{row['heads']} M{row['rows']} K{row['kept']} Dx{row['in_features']}"
         more = f"{row['operations'] / row['least_operations']:.2f}" if row["least_operations"] else "-"
-        cells = [f"`{row['kernel']}`", sizes, more, f"{row['copied_bytes'] / row['least_bytes']:.2f}"]
+        cells = [
+            f"`{row['kernel']}`",
+            sizes,
+            more,
+            f"{(row['copied_bytes'] + row['loaded_bytes']) / row['least_bytes']:.2f}",
+        ]
         cells += [
             f"{gpu['floor_us']:.1f}, {100 * gpu['share']:.0f}%, {gpu['bound_by']}" for gpu in row["gpus"].values()
         ]

@@ -463,6 +463,7 @@ Sites run(const Launch& launch, const Schedule& schedule, void (*kernel)(const v
   ++sum.launches;
   sum.blocks += launch.blocks;
   sum.copied_bytes += launched.counts.copied_bytes;
+  sum.loaded_bytes += launched.counts.loaded_bytes;
   sum.products += launched.counts.products;
   return sites;
 }
@@ -478,6 +479,7 @@ void trap() { scheduler->complain("trapped"); }
 // Asynchronous copies
 
 void count_copy(unsigned bytes) { scheduler->counts.copied_bytes += bytes; }
+void count_load(int64_t bytes) { scheduler->counts.loaded_bytes += bytes; }
 
 bool postpone(const Copy& copy) {
   if (scheduler->random() % 2 == 0) return false;

@@ -70,9 +70,10 @@ constexpr bool kThreadSanitizer = true;
 constexpr bool kThreadSanitizer = false;
 #endif
 
-/// What launches did: bytes that cp.async copied, matrix products of m16n8k16 (4096 operations each).
+/// What launches did: bytes that cp.async copied, bytes of rows that were loaded into registers, matrix products of
+/// m16n8k16 (4096 operations each).
 struct Counts {
-  int64_t launches = 0, blocks = 0, copied_bytes = 0, products = 0;
+  int64_t launches = 0, blocks = 0, copied_bytes = 0, loaded_bytes = 0, products = 0;
 };
 /// Of all launches until it is cleared, by the kernel's name.
 extern std::map<std::string, Counts> counts;
@@ -139,6 +140,7 @@ struct Copy {
   unsigned bytes;
 };
 void count_copy(unsigned bytes);
+void count_load(int64_t bytes);
 /// Whether the copy was put off, to be done by the thread itself when it waits.
 bool postpone(const Copy& copy);
 void commit_copies();
@@ -261,13 +263,17 @@ inline void load_16_bytes(uint32_t* words, const void* source, bool is_read) {
   std::memset(words, 0, 16);
   if (!is_read) return;
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) simt::trap();
+  simt::count_load(16);
   std::memcpy(words, source, 16);
 }
 template <class Element>
 void load_elements(uint32_t* words, const Element* source, int count) {
   constexpr int kMost = 16 / sizeof(Element);
   std::memset(words, 0, 16);
-  if (count > 0) std::memcpy(words, source, (count < kMost ? count : kMost) * sizeof(Element));
+  if (count <= 0) return;
+  const int64_t bytes = (count < kMost ? count : kMost) * static_cast<int64_t>(sizeof(Element));
+  simt::count_load(bytes);
+  std::memcpy(words, source, bytes);
 }
 
 inline void copy_async(void* target, const void* source, unsigned bytes, simt::Site site = simt::Site::here()) {

@@ -13,9 +13,9 @@ inline void print_counts(const std::string& op, const std::vector<std::pair<std:
   for (const auto& [kernel, counts] : simt::counts) {
     std::printf("COUNTS {\"op\": \"%s\", \"kernel\": \"%s\"", op.c_str(), kernel.c_str());
     for (const auto& [name, size] : sizes) std::printf(", \"%s\": %lld", name.c_str(), static_cast<long long>(size));
-    std::printf(", \"blocks\": %lld, \"copied_bytes\": %lld, \"products\": %lld}\n",
+    std::printf(", \"blocks\": %lld, \"copied_bytes\": %lld, \"loaded_bytes\": %lld, \"products\": %lld}\n",
                 static_cast<long long>(counts.blocks), static_cast<long long>(counts.copied_bytes),
-                static_cast<long long>(counts.products));
+                static_cast<long long>(counts.loaded_bytes), static_cast<long long>(counts.products));
   }
   simt::counts.clear();
 }

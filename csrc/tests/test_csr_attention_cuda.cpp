@@ -233,30 +233,48 @@ TEST_F(CsrAttentionCudaCases, OfRecordedLearnedMasks) {
   }
 }
 
-/// What the kernels over tiles do for patterns of a trained model: as much as for all pairs, but for tiles without any.
+/// What the kernels do for patterns of a trained model: over tiles as much as for all pairs, but for tiles without any,
+/// and by entries for two batch elements, which share the indices.
 TEST(CudaCounts, OfCsrAttention) {
   Random random(26);
   simt::counts.clear();
-  selected = CsrKernel::kTiles;
-  for (const int pruned : {50, 70, 90}) {
-    const auto pattern = recorded_pattern("vit_fashion_n197_" + std::to_string(pruned), 0, 1);
-    CsrCase properties{};
-    properties.dtype = DType::kFloat16;
-    properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
-    properties.queries = properties.keys = 197;
-    properties.head_size = properties.value_size = 48;
-    properties.scale_factor = 1;
-    Problem problem = csr_problem(random, properties, pattern);
-    problem.lay_rows_apart(random);  // all copies are asynchronous
-    Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
-    problem.backward(kCudaKernels, threads(1), results);
-    for (const auto& [kernel, counts] : simt::counts) {
-      if (counts.products == 0) continue;
-      EXPECT_GE(counts.products * 8 * 16 * 16, 2 * pattern->nnz() * 48) << kernel;
+  for (const CsrKernel kernels : {CsrKernel::kTiles, CsrKernel::kEntries}) {
+    selected = kernels;
+    for (const int pruned : {50, 70, 90}) {
+      const auto pattern = recorded_pattern("vit_fashion_n197_" + std::to_string(pruned), 0, 1);
+      CsrCase properties{};
+      properties.dtype = DType::kFloat16;
+      properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+      properties.batch = kernels == CsrKernel::kTiles ? 1 : 2;
+      properties.queries = properties.keys = 197;
+      properties.head_size = properties.value_size = 48;
+      properties.scale_factor = 1;
+      Problem problem = csr_problem(random, properties, pattern);
+      problem.lay_rows_apart(random);  // all copies are asynchronous, all loads of 16 bytes
+      Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
+      problem.backward(kCudaKernels, threads(1), results);
+      const int64_t row_bytes = 48 * 2, rows = properties.batch * pattern->nnz();
+      for (const auto& [kernel, counts] : simt::counts) {
+        const bool by_entries = kernel.find("entries") != std::string::npos;
+        if (by_entries) {
+          // Of an entry, rows of key and value, or, by columns, of query and grad_output, the first once more where the
+          // scores are differentiated; of a warp its own row, in that case two, which each of its 8 groups loads.
+          const bool differentiates =
+              kernel.find("grad_query") != std::string::npos || kernel.find("grad_key") != std::string::npos;
+          const int64_t of_entry = differentiates ? 3 : 2, of_warp = differentiates ? 2 : 1;
+          EXPECT_EQ(counts.loaded_bytes, (of_entry * rows + of_warp * 8 * properties.batch * 197) * row_bytes)
+              << kernel;
+        } else if (counts.products > 0) {
+          EXPECT_GE(counts.products * 8 * 16 * 16, 2 * pattern->nnz() * 48) << kernel;
+        }
+      }
+      print_counts("csr_attention", {{"batch", properties.batch},
+                                     {"heads", 1},
+                                     {"queries", 197},
+                                     {"keys", 197},
+                                     {"head_size", 48},
+                                     {"nnz", pattern->nnz()}});
     }
-    print_counts(
-        "csr_attention",
-        {{"batch", 1}, {"heads", 1}, {"queries", 197}, {"keys", 197}, {"head_size", 48}, {"nnz", pattern->nnz()}});
   }
   selected = CsrKernel::kAuto;
 }
