@@ -18,7 +18,7 @@ namespace {
 using at::Tensor;
 
 /// As the environment variable FIAK_CSR_KERNEL has it, which the CPU's kernels heed, too: there the tiles' is dense,
-/// and blocks of keys are chosen.
+/// and entries may be taken in blocks of keys, which is the same here.
 cuda::CsrKernel selected_kernel() {
   switch (cpu::selected_csr_kernel()) {
     case cpu::CsrKernel::kEntries:
