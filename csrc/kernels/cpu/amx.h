@@ -37,7 +37,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Tile registers by number: 0 to 3 for sums, 4 and 5 for the left operand, 6 and 7 for the right one.
+// Tile registers by number. They are not renamed: a load waits for the products that read its register, and a store for
+// those that add to it, so that what shall overlap needs registers of its own.
 
 template <int kTile>
 FIAK_INLINE void load_tile(const float* p, int64_t row_bytes = 64) {
@@ -56,7 +57,11 @@ FIAK_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
 
-/// Up to 2 x 2 tiles of sums, in registers.
+/// Where vectors alone work for about a thousand cycles, the multiplier of tiles is switched off, and the next product
+/// waits as long for it. Any product, here one whose sums nobody needs, prevents that for some 60 cycles.
+FIAK_INLINE void keep_awake() { multiply_tiles<1, 2, 3>(); }
+
+/// Up to 2 x 2 tiles of sums, in registers 0 to 3; 4 and 5 are for the left operand, 6 and 7 for the right one.
 template <int kRows, int kColumns>
 struct TileSums {
   template <class Use>
@@ -109,18 +114,29 @@ FIAK_INLINE void for_tiles(int64_t rows, int64_t columns, Use&& use) {
   }
 }
 
-/// Chunk c of a row of bfloat16 numbers.
-FIAK_INLINE Vec load_chunk(const char* row, int64_t c, int64_t size) {
-  return load_pairs_in_order(row + 2 * c * kChunk, smaller(kChunk, size - c * kChunk));
-}
+/// Loads chunk c of rows of `size` bfloat16 numbers, 0 beyond.
+class ChunkLoad {
+ public:
+  __attribute__((always_inline)) ChunkLoad(int64_t c, int64_t size)
+      : offset_(2 * c * kChunk), numbers_(smaller(kChunk, size - c * kChunk)) {}
+  __attribute__((always_inline)) Vec operator()(const char* row) const {
+    return load_pairs_in_order(row + offset_, numbers_);
+  }
+
+ private:
+  int64_t offset_, numbers_;
+};
 
 /// Rows [0, count) as the left operand; row(i) is the address of row i.
 template <class Row>
 FIAK_INLINE void pack_left(Row&& row, int64_t count, int64_t size, float* target) {
-  for (int64_t i = 0; i < sides(count) * kTileSide; ++i) {
-    float* to = target + i / kTileSide * tile_units(size) + i % kTileSide * kTileSide;
-    for (int64_t c = 0; c < chunks(size); ++c, to += kTileUnits) {
-      store(to, i < count ? load_chunk(row(i), c, size) : zero());
+  for (int64_t side = 0; side < sides(count); ++side) {
+    for (int64_t c = 0; c < chunks(size); ++c, target += kTileUnits) {
+      const ChunkLoad load_chunk(c, size);
+      for (int64_t i = 0; i < kTileSide; ++i) {
+        const int64_t n = side * kTileSide + i;
+        store(target + i * kTileSide, n < count ? load_chunk(row(n)) : zero());
+      }
     }
   }
 }
@@ -128,12 +144,16 @@ FIAK_INLINE void pack_left(Row&& row, int64_t count, int64_t size, float* target
 template <class Row>
 FIAK_INLINE void pack_right(Row&& row, int64_t count, int64_t size, float* target) {
   for (int64_t side = 0; side < sides(count); ++side) {
+    const int64_t first = side * kTileSide, some = smaller(kTileSide, count - first);
     for (int64_t c = 0; c < chunks(size); ++c, target += kTileUnits) {
+      const ChunkLoad load_chunk(c, size);
       Vec square[kTileSide];
+      if (some == kTileSide) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kTileSide; ++i) {
-        const int64_t n = side * kTileSide + i;
-        square[i] = n < count ? load_chunk(row(n), c, size) : zero();
+        for (int i = 0; i < kTileSide; ++i) square[i] = load_chunk(row(first + i));
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileSide; ++i) square[i] = i < some ? load_chunk(row(first + i)) : zero();
       }
       transpose_square(square);
 #pragma GCC unroll 16

@@ -10,17 +10,18 @@ namespace fiak::cpu::FIAK_ISA {
 /// What the queries of a head of a pattern without values attend to (dense_forward). The plan must have bits.
 class KeptHead {
  public:
+  static constexpr bool kMasked = true;
   __attribute__((always_inline)) KeptHead(const CsrArgs& args, HeadPlace at)
       : plan_(args.plan),
         first_(args.query_offsets != nullptr ? args.query_offsets[at.b] : 0),
         row_((at.b % (plan_.heads / args.query_heads) * args.query_heads + at.h) * plan_.num_queries + first_),
         keys_(keys_of(args, at.b)) {}
   __attribute__((always_inline)) int64_t end(int64_t n) const {
-    const int64_t* segment = plan_.row_segments + (row_ + n) * plan_.key_blocks;
-    int64_t block = plan_.key_blocks - 1;
-    while (block > 0 && segment[block] == segment[block + 1]) --block;
-    if (segment[block] == segment[block + 1]) return 0;
-    return smaller(keys_, block * kPlanBlock + plan_.columns[segment[block + 1] - 1] + 1);
+    for (int64_t w = (keys_ + 63) / 64 - 1; w >= 0; --w) {
+      const uint64_t bits = words(n)[w] & ~uint64_t{0} >> (64 - smaller(64, keys_ - 64 * w));
+      if (bits != 0) return 64 * (w + 1) - __builtin_clzll(bits);
+    }
+    return 0;
   }
   template <class Call>
   __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
@@ -28,10 +29,12 @@ class KeptHead {
   }
   __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys, int64_t unit,
                                                KeySpan* spans) const {
-    uint64_t any[kBlockKeys / 64 + 1] = {};
+    uint64_t any[kBlockKeys / 64 + 1];
     const int64_t word = from / 64, count = (from + keys + 63) / 64 - word;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t w = 0; w < count; ++w) any[w] |= words(first + i)[word + w];
+    for (int64_t w = 0; w < count; ++w) {
+      const uint64_t* bits = words(first) + word + w;
+      any[w] = 0;
+      for (int64_t i = 0; i < rows; ++i, bits += plan_.row_words) any[w] |= *bits;
     }
     const auto has = [&](int64_t j, int64_t size) __attribute__((always_inline)) {
       const int64_t bit = j - word * 64;

@@ -12,12 +12,8 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
-#if defined(FIAK_ISA_AMX_BF16)
-constexpr int64_t kBlockRows = 32;  // queries of a block: two tiles of AMX, whose weights stay near
-#else
 constexpr int64_t kBlockRows = 48;  // queries of a block, whole tiles of any height
 static_assert(kBlockRows % (kTileRows * kTileVectors) == 0);
-#endif
 constexpr int64_t kBlockKeys = 384;  // keys of a block at most: its scores stay in the L2 cache
 constexpr float kSmallestNormal = 0x1p-126f;
 constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
@@ -260,7 +256,9 @@ constexpr int64_t kMaxSpans = kBlockKeys / 16;
 template <bool kPairs>
 class VectorProducts {
  public:
+  static constexpr int64_t kRows = kBlockRows;      // queries of a step, at most
   static constexpr int64_t kSpanKeys = kTileWidth;  // spans start at multiples of it
+  static constexpr bool kCutsRows = true;           // whether it pays to know where rows end
   static constexpr bool kScaled = true;             // scores come times their factor
   static_assert(kBlockKeys % kSpanKeys == 0 && kBlockKeys / kSpanKeys <= kMaxSpans);
 
@@ -287,6 +285,9 @@ class VectorProducts {
                                 scratch.floats(units<kPairs>(all_keys) * value_size_));
     finite_ = all_finite<kPairs>(value_, units<kPairs>(all_keys), value_size_);
   }
+  __attribute__((always_inline)) int64_t step_rows() const { return kRows; }
+  /// Called while there is nothing to multiply.
+  __attribute__((always_inline)) void wait() const {}
   /// Whether these can compute the head.
   __attribute__((always_inline)) bool serves() const { return true; }
 
@@ -342,29 +343,58 @@ class VectorProducts {
 
 namespace fiak::cpu::FIAK_ISA {
 
-/// Fetches what block `first` of this head and the next head will read: cold operands would cost as much as products.
-FIAK_INLINE void prefetch_next(const AttentionArgs& args, const ForwardResult& result, HeadPlace at, int64_t first,
-                               HeadPlace next) {
-  const int64_t block_end = smaller(args.queries, first + kBlockRows);
-  prefetch_rows_for_writing(result.output, args.dtype, at.b, at.h, first, block_end, args.value_size);
-  prefetch_rows(args.query, args.dtype, at.b, at.h, block_end, smaller(args.queries, block_end + kBlockRows),
-                args.head_size);
-  if (next.h >= args.query_heads) return;
-  // Its keys and values are spread over this head's blocks.
-  const int64_t key_head = next.h / shared_heads(args), keys = keys_of(args, next.b);
-  const int64_t each = keys / row_blocks(args.queries) + 1;
-  const int64_t begin = smaller(keys, first / kBlockRows * each), end = smaller(keys, begin + each);
-  prefetch_rows(args.key, args.dtype, next.b, key_head, begin, end, args.head_size);
-  prefetch_rows(args.value, args.dtype, next.b, key_head, begin, end, args.value_size);
-  if (block_end == args.queries) {
-    prefetch_rows(args.query, args.dtype, next.b, next.h, 0, smaller(args.queries, kBlockRows), args.head_size);
+/// Fetches what a head's queries and the next head read, a little at every query: cold operands would cost as much as
+/// products, and many requests at once would fill the processor's queues.
+class Prefetch {
+ public:
+  /// Queries are fetched `ahead` rows early.
+  __attribute__((always_inline))
+  Prefetch(const AttentionArgs& args, const ForwardResult& result, HeadPlace at, int64_t ahead, HeadPlace next)
+      : queries_(args.queries), ahead_(ahead) {
+    const auto size = element_size(args.dtype);
+    query_size_ = args.head_size * size;
+    value_size_ = args.value_size * size;
+    output_ = row_address(result.output, args.dtype, at.b, at.h, 0);
+    output_step_ = result.output.row_stride * size;
+    query_ = row_address(args.query, args.dtype, at.b, at.h, 0);
+    query_step_ = args.query.row_stride * size;
+    if (next.h >= args.query_heads) return;
+    next_query_ = row_address(args.query, args.dtype, next.b, next.h, 0);
+    const int64_t key_head = next.h / shared_heads(args);
+    key_ = row_address(args.key, args.dtype, next.b, key_head, 0);
+    key_step_ = args.key.row_stride * size;
+    value_ = row_address(args.value, args.dtype, next.b, key_head, 0);
+    value_step_ = args.value.row_stride * size;
+    keys_ = keys_of(args, next.b);
+    each_ = (keys_ + queries_ - 1) / larger(1, queries_);
   }
-}
+  /// Query n's row of the output, the query `ahead` rows on, and its share of the next head's keys and values.
+  __attribute__((always_inline)) void at(int64_t n) const {
+    prefetch_row_for_writing(output_ + n * output_step_, value_size_);
+    const int64_t later = n + ahead_;
+    if (later < queries_) {
+      prefetch_row(query_ + later * query_step_, query_size_);
+    } else if (next_query_ != nullptr && later < 2 * queries_) {
+      prefetch_row(next_query_ + (later - queries_) * query_step_, query_size_);
+    }
+    for (int64_t j = n * each_; j < smaller(keys_, (n + 1) * each_); ++j) {
+      prefetch_row(key_ + j * key_step_, query_size_);
+      prefetch_row(value_ + j * value_step_, value_size_);
+    }
+  }
+
+ private:
+  int64_t queries_, ahead_, query_size_, value_size_, output_step_, query_step_;
+  int64_t key_step_ = 0, value_step_ = 0, keys_ = 0, each_ = 0;  // each_: keys for a query
+  char* output_;
+  const char *query_, *next_query_ = nullptr, *key_ = nullptr, *value_ = nullptr;
+};
 
 /// Queries [begin, end) of a head; begin is a multiple of kBlockRows. Returns false, having written nothing, where
 /// Products does not serve its numbers. What they attend to is `head`'s:
 ///
 ///   end(n)            query n sees no key from there on; at most keys_of(b)
+///   kMasked           whether supports leave out the keys from there on
 ///   with(n, j, call)  call(query n's support from key j on)
 ///   spans(first, rows, from, keys, unit, spans)
 ///                     writes those of keys [from, from + keys), in multiples of `unit` but for the last, that some of
@@ -376,37 +406,43 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
                           int64_t begin, int64_t end, HeadPlace next) {
   const int64_t b = at.b, h = at.h, key_head = h / shared_heads(args), all_keys = keys_of(args, b);
   int64_t keys = 0;
-  for (int64_t n = begin; n < end; ++n) keys = larger(keys, head.end(n));
+  // Where supports tell anyway, loops of one length are predicted better.
+  const auto end_of = [&](int64_t n) __attribute__((always_inline)) {
+    return Head::kMasked && !Products::kCutsRows ? all_keys : head.end(n);
+  };
+  for (int64_t n = begin; n < end; ++n) keys = larger(keys, end_of(n));
   const int64_t value_size = padded(args.value_size), width = block_keys(all_keys, Products::kSpanKeys);
   const bool gaussian = args.score == Score::kGaussian;
   const auto factor = static_cast<float>(args.scale * kLog2E);
   const float left = Products::kScaled || gaussian ? 1.0f : factor;  // what scores, with their bias, still lack
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
-  Carver scratch{static_cast<char*>(thread_scratch(Products::bytes(args, b, keys, width) +
-                                                   carved(kBlockRows * value_size) + carved(kBlockRows * width) +
-                                                   carved(width) + carved(keys) + carved(padded(args.head_size))))};
-  float* sums = scratch.floats(kBlockRows * value_size);
-  float* scores = scratch.floats(kBlockRows * width);
+  constexpr int64_t kRows = Products::kRows;
+  Carver scratch{static_cast<char*>(thread_scratch(Products::bytes(args, b, keys, width) + carved(kRows * value_size) +
+                                                   carved(kRows * width) + carved(width) + carved(keys) +
+                                                   carved(padded(args.head_size))))};
+  float* sums = scratch.floats(kRows * value_size);
+  float* scores = scratch.floats(kRows * width);
   float* kept = scratch.floats(width);
   float* bias = scratch.floats(keys);
   float* row = scratch.floats(padded(args.head_size));
   if (gaussian) key_bias(args, b, key_head, keys, row, bias);
   Products products(args, at, keys, width, scratch);
   if (!products.serves()) return false;
+  const int64_t step = products.step_rows();
+  const Prefetch prefetch(args, result, at, step, next);
 
-  for (int64_t first = begin; first < end; first += kBlockRows) {
-    const int64_t rows = smaller(kBlockRows, end - first);
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t rows = smaller(step, end - first);
     products.load_queries(first, rows);
-    prefetch_next(args, result, at, first, next);
-    // Row i of the block sees the keys below ends[i], and none beyond i + diagonal.
-    int64_t ends[kBlockRows], seen = 0, diagonal = -kBlockRows;
+    // Row i sees the keys below ends[i], and none beyond i + diagonal.
+    int64_t ends[kRows], seen = 0, diagonal = -kRows;
     for (int64_t i = 0; i < rows; ++i) {
-      ends[i] = head.end(first + i);
+      ends[i] = end_of(first + i);
       seen = larger(seen, ends[i]);
       diagonal = larger(diagonal, ends[i] - 1 - i);
     }
-    RowState states[kBlockRows];
+    RowState states[kRows];
     bool started = false;
     for (int64_t from = 0; from < seen; from += width) {
       KeySpan spans[kMaxSpans];
@@ -434,9 +470,11 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
               });
               maximum = found > maximum ? found : maximum;
             });
+        if (i % 16 == 15) products.wait();
         raise_maximum(maximum, !started, states[i], sums + i * value_size, value_size);
       }
       for (int64_t i = 0; i < rows; ++i) {
+        if (!started) prefetch.at(first + i);
         // A row without a finite score so far: 2^-inf = 0.
         const float shift = states[i].maximum == -kInfinity ? 0.0f : states[i].maximum;
         for_spans(
@@ -459,13 +497,14 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
       std::memset(sums, 0, rows * value_size * sizeof(float));
       for (int64_t i = 0; i < rows; ++i) states[i] = {-kInfinity, 0.0f};
     }
-    float logs[kBlockRows];
+    float logs[kRows];
     for (int64_t i = 0; i < rows; i += kLanes) {
       for (int64_t k = i; k < i + kLanes; ++k) logs[k] = k < rows ? states[k].total : 1.0f;
       store(logs + i, log_of_normal(load(logs + i)));
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t n = first + i;
+      if (i % 16 == 15) products.wait();
       float inverse = 0.0f, lse = -kInfinity;
       const bool none = ends[i] == 0 || (states[i].maximum == -kInfinity &&
                                          head.with(n, 0, [&](const auto& x) { return is_empty(x, ends[i]); }));

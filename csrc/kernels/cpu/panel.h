@@ -28,20 +28,6 @@ FIAK_INLINE void prefetch_row_for_writing(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 1);
 }
 
-/// The same for rows [begin, end) of x.
-FIAK_INLINE void prefetch_rows(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t end,
-                               int64_t size) {
-  const int64_t step = x.row_stride * element_size(dtype), bytes = size * element_size(dtype);
-  const char* row = row_address(x, dtype, b, h, begin);
-  for (int64_t n = begin; n < end; ++n, row += step) prefetch_row(row, bytes);
-}
-FIAK_INLINE void prefetch_rows_for_writing(const Output& x, DType dtype, int64_t b, int64_t h, int64_t begin,
-                                           int64_t end, int64_t size) {
-  const int64_t step = x.row_stride * element_size(dtype), bytes = size * element_size(dtype);
-  const char* row = row_address(x, dtype, b, h, begin);
-  for (int64_t n = begin; n < end; ++n, row += step) prefetch_row_for_writing(row, bytes);
-}
-
 /// target[0, size) = source * factor, zero up to the next whole vector.
 FIAK_INLINE void load_row(const char* source, DType dtype, int64_t size, float factor, float* target) {
   const Vec f = broadcast(factor);

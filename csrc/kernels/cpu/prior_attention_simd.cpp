@@ -19,6 +19,7 @@ const float* weights_of(const PriorArgs& args, int64_t b, int64_t h, int64_t n) 
 /// What the queries of a head attend to (dense_forward).
 class PriorHead {
  public:
+  static constexpr bool kMasked = false;
   PriorHead(const PriorArgs& args, int64_t b, int64_t h) : args_(args), b_(b), h_(h), keys_(keys_of(args, b)) {}
   __attribute__((always_inline)) int64_t end(int64_t n) const {
     return args_.is_causal ? smaller(keys_, n + 1) : keys_;

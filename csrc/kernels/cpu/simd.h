@@ -114,6 +114,12 @@ FIAK_INLINE Vec load_bfloat16(const void* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+#if defined(FIAK_ISA_AVX512_BF16)
+/// Rounded to nearest even; subnormal numbers become 0.
+FIAK_INLINE void store_bfloat16(void* p, Vec x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+#else
 FIAK_INLINE void store_bfloat16(void* p, Vec x) {
   const __m512i bits = _mm512_castps_si512(x),
                 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -122,6 +128,7 @@ FIAK_INLINE void store_bfloat16(void* p, Vec x) {
   const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
+#endif
 
 /// Transposes a square of vectors: lane j of rows[i] becomes lane i of rows[j].
 FIAK_INLINE void transpose_square(Vec (&rows)[kLanes]) {
@@ -163,18 +170,21 @@ FIAK_INLINE Vec fmadd_pairs(Vec a, Vec b, Vec c) {
 }
 /// The numbers of `low`, then those of `high`, side by side as 16 pairs, rounded to nearest even.
 FIAK_INLINE Vec pairs_in_order(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
-/// Pair i is lane i of `first` and of `second`.
-FIAK_INLINE Vec pairs_of(Vec first, Vec second) {
-  const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+/// Pair i is number i and number 16 + i of `halves`.
+FIAK_INLINE Vec pair_halves(__m512i halves) {
   alignas(64) static constexpr uint16_t kOrder[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
 }
+/// Pair i is lane i of `first` and of `second`.
+FIAK_INLINE Vec pairs_of(Vec first, Vec second) {
+  return pair_halves(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+}
 /// Pair i is element i of each row, for i < n; 0 in the other lanes, whose memory is not touched.
 FIAK_INLINE Vec load_pairs_of(const void* first, const void* second, int64_t n) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), first));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), second));
-  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  const Mask lanes = first_lanes(n);
+  const __m512i low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, first));
+  return pair_halves(_mm512_inserti64x4(low, _mm256_maskz_loadu_epi16(lanes, second), 1));
 }
 /// n <= 2 kLanes bfloat16 numbers as pairs in order, 0 beyond.
 FIAK_INLINE Vec load_pairs_in_order(const void* p, int64_t n) {
@@ -345,6 +355,21 @@ FIAK_INLINE Vec exp2_below_128(Vec x) {
 }
 /// 2^x for any x; infinite from 127.5 on.
 FIAK_INLINE Vec exp2(Vec x) { return exp2_below_128(min(broadcast(128.0f), x)); }
+#if defined(FIAK_ISA_AMX_BF16)
+/// 2^x to about one unit in the last place, 2^-125 for all that would be less; infinite from 128 on, NaN for NaN. By
+/// the minimax polynomial of 2^r on [0, 1] and two instructions that are slow on processors of AMD.
+FIAK_INLINE Vec exp2_above_125(Vec x) {
+  x = max(broadcast(-125.0f), x);
+  const Vec r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec p = broadcast(0x1.ec320ap-10f);
+  p = fmadd(p, r, broadcast(0x1.26900cp-7f));
+  p = fmadd(p, r, broadcast(0x1.c95446p-5f));
+  p = fmadd(p, r, broadcast(0x1.ebd5a8p-3f));
+  p = fmadd(p, r, broadcast(0x1.62e4f6p-1f));
+  p = fmadd(p, r, broadcast(0x1.fffffep-1f));
+  return _mm512_scalef_ps(p, x);  // by the whole number below x
+}
+#endif
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 /// log(x) for finite x > 0 that are not subnormal, to about one unit in the last place: Cephes' logf.

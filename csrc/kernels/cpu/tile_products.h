@@ -5,18 +5,29 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
+/// The addresses of a head's rows from `first` on.
+struct RowAddresses {
+  const char* rows;
+  int64_t step;
+  __attribute__((always_inline)) RowAddresses(const Input& x, HeadPlace at, int64_t first)
+      : rows(row_address(x, DType::kBFloat16, at.b, at.h, first)), step(x.row_stride * 2) {}
+  __attribute__((always_inline)) const char* operator()(int64_t n) const { return rows + n * step; }
+};
+
 /// What VectorProducts is, by tiles.
 class TileProducts {
  public:
+  static constexpr int64_t kRows = 2 * kTileSide;
   static constexpr int64_t kSpanKeys = kChunk;
+  static constexpr int64_t kL1Operands = 50 * 1024;  // bytes
+  static constexpr int64_t kAwakePairs = 1600;       // whose exponentials take some 700 cycles
+  static constexpr bool kCutsRows = false;
   static constexpr bool kScaled = false;  // that would round the queries once more
   static_assert(kBlockKeys / kSpanKeys <= kMaxSpans);
 
   static int64_t bytes(const AttentionArgs& args, int64_t b, int64_t keys, int64_t width) {
-    return carved(kBlockRows / kTileSide * tile_units(args.head_size)) +
-           carved(sides(keys) * tile_units(args.head_size)) +
-           carved(sides(args.value_size) * tile_units(keys_of(args, b))) +
-           carved(kBlockRows / kTileSide * tile_units(width));
+    return carved(2 * tile_units(args.head_size)) + carved(sides(keys) * tile_units(args.head_size)) +
+           carved(sides(args.value_size) * tile_units(keys_of(args, b))) + carved(2 * tile_units(width));
   }
   __attribute__((always_inline))
   TileProducts(const AttentionArgs& args, HeadPlace at, int64_t keys, int64_t width, Carver& scratch)
@@ -29,31 +40,44 @@ class TileProducts {
         head_units_(tile_units(args.head_size)),
         value_units_(tile_units(all_keys_)),
         weight_units_(tile_units(width)),
-        query_(scratch.floats(kBlockRows / kTileSide * head_units_)),
+        query_(scratch.floats(2 * head_units_)),
         key_(scratch.floats(sides(keys) * head_units_)),
         value_(scratch.floats(sides(args.value_size) * value_units_)),
-        weights_(scratch.floats(kBlockRows / kTileSide * weight_units_)) {
-    pack_right([&](int64_t n) { return row_address(args.key, args.dtype, at.b, key_head_, n); }, keys, args.head_size,
-               key_);
+        weights_(scratch.floats(2 * weight_units_)) {
+    pack_right(RowAddresses(args.key, {at.b, key_head_}, 0), keys, args.head_size, key_);
     pack_values();
   }
+  /// More rows share what is loaded of the keys and values, fewer leave them room in the L1 cache.
+  __attribute__((always_inline)) int64_t step_rows() const {
+    const int64_t keys = smaller(width_, all_keys_);
+    const int64_t bytes = (sides(keys) * head_units_ + sides(args_.value_size) * tile_units(keys)) * 4;
+    return bytes > kL1Operands ? kRows : kTileSide;
+  }
+  __attribute__((always_inline)) void wait() const { keep_awake(); }
   /// Whether no factor of 0 would meet an infinite or NaN value. All of the element's values decide, so that no split
   /// among threads changes a bit.
   __attribute__((always_inline)) bool serves() const { return finite_; }
 
   __attribute__((always_inline)) void load_queries(int64_t first, int64_t rows) {
-    pack_left([&](int64_t i) { return row_address(args_.query, args_.dtype, at_.b, at_.h, first + i); }, rows,
-              args_.head_size, query_);
+    keep_awake();
+    pack_left(RowAddresses(args_.query, at_, first), rows, args_.head_size, query_);
   }
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float,
                                                     float* scores) const {
-    const int64_t from = diagonal - span.from;
+    const int64_t last = kRows - 1 + diagonal - span.from;  // key of the span that a row sees
+    if (last < 0) return;
+    const int64_t columns = smaller(sides(span.keys), last / kTileSide + 1);
+    const float* key = key_ + span.from / kTileSide * head_units_;
+    if (chunks(args_.head_size) <= 2) {
+      for (int64_t r = 0; r < sides(rows); ++r) {
+        multiply_short(query_ + r * head_units_, key, columns, scores + r * kTileSide * width_ + span.at);
+      }
+      return;
+    }
     for_tiles(
-        sides(rows), sides(span.keys), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
-          if (kTileSide * (r + 2) - 1 + from < kTileSide * c) return;
+        sides(rows), columns, [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
           sums.clear();
-          sums.add(query_ + r * head_units_, head_units_, key_ + (span.from / kTileSide + c) * head_units_, head_units_,
-                   chunks(args_.head_size));
+          sums.add(query_ + r * head_units_, head_units_, key + c * head_units_, head_units_, chunks(args_.head_size));
           sums.store(scores + kTileSide * (r * width_ + c) + span.at, width_);
         });
   }
@@ -66,7 +90,7 @@ class TileProducts {
     const Vec f = broadcast(factor), s = broadcast(shift);
     Vec sums = zero();
     const auto weight = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-      Vec e = support.weighted(j, n, exp2_below_128(fmsub(load(row + j), f, s)));
+      Vec e = support.weighted(j, n, exp2_above_125(fmsub(load(row + j), f, s)));
       sums = add(sums, e);
       if (kept != nullptr) e = mul(e, load(kept + j));
       return e;
@@ -83,12 +107,14 @@ class TileProducts {
       target += kTileUnits;
     }
     for (; j < span.keys; j += kChunk, target += kTileUnits) store(target, zero());
+    if (i * span.keys / kAwakePairs != (i + 1) * span.keys / kAwakePairs) keep_awake();
     return reduce_add(sums);
   }
   __attribute__((always_inline)) void add_values(const KeySpan* spans, int64_t count, int64_t rows, const int64_t* ends,
                                                  bool add, const float*, float* totals) const {
     int64_t most = 0;
     for (int64_t i = 0; i < rows; ++i) most = larger(most, ends[i]);
+    while (count > 0 && spans[count - 1].from >= most) --count;
     for_tiles(
         sides(rows), sides(args_.value_size), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
           float* target = totals + kTileSide * (r * value_size_ + c);
@@ -97,7 +123,7 @@ class TileProducts {
           } else {
             sums.clear();
           }
-          for (int64_t k = 0; k < count && spans[k].from < most; ++k) {
+          for (int64_t k = 0; k < count; ++k) {
             const KeySpan& span = spans[k];
             sums.add(weights_ + r * weight_units_ + tile_units(span.at), weight_units_,
                      value_ + c * value_units_ + tile_units(span.from), value_units_,
@@ -108,21 +134,49 @@ class TileProducts {
   }
 
  private:
+  /// Scores of 16 queries of at most two chunks, which stay in registers 6 and 7.
+  __attribute__((always_inline)) void multiply_short(const float* query, const float* key, int64_t columns,
+                                                     float* target) const {
+    const bool two = chunks(args_.head_size) == 2;
+    load_tile<6>(query);
+    if (two) load_tile<7>(query + kTileUnits);
+    for (int64_t c = 0; c < columns; c += 2, key += 2 * head_units_, target += 2 * kTileSide) {
+      multiply_column<0, 2>(key, two, target);
+      if (c + 1 < columns) multiply_column<1, 4>(key + head_units_, two, target + kTileSide);
+    }
+  }
+  template <int kSums, int kKeys>
+  __attribute__((always_inline)) void multiply_column(const float* key, bool two, float* target) const {
+    clear_tile<kSums>();
+    load_tile<kKeys>(key);
+    multiply_tiles<kSums, 6, kKeys>();
+    if (two) {
+      load_tile<kKeys + 1>(key + kTileUnits);
+      multiply_tiles<kSums, 7, kKeys + 1>();
+    }
+    store_tile<kSums>(target, width_ * 4);
+  }
   __attribute__((always_inline)) void pack_values() {
-    const auto row = [&](int64_t j) { return row_address(args_.value, args_.dtype, at_.b, key_head_, j); };
-    __m512i largest = _mm512_setzero_si512();  // without their signs; what is not finite is beyond all
+    const RowAddresses row(args_.value, {at_.b, key_head_}, 0);
+    const __m512i size = _mm512_set1_epi16(0x7fff);  // without the sign; what is not finite is beyond all
+    __m512i largest = _mm512_setzero_si512();
+    const auto pack = [&](int64_t j, int64_t d, int64_t width, float* target) __attribute__((always_inline)) {
+      Vec x = zero();
+      if (j + 1 < all_keys_) {
+        x = load_pairs_of(row(j) + 2 * d, row(j + 1) + 2 * d, width);
+      } else if (j < all_keys_) {
+        x = low_half(load_pairs_of(row(j) + 2 * d, row(j) + 2 * d, width));
+      }
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_castps_si512(x), size));
+      store(target, x);
+    };
     for (int64_t j = 0; j < chunks(all_keys_) * kChunk; j += 2) {
       float* target = value_ + j / kChunk * kTileUnits + j % kChunk / 2 * kTileSide;
-      for (int64_t d = 0; d < args_.value_size; d += kLanes, target += value_units_) {
-        Vec x = zero();
-        if (j < all_keys_) {
-          const char *first = row(j) + 2 * d, *second = j + 1 < all_keys_ ? row(j + 1) + 2 * d : first;
-          x = load_pairs_of(first, second, smaller(kLanes, args_.value_size - d));
-          if (j + 1 >= all_keys_) x = low_half(x);
-        }
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi16(0x7fff)));
-        store(target, x);
-      }
+      for_vectors(
+          args_.value_size, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
+            pack(j, d, n, target);
+            target += value_units_;
+          });
     }
     finite_ = _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
   }
