@@ -1,11 +1,11 @@
-"""The ops against their peers on one case: who takes part, forward and training, and speed by density."""
+"""The ops against their peers on one case: who takes part, forward and training, by density, and what leads to them."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,9 @@ __all__ = [
     "by_density",
     "compare",
     "contestants",
+    "linear",
     "overhead",
+    "planning",
     "scaling",
 ]
 
@@ -248,6 +250,80 @@ def overhead(calls: int = 2000) -> Iterator[dict[str, Any]]:
     rounds = times_of_rounds({name: partial(loop, call) for name, call in table.items()}, rounds=15, seconds=60)
     for name, results in rounds.items():
         yield {"contestant": name, "microseconds": quartiles([1e6 * result["forward"] for result in results])}
+
+
+def planning(case: Case, effort: Effort) -> Iterator[dict[str, Any]]:
+    """What ``csr_plan`` costs, in forward calls of ``csr_attention`` with the plan at B=1, in float32.
+
+    The indices are int32, as patterns keep them; the plan serves all dtypes and the backward too.
+
+    Yields ``case``, ``threads``, ``mask``, ``pruned``, ``rounds``, ``milliseconds`` (of the plan, median) and ``calls``
+    (quartiles).
+    """
+    case = replace(case, batch=1)
+    *inputs, _ = _operands(case, torch.float32)
+    for pruned in PRUNED:
+        pattern = SparsePattern.from_mask(make_mask("uniform", case, pruned, torch.Generator().manual_seed(0)))
+        indices = pattern.crow_indices, pattern.col_indices, pattern.num_queries, pattern.num_keys
+        calls = {
+            "plan": _inference(Contestant(partial(torch.ops.fiak.csr_plan, *indices)), ()),
+            "forward": _inference(Contestant(pattern.attend), inputs),
+        }
+        for call in calls.values():
+            call()
+        rounds = times_of_rounds(calls, rounds=effort.rounds, seconds=effort.seconds / 3)
+        times = {name: [result["forward"] for result in results] for name, results in rounds.items()}
+        yield {
+            "case": case.name,
+            "threads": torch.get_num_threads(),
+            "mask": "uniform",
+            "pruned": pruned,
+            "rounds": len(times["plan"]),
+            "milliseconds": 1000 * statistics.median(times["plan"]),
+            "calls": quartiles(ratios(times["forward"], times["plan"])),
+        }
+
+
+def linear(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[str, Any]]:
+    """``compact_linear`` as the projection of keys and values, against ``F.linear`` with the same weight and bias.
+
+    The input is ``[batch, keys, query_heads * head_size]``. Every key head keeps its own random keys, as many as
+    ``kept`` says; ``F.linear`` computes all, so that the ratio of times is also due to the work: ``per_flop`` is what
+    is left when both are divided by the multiply-adds that they are asked for.
+
+    Yields ``case``, ``dtype``, ``threads``, ``kept``, ``rounds``, ``ratio`` and ``per_flop`` (quartiles).
+    """
+    generator = torch.Generator().manual_seed(4)
+    heads, width = 2 * case.key_heads, case.query_heads * case.head_size
+    x = torch.randn(case.batch, case.keys, width, generator=generator).to(dtype)
+    weight = torch.randn(heads * case.head_size, width, generator=generator).to(dtype)
+    bias = torch.randn(heads * case.head_size, generator=generator).to(dtype)
+    shares = (0.25, 0.5, 0.75, 1.0)
+
+    def compacted(share: float) -> Contestant:
+        order = torch.rand(case.key_heads, case.keys, generator=generator).argsort(1)
+        keep = order[:, : round(share * case.keys)].sort(1).values.repeat(2, 1)
+        return Contestant(lambda x: torch.ops.fiak.compact_linear(x, weight, bias, keep))
+
+    table = {f"{share}": compacted(share) for share in shares}
+    table["linear"] = Contestant(lambda x: torch.nn.functional.linear(x, weight, bias))
+    calls = {name: _inference(contestant, [x]) for name, contestant in table.items()}
+    for call in calls.values():
+        call()
+    rounds = times_of_rounds(calls, rounds=effort.rounds, seconds=effort.seconds / 2)
+    times = {name: [result["forward"] for result in results] for name, results in rounds.items()}
+    for share in shares:
+        ratio = quartiles(ratios(times[f"{share}"], times["linear"]))
+        kept = round(share * case.keys) / case.keys
+        yield {
+            "case": case.name,
+            "dtype": _name(dtype),
+            "threads": torch.get_num_threads(),
+            "kept": share,
+            "rounds": len(times["linear"]),
+            "ratio": ratio,
+            "per_flop": [value * kept for value in ratio],
+        }
 
 
 def scaling(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effort) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ the same operands and allocate their own results.
 
 Sections: attention (csr_attention and prior_attention against SDPA dense, with a boolean mask and with a float bias,
 FlexAttention, eager exp * prior and torch.sparse; forward, backward and both), scaling (with threads), density (0 to
-100%), overhead (of a call), memory (peak of forward and backward with a prior), models (whole DeiT-tiny).
+100%), planning (csr_plan in forward calls), linear (compact_linear against F.linear), overhead (of a call), memory
+(peak of forward and backward with a prior), models (whole DeiT-tiny).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import models
-from benchmarks.attention import DENSITY_CASES, Effort, by_density, compare, overhead, scaling
+from benchmarks.attention import DENSITY_CASES, Effort, by_density, compare, linear, overhead, planning, scaling
 from benchmarks.cases import load_cases
 from benchmarks.memory import peak_memory
 from benchmarks.report import markdown, plot
@@ -32,7 +33,7 @@ from fiak_ext.demo.table import environment
 __all__ = ["main"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SECTIONS = ("attention", "scaling", "density", "overhead", "memory", "models")
+_SECTIONS = ("attention", "scaling", "density", "planning", "linear", "overhead", "memory", "models")
 _QUICK = Effort(rounds=3, seconds=0, slow_peers=False, mask_kinds=())
 
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line(result), flush=True)
 
     try:
-        for name in options.case if {"attention", "scaling", "density"} & set(options.section) else ():
+        for name in options.case if set(_SECTIONS[:5]) & set(options.section) else ():
             print(cases[name], flush=True)
             for dtype in map(_DTYPES.__getitem__, options.dtype):
                 if "attention" in options.section:
@@ -84,6 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if "density" in options.section and name in DENSITY_CASES:
                     torch.set_num_threads(options.threads[0])
                     collect("density", by_density(cases[name], dtype, effort), _line)
+                if "linear" in options.section and not cases[name].is_decoding:
+                    for count in options.threads:
+                        torch.set_num_threads(count)
+                        collect("linear", linear(cases[name], dtype, effort), json.dumps)
+            if "planning" in options.section and not cases[name].is_decoding:
+                for count in options.threads:
+                    torch.set_num_threads(count)
+                    collect("planning", planning(cases[name], effort), json.dumps)
         if "overhead" in options.section:
             torch.set_num_threads(options.threads[0])
             collect("overhead", overhead(), json.dumps)

@@ -31,6 +31,31 @@ def markdown(report: Results) -> str:
     if densities := report.get("density"):
         parts += ["## By density", "Forward, uniform masks; break-even is the density above which the peer is faster."]
         parts += [_densities(densities), "![speed-up against density](density.png)"]
+    if planning := report.get("planning"):
+        parts += [
+            "## Planning",
+            "What `csr_plan` costs, in forward calls of `csr_attention` at B=1 in float32, uniform masks.",
+            _table(
+                ["case", "threads", "pruned", "plan, ms", "forward calls"],
+                (
+                    [
+                        row["case"],
+                        row["threads"],
+                        f"{row['pruned']:.0%}",
+                        f"{row['milliseconds']:.2f}",
+                        _spread(row["calls"]),
+                    ]
+                    for row in planning
+                ),
+            ),
+        ]
+    if linear := report.get("linear"):
+        parts += [
+            "## compact_linear",
+            "The projection of keys and values where every key head keeps some keys of its own, against "
+            "`torch.nn.functional.linear` of all keys: how many times faster, and the same for each multiply-add.",
+            _linear(linear),
+        ]
     if overhead := report.get("overhead"):
         parts += [
             "## Overhead of a call",
@@ -100,6 +125,22 @@ def _attention(results: Sequence[Results]) -> list[str]:
         shares = ", ".join(dict.fromkeys(f"{case} {density:.3f}" for case, _, density in densities))
         parts.append(f"Share of all pairs that the recorded masks keep at the sizes of the cases: {shares}.")
     return parts
+
+
+def _linear(results: Sequence[Results]) -> str:
+    keys = _unique((row["case"], row["dtype"], row["threads"]) for row in results)
+    kept = _unique(row["kept"] for row in results)
+    cells = {(row["case"], row["dtype"], row["threads"], row["kept"]): row for row in results}
+    return _table(
+        [
+            "case", "dtype", "threads",
+            *(f"{share:.0%} kept" for share in kept), *(f"{share:.0%} kept, per multiply-add" for share in kept),
+        ],
+        (
+            [*key, *(_spread(cells[(*key, share)][what]) for what in ("ratio", "per_flop") for share in kept)]
+            for key in keys
+        ),
+    )  # fmt: skip
 
 
 def _scaling(results: Sequence[Results]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from benchmarks import compare, models, peers, timm_models
 from benchmarks.attention import Effort, contestants
-from benchmarks.cases import MASK_KINDS, Case, load_cases, load_mask, make_mask, recorded_heads, recorded_pruned
+from benchmarks.cases import (
+    MASK_KINDS,
+    PRUNED,
+    Case,
+    load_cases,
+    load_mask,
+    make_mask,
+    recorded_heads,
+    recorded_pruned,
+)
 from benchmarks.memory import peak_bytes
 from benchmarks.report import break_even, markdown, plot
 from benchmarks.timing import quartiles, times_of_rounds
@@ -177,7 +187,7 @@ def test_the_command_writes_json_a_table_and_a_plot(
     monkeypatch.setattr(compare, "load_cases", lambda: CASES)
     monkeypatch.setattr(compare, "DENSITY_CASES", ("small",))
     threads = torch.get_num_threads()
-    sections = ["--section", "attention", "scaling", "density", "overhead"]
+    sections = ["--section", "attention", "scaling", "density", "planning", "linear", "overhead"]
     compare.main([*sections, "--dtype", "float32", "bfloat16", "--quick", "--results", str(tmp_path)])
     assert torch.get_num_threads() == threads
     report = json.loads((tmp_path / "compare.json").read_text())
@@ -191,12 +201,23 @@ def test_the_command_writes_json_a_table_and_a_plot(
     assert {row["threads"] for row in report["scaling"]} == {2}
     assert {"csr_attention", "prior_attention", "sdpa"} <= {row["contestant"] for row in report["overhead"]}
     assert {row["case"] for row in report["density"]} == {"small"}
+    trained = {"small", "small_causal"}
+    planned = [(row["case"], row["threads"], row["pruned"]) for row in report["planning"]]
+    assert sorted(planned) == sorted(product(trained, (1, 2), PRUNED))
+    assert all(0 < row["calls"][0] <= row["calls"][1] <= row["calls"][2] for row in report["planning"])
+    projected = [(row["case"], row["dtype"], row["threads"], row["kept"]) for row in report["linear"]]
+    assert sorted(projected) == sorted(product(trained, ("float32", "bfloat16"), (1, 2), (0.25, 0.5, 0.75, 1.0)))
+    for row in report["linear"]:
+        kept = {0.25: 4, 0.5: 8, 0.75: 13, 1.0: 17}[row["kept"]]
+        assert row["per_flop"] == pytest.approx([ratio * kept / 17 for ratio in row["ratio"]])
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "compare.md").read_text()
     for text in (
         "## Forward+backward, bfloat16, 2 threads",
         "csr_attention uniform 70% / sdpa bool mask",
         "break-even",
+        "| small_causal | 2 | 90% |",
+        "50% kept, per multiply-add",
     ):
         assert text in table
     assert str(Path.home()) not in table
