@@ -196,15 +196,31 @@ TEST(Plan, SplitsLongRowsAndColumnsIntoBlocks) {
   expect_plan_of(edge, edge.plan());
 }
 
-TEST(Plan, IsTheSameForBothIndexWidths) {
+TEST(Plan, IsTheSameForBothIndexWidthsAnyMemoryAndAnyThreads) {
   Random random(4);
-  const Pattern pattern(random, 3, 17, 23, 0.4);
-  const int64_t bytes = plan_layout(3 * 17, 17, 23, pattern.nnz()).bytes;
-  std::vector<int64_t> wide(bytes / 8, -1), narrow(bytes / 8, 0);
-  build_plan(pattern.indices(true), 17, 23, wide.data());
-  build_plan(pattern.indices(false), 17, 23, narrow.data());
-  EXPECT_EQ(wide, narrow);
-  EXPECT_EQ(check_plan(wide.data(), bytes, pattern.indices(false), 23, true), "");
+  for (const Pattern& pattern :
+       {Pattern(random, 3, 17, 23, 0.4), Pattern(random, 3, 17, 23, 0.02), Pattern(random, 1, 3, kPlanBlock + 3, 0.01),
+        Pattern(random, 2, 5, 7, 0.0), Pattern(random, 0, 5, 7, 0.5), Pattern(random, 5, 0, 7, 0.5)}) {
+    const int64_t queries = pattern.queries, keys = pattern.keys;
+    const int64_t bytes = plan_layout(pattern.heads * queries, queries, keys, pattern.nnz()).bytes;
+    std::vector<int64_t> expected(bytes / 8, -1);
+    build_plan(pattern.indices(true), queries, keys, expected.data());
+    EXPECT_EQ(check_plan(expected.data(), bytes, pattern.indices(false), keys, true), "");
+    for (const int64_t count : {1, 2, 5}) {
+      std::vector<int64_t> plan(bytes / 8, 0);
+      build_plan(pattern.indices(count == 2), queries, keys, plan.data(), threads(count));
+      EXPECT_EQ(plan, expected);
+    }
+  }
+}
+
+TEST(CheckCsr, NamesTheFirstBrokenRowWhateverTheThreads) {
+  Random random(7);
+  Pattern pattern(random, 2, 20, 30, 0.5);
+  for (const int64_t row : {7, 8, 33}) pattern.col[pattern.crow[row]] = -row;
+  for (const int64_t count : {1, 2, 3, 40}) {
+    EXPECT_REFUSED(check_csr(pattern.indices(true), 20, 30, threads(count)), "got -7 in row 7");
+  }
 }
 
 TEST(CheckPlan, RefusesOtherPlans) {

@@ -86,10 +86,11 @@ CsrIndices csr_indices(const Tensor& crow_indices, const Tensor& col_indices) {
 }
 
 Tensor make_plan(const char* op, const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
-  const std::string error = check_csr(csr, num_queries, num_keys);
+  const Parallel parallel = cpu_parallel();
+  const std::string error = check_csr(csr, num_queries, num_keys, parallel);
   TORCH_CHECK(error.empty(), op, ": ", error);
   Tensor plan = at::empty({plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz).bytes}, at::kByte);
-  build_plan(csr, num_queries, num_keys, plan.mutable_data_ptr());
+  build_plan(csr, num_queries, num_keys, plan.mutable_data_ptr(), parallel);
   return plan;
 }
 

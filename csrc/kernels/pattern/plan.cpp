@@ -1,9 +1,13 @@
 #include "kernels/pattern/plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
+
+#include "kernels/cpu/parallel.h"
 
 namespace fiak {
 namespace {
@@ -21,9 +25,19 @@ int64_t sampled(const void* data, bool wide, int sample, int64_t count) {
 
 std::string got(const char* rule, int64_t value) { return std::string(rule) + " (got " + std::to_string(value) + ")"; }
 
+/// Whether a row's columns ascend within 0..num_keys - 1. Without an early end, so that the compiler makes vectors of
+/// it.
+template <class Index>
+bool well_formed(const Index* columns, int64_t count, int64_t num_keys) {
+  if (count == 0) return true;
+  unsigned wrong = columns[0] < 0 || columns[count - 1] >= num_keys;
+  for (int64_t i = 1; i < count; ++i) wrong |= columns[i] <= columns[i - 1];
+  return wrong == 0;
+}
+
 template <class Index>
 std::string check(const Index* crow, const Index* col, int64_t num_rows, int64_t nnz, int64_t num_queries,
-                  int64_t num_keys) {
+                  int64_t num_keys, const Parallel& parallel) {
   if (crow[0] != 0) return got("crow_indices must start with 0", crow[0]);
   for (int64_t row = 0; row < num_rows; ++row) {
     if (crow[row + 1] < crow[row]) {
@@ -35,7 +49,15 @@ std::string check(const Index* crow, const Index* col, int64_t num_rows, int64_t
     return "crow_indices must end with the number of col_indices, " + std::to_string(nnz) + " (got " +
            std::to_string(crow[num_rows]) + ")";
   }
-  for (int64_t row = 0; row < num_rows; ++row) {
+  std::atomic<int64_t> first_wrong = num_rows;
+  cpu::parallel_range(parallel, num_rows, [&](int64_t begin, int64_t end) {
+    int64_t row = begin;
+    while (row < end && well_formed(col + crow[row], crow[row + 1] - crow[row], num_keys)) ++row;
+    int64_t found = first_wrong;
+    while (row < end && row < found && !first_wrong.compare_exchange_weak(found, row)) {
+    }
+  });
+  if (const int64_t row = first_wrong; row < num_rows) {
     int64_t previous = -1;
     for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) {
       const int64_t column = col[entry];
@@ -57,16 +79,24 @@ std::string check(const Index* crow, const Index* col, int64_t num_rows, int64_t
   return {};
 }
 
+void prefetch_for_writing(const void* p) { __builtin_prefetch(p, 1); }
+
+/// Writes what a plan has of a head besides bits.
 template <class Index>
-void build(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, char* plan) {
+void build_head(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, int64_t head,
+                char* plan) {
+  const int64_t num_queries = header.num_queries, first_row = head * num_queries, first = crow[first_row];
   auto* row_segments = reinterpret_cast<int64_t*>(plan + layout.row_segments);
   auto* columns = reinterpret_cast<uint16_t*>(plan + layout.columns);
-  auto* column_segments = reinterpret_cast<int64_t*>(plan + layout.column_segments);
+  const int64_t segments = header.num_keys * layout.query_blocks;
+  auto* column_segments = reinterpret_cast<int64_t*>(plan + layout.column_segments) + head * segments;
   auto* rows = reinterpret_cast<uint16_t*>(plan + layout.rows);
   auto* positions = reinterpret_cast<uint32_t*>(plan + layout.positions);
 
-  row_segments[0] = 0;
-  for (int64_t row = 0; row < header.num_rows; ++row) {
+  // The transpose by counting: entries of a column come out with ascending rows.
+  std::vector<int64_t> next(segments);  // first how many entries a segment has, then where its next one goes
+  for (int64_t query = 0; query < num_queries; ++query) {
+    const int64_t row = first_row + query;
     int64_t entry = crow[row];
     for (int64_t block = 0; block < layout.key_blocks; ++block) {
       for (; entry < crow[row + 1] && col[entry] < (block + 1) * kPlanBlock; ++entry) {
@@ -74,40 +104,33 @@ void build(const Index* crow, const Index* col, const PlanHeader& header, const 
       }
       row_segments[row * layout.key_blocks + block + 1] = entry;
     }
+    int64_t* counts = next.data() + query / kPlanBlock;
+    for (entry = crow[row]; entry < crow[row + 1]; ++entry) ++counts[col[entry] * layout.query_blocks];
   }
-
-  // The transpose by counting: entries of a column come out with ascending rows.
-  const int64_t segments = layout.heads * header.num_keys * layout.query_blocks;
-  std::fill(column_segments, column_segments + segments + 1, 0);
-  for (int64_t head = 0; head < layout.heads; ++head) {
-    int64_t* counts = column_segments + head * header.num_keys * layout.query_blocks + 1;
-    for (int64_t query = 0; query < header.num_queries; ++query) {
-      const int64_t row = head * header.num_queries + query, block = query / kPlanBlock;
-      for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry)
-        ++counts[col[entry] * layout.query_blocks + block];
-    }
+  int64_t place = first;
+  for (int64_t i = 0; i < segments; ++i) {
+    place += std::exchange(next[i], place);
+    column_segments[i + 1] = place;
   }
-  for (int64_t i = 0; i < segments; ++i) column_segments[i + 1] += column_segments[i];
-  std::vector<int64_t> next(column_segments, column_segments + segments);
-  for (int64_t head = 0; head < layout.heads; ++head) {
-    const int64_t first = crow[head * header.num_queries];
-    int64_t* head_next = next.data() + head * header.num_keys * layout.query_blocks;
-    for (int64_t query = 0; query < header.num_queries; ++query) {
-      const int64_t row = head * header.num_queries + query, block = query / kPlanBlock;
-      for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) {
-        const int64_t place = head_next[col[entry] * layout.query_blocks + block]++;
-        rows[place] = static_cast<uint16_t>(query - block * kPlanBlock);
-        positions[place] = static_cast<uint32_t>(entry - first);
+  for (int64_t query = 0; query < num_queries; ++query) {
+    const int64_t row = first_row + query, block = query / kPlanBlock;
+    for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) {
+      const int64_t to = next[col[entry] * layout.query_blocks + block]++;
+      if (to % 16 == 0) {  // a column's next lines are wanted soon, and the hardware cannot foresee them
+        prefetch_for_writing(rows + to + 32);
+        prefetch_for_writing(positions + to + 16);
       }
+      rows[to] = static_cast<uint16_t>(query - block * kPlanBlock);
+      positions[to] = static_cast<uint32_t>(entry - first);
     }
   }
 }
 
-/// The row's entries as bits; `words` are zero.
+/// The row's entries as bits.
 template <class Index>
 void fill_bits(const Index* col, int64_t begin, int64_t end, int64_t row_words, uint64_t* words) {
   int64_t entry = begin;
-  for (int64_t word = 0; word < row_words && entry < end; ++word) {
+  for (int64_t word = 0; word < row_words; ++word) {
     uint64_t bits = 0;
     for (; entry < end && col[entry] < (word + 1) * 64; ++entry) bits |= uint64_t{1} << (col[entry] % 64);
     words[word] = bits;
@@ -131,39 +154,56 @@ int64_t count_tiles(const uint64_t* bits, int64_t rows, int64_t row_words, uint6
 }
 
 template <class Index>
-void build_bits(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, char* plan) {
+void build_bits(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, int64_t head,
+                char* plan) {
   auto* bits = reinterpret_cast<uint64_t*>(plan + layout.bits);
-  auto* tiles = reinterpret_cast<int64_t*>(plan + layout.tiles);
   std::vector<uint64_t> any(layout.row_words);
-  for (int64_t head = 0; head < layout.heads; ++head) {
-    for (int64_t first = 0; first < header.num_queries; first += kPlanTileRows) {
-      const int64_t rows = std::min(kPlanTileRows, header.num_queries - first);
-      const int64_t row = head * header.num_queries + first;
-      uint64_t* words = bits + row * layout.row_words;
-      for (int64_t r = 0; r < rows; ++r) {
-        fill_bits(col, crow[row + r], crow[row + r + 1], layout.row_words, words + r * layout.row_words);
-      }
-      tiles[head] += count_tiles(words, rows, layout.row_words, any.data());
+  int64_t tiles = 0;
+  for (int64_t first = 0; first < header.num_queries; first += kPlanTileRows) {
+    const int64_t rows = std::min(kPlanTileRows, header.num_queries - first);
+    const int64_t row = head * header.num_queries + first;
+    uint64_t* words = bits + row * layout.row_words;
+    for (int64_t r = 0; r < rows; ++r) {
+      fill_bits(col, crow[row + r], crow[row + r + 1], layout.row_words, words + r * layout.row_words);
     }
+    tiles += count_tiles(words, rows, layout.row_words, any.data());
   }
+  reinterpret_cast<int64_t*>(plan + layout.tiles)[head] = tiles;
+}
+
+/// Zeros all that no head writes: what is behind the sections, and their first offsets.
+void zero_gaps(const PlanHeader& header, const PlanLayout& layout, char* plan) {
+  const int64_t sections[][3] = {
+      // where one starts, the bytes of it that are written, where the next one starts
+      {0, sizeof(PlanHeader), layout.row_segments},
+      {layout.row_segments + 8, header.num_rows * layout.key_blocks * 8, layout.columns},
+      {layout.columns, header.nnz * 2, layout.column_segments},
+      {layout.column_segments + 8, layout.heads * header.num_keys * layout.query_blocks * 8, layout.rows},
+      {layout.rows, header.nnz * 2, layout.positions},
+      {layout.positions, header.nnz * 4, layout.bits},
+      {layout.bits, header.num_rows * layout.row_words * 8, layout.tiles},
+      {layout.tiles, layout.row_words > 0 ? layout.heads * 8 : 0, layout.bytes},
+  };
+  for (const auto& [start, written, end] : sections) std::memset(plan + start + written, 0, end - start - written);
+  std::memset(plan + layout.row_segments, 0, 8);
+  std::memset(plan + layout.column_segments, 0, 8);
 }
 
 }  // namespace
 
-std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
+std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, const Parallel& parallel) {
   if (num_queries > 0 ? csr.num_rows % num_queries != 0 : csr.num_rows != 0) {
     return "crow_indices must hold a multiple of num_queries rows, " + std::to_string(num_queries) + " (got " +
            std::to_string(csr.num_rows) + " rows)";
   }
   return csr.wide ? check(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col), csr.num_rows,
-                          csr.nnz, num_queries, num_keys)
+                          csr.nnz, num_queries, num_keys, parallel)
                   : check(static_cast<const int32_t*>(csr.crow), static_cast<const int32_t*>(csr.col), csr.num_rows,
-                          csr.nnz, num_queries, num_keys);
+                          csr.nnz, num_queries, num_keys, parallel);
 }
 
-void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan) {
+void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan, const Parallel& parallel) {
   const PlanLayout layout = plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz);
-  std::memset(plan, 0, layout.bytes);
   PlanHeader header{kPlanMagic, layout.bytes, csr.num_rows, num_queries, num_keys, csr.nnz, {}, {}};
   for (int i = 0; i < kPlanSamples; ++i) {
     header.crow_sample[i] = sampled(csr.crow, csr.wide, i, csr.num_rows + 1);
@@ -171,9 +211,14 @@ void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, vo
   }
   std::memcpy(plan, &header, sizeof header);
   auto* bytes = static_cast<char*>(plan);
+  zero_gaps(header, layout, bytes);
   const auto build_from = [&](const auto* crow, const auto* col) {
-    build(crow, col, header, layout, bytes);
-    if (layout.row_words > 0) build_bits(crow, col, header, layout, bytes);
+    cpu::parallel_range(parallel, layout.heads, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        build_head(crow, col, header, layout, head, bytes);
+        if (layout.row_words > 0) build_bits(crow, col, header, layout, head, bytes);
+      }
+    });
   };
   if (csr.wide) {
     build_from(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col));

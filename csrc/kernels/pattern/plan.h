@@ -93,10 +93,11 @@ struct CsrIndices {
 
 /// Empty if the indices are a well-formed pattern with num_keys columns, else the broken rule with the value found,
 /// starting with the argument's name. Reads nothing out of bounds whatever the content.
-std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys);
+std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, const Parallel& parallel = {});
 
 /// Writes plan_layout(...).bytes bytes at `plan`, every one of them. The indices must have passed check_csr.
-void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan);
+void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan,
+                const Parallel& parallel = {});
 
 /// Empty if `plan` (`bytes` long) is a plan made by build_plan for these indices, as far as its header and samples of
 /// the indices tell, in O(1); else what is wrong. `deep` compares the body with a newly built plan.
