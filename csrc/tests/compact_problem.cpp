@@ -114,15 +114,18 @@ void LinearChecks::linear_matches_scalar_float64(int rounds) const {
   }
 }
 
+void LinearChecks::linear_gives_the_same_bits_on_any_number_of_threads(const LinearCall& call) const {
+  const LinearResults one = run(call, kernels(), dtype(), threads(1));
+  for (const int64_t count : {2, 3, 16}) {
+    const LinearResults several = run(call, kernels(), dtype(), threads(count));
+    for (const auto member : LinearResults::kMembers) expect_identical(several.*member, one.*member, call.what);
+  }
+}
+
 void LinearChecks::linear_gives_the_same_bits_on_any_number_of_threads(int rounds) const {
   Random random(32);
   for (int round = 0; round < rounds && !testing::Test::HasFailure(); ++round) {
-    const LinearCall call = linear_call(random, random_linear_sizes(random), dtype());
-    const LinearResults one = run(call, kernels(), dtype(), threads(1));
-    for (const int64_t count : {2, 3, 16}) {
-      const LinearResults several = run(call, kernels(), dtype(), threads(count));
-      for (const auto member : LinearResults::kMembers) expect_identical(several.*member, one.*member, call.what);
-    }
+    linear_gives_the_same_bits_on_any_number_of_threads(linear_call(random, random_linear_sizes(random), dtype()));
   }
 }
 

@@ -44,6 +44,7 @@ class LinearChecks {
 
   void linear_matches_scalar_float64(const LinearCall& call) const;
   void linear_matches_scalar_float64(int rounds) const;
+  void linear_gives_the_same_bits_on_any_number_of_threads(const LinearCall& call) const;
   void linear_gives_the_same_bits_on_any_number_of_threads(int rounds) const;
   void linear_keeps_nan_in_its_place(int rounds) const;
 };

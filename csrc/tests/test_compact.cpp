@@ -50,6 +50,15 @@ class CompactLinear : public KernelTest, protected LinearChecks {
 
 TEST_P(CompactLinear, MatchesScalarFloat64) { linear_matches_scalar_float64(100); }
 TEST_P(CompactLinear, GivesTheSameBitsOnAnyNumberOfThreads) { linear_gives_the_same_bits_on_any_number_of_threads(30); }
+TEST_P(CompactLinear, TakesAFewHeadsAtATime) {
+  Random random(34);
+  for (const int64_t batch : {1, 3}) {
+    // More weights than are packed at once, in every dtype.
+    const LinearCall call = linear_call(random, {batch, 9, 60, 50, 200, 60, true, 0}, dtype());
+    linear_matches_scalar_float64(call);
+    linear_gives_the_same_bits_on_any_number_of_threads(call);
+  }
+}
 TEST_P(CompactLinear, KeepsNanInItsPlace) { linear_keeps_nan_in_its_place(30); }
 
 FIAK_FOR_ALL_KERNELS(CompactLinear);

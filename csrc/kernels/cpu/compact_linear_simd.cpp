@@ -12,7 +12,8 @@
 namespace fiak::cpu::FIAK_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 48;  // a multiple of kTileRows
+constexpr int64_t kBlockRows = 48;            // a multiple of kTileRows
+constexpr int64_t kWeightBytes = 192 * 1024;  // of packed weights at a time, so that they stay in the L2 cache
 static_assert(kBlockRows % kTileRows == 0);
 
 /// How many rows of head h are kept: padding stands at the end.
@@ -105,28 +106,28 @@ void gather(const CompactLinearArgs& args, int64_t b, const int64_t* keep, int64
 /// The product of kept rows and a head's weight by AMX tiles (amx.h).
 class TileProduct {
  public:
+  static int64_t weight_floats(const CompactLinearArgs& args) {
+    return sides(args.head_size) * tile_units(args.in_features);
+  }
   static int64_t bytes(const CompactLinearArgs& args) {
-    return carved((sides(args.head_size) + sides(kBlockRows)) * tile_units(args.in_features));
+    return carved(sides(kBlockRows) * tile_units(args.in_features));
   }
   TileProduct(const CompactLinearArgs& args, Carver& scratch)
-      : args_(args),
-        units_(tile_units(args.in_features)),
-        weight_(scratch.floats((sides(args.head_size) + sides(kBlockRows)) * units_)),
-        rows_(weight_ + sides(args.head_size) * units_) {}
+      : args_(args), units_(tile_units(args.in_features)), rows_(scratch.floats(sides(kBlockRows) * units_)) {}
 
-  __attribute__((always_inline)) void load_weight(int64_t h) {
+  __attribute__((always_inline)) void pack_weight(int64_t h, float* weight) {
     pack_right([&](int64_t d) { return row_address(weight_of(args_), args_.dtype, 0, h, d); }, args_.head_size,
-               args_.in_features, weight_);
+               args_.in_features, weight);
   }
-  /// Of rows keep[0, count), in rows of `width`.
-  __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, float* out,
-                                               int64_t width) {
+  /// Of rows keep[0, count), of `left` that there still are, and a packed weight, in rows of `width`.
+  __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, int64_t,
+                                               const float* weight, float* out, int64_t width) {
     pack_left([&](int64_t i) { return row_address(args_.input, args_.dtype, b, 0, keep[i]); }, count, args_.in_features,
               rows_);
     for_tiles(
         sides(count), sides(args_.head_size), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
           sums.clear();
-          sums.add(rows_ + r * units_, units_, weight_ + c * units_, units_, chunks(args_.in_features));
+          sums.add(rows_ + r * units_, units_, weight + c * units_, units_, chunks(args_.in_features));
           sums.store(out + kTileSide * (r * width + c), width);
         });
   }
@@ -134,7 +135,7 @@ class TileProduct {
  private:
   const CompactLinearArgs& args_;
   int64_t units_;
-  float *weight_, *rows_;
+  float* rows_;
   Tiles tiles_;
 };
 #endif
@@ -156,72 +157,95 @@ void pair_rows(float* rows, int64_t count) {
 template <bool kPairs>
 class VectorProduct {
  public:
+  static int64_t weight_floats(const CompactLinearArgs& args) {
+    return units<kPairs>(args.in_features) * tile_columns(args.head_size);
+  }
   static int64_t bytes(const CompactLinearArgs& args) {
-    const int64_t depth = units<kPairs>(args.in_features);
-    return carved(args.head_size * padded(args.in_features)) + carved(depth * tile_columns(args.head_size)) +
-           carved(kBlockRows * padded(depth));
+    return carved(args.head_size * padded(args.in_features)) +
+           carved(kBlockRows * padded(units<kPairs>(args.in_features)));
   }
   VectorProduct(const CompactLinearArgs& args, Carver& scratch)
       : args_(args),
         depth_(units<kPairs>(args.in_features)),
         panel_(scratch.floats(args.head_size * padded(args.in_features))),
-        columns_(scratch.floats(depth_ * tile_columns(args.head_size))),
         rows_(scratch.floats(kBlockRows * padded(depth_))) {}
 
-  __attribute__((always_inline)) void load_weight(int64_t h) {
-    weight_ = weight_columns<kPairs>(args_, h, panel_, columns_);
+  __attribute__((always_inline)) void pack_weight(int64_t h, float* weight) {
+    weight_columns<kPairs>(args_, h, panel_, weight);
   }
-  __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, float* out,
-                                               int64_t width) {
+  __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, int64_t left,
+                                               const float* weight, float* out, int64_t width) {
+    const Columns columns{weight, kTileWidth, depth_ * kTileWidth};  // as transpose leaves them
+    if (args_.dtype == DType::kFloat32) {
+      // No need to gather.
+      const float* rows[kBlockRows + kTileRows];
+      for (int64_t i = 0; i < tile_rows(count) + kTileRows; ++i) {
+        const int64_t row = keep[i < left ? i : 0];  // beyond, results are not wanted
+        rows[i] = reinterpret_cast<const float*>(row_address(args_.input, args_.dtype, b, 0, row));
+      }
+      return matrix_product<false>(ScatteredRows{rows, args_.in_features * 4}, columns, tile_rows(count),
+                                   padded(args_.head_size), depth_, out, width);
+    }
     gather<kPairs>(args_, b, keep, count, rows_);
-    matrix_product<false, kPairs>(rows_, padded(depth_), 1, weight_, tile_rows(count), padded(args_.head_size), depth_,
-                                  out, width);
+    matrix_product<false, kPairs>(StridedRows{rows_, padded(depth_), 1}, columns, tile_rows(count),
+                                  padded(args_.head_size), depth_, out, width);
   }
 
  private:
   const CompactLinearArgs& args_;
   int64_t depth_;
-  float *panel_, *columns_, *rows_;
-  Columns weight_{};
+  float *panel_, *rows_;
 };
 
 template <class Product>
 void forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
-  // Heads outside: a thread packs a head's weight once and runs its share of the batch.
+  // A few heads at a time, whose packed weights stay in the cache, for one batch element after the other, whose rows
+  // then come from there for all but the first of them.
+  const int64_t weight_floats = carved(Product::weight_floats(args)) / 4;
+  const int64_t at_once = larger(1, smaller(args.heads, kWeightBytes / larger(1, weight_floats * 4)));
   parallel_range(parallel, args.heads * args.batch, [&](int64_t begin, int64_t end) {
     const int64_t head_size = padded(args.head_size), width = tile_columns(args.head_size);
-    Carver scratch{
-        static_cast<char*>(thread_scratch(Product::bytes(args) + carved(kBlockRows * width) + carved(head_size)))};
+    Carver scratch{static_cast<char*>(thread_scratch(carved(at_once * weight_floats) + Product::bytes(args) +
+                                                     carved(kBlockRows * width) + carved(head_size)))};
+    float* weights = scratch.floats(at_once * weight_floats);
     Product product(args, scratch);
     float* out = scratch.floats(kBlockRows * width);
     float* bias = scratch.floats(head_size);
-    int64_t kept = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t h = i / args.batch, b = i % args.batch;
-      if (i == begin || b == 0) {
-        product.load_weight(h);
-        kept = kept_rows(args, h);
+    for (int64_t i = begin; i < end;) {
+      const int64_t first_head = i / (at_once * args.batch) * at_once,
+                    heads = smaller(at_once, args.heads - first_head);
+      const int64_t from = i - first_head * args.batch, to = smaller(end - first_head * args.batch, heads * args.batch);
+      for (int64_t k = from; k < to; ++k) {
+        const int64_t b = k / heads, h = first_head + k % heads;
+        float* weight = weights + k % heads * weight_floats;
+        if (k - from < heads) product.pack_weight(h, weight);
+        const int64_t kept = kept_rows(args, h);
         if (args.bias != nullptr) {
           load_row(static_cast<const char*>(args.bias) + h * args.head_size * element_size(args.dtype), args.dtype,
                    args.head_size, 1.0f, bias);
         }
-      }
-      for (int64_t first = 0; first < args.kept; first += kBlockRows) {
-        const int64_t count = larger(0, smaller(kBlockRows, kept - first));
-        product.multiply(b, args.keep + h * args.kept + first, count, out, width);
-        for (int64_t k = 0; k < count; ++k) {
-          if (args.bias != nullptr) {
-            for (int64_t d = 0; d < head_size; d += kLanes) {
-              store(out + k * width + d, add(load(out + k * width + d), load(bias + d)));
-            }
+        for (int64_t first = 0; first < args.kept; first += kBlockRows) {
+          const int64_t left = larger(0, kept - first), count = smaller(kBlockRows, left);
+          for (int64_t r = 0; r < count; ++r) {
+            prefetch_row_for_writing(row_address(output, args.dtype, b, h, first + r),
+                                     args.head_size * element_size(args.dtype));
           }
-          store_row(out + k * width, args.dtype, args.head_size, 1.0f,
-                    row_address(output, args.dtype, b, h, first + k));
-        }
-        for (int64_t k = first + count; k < smaller(args.kept, first + kBlockRows); ++k) {
-          std::memset(row_address(output, args.dtype, b, h, k), 0, args.head_size * element_size(args.dtype));
+          if (count > 0) product.multiply(b, args.keep + h * args.kept + first, count, left, weight, out, width);
+          for (int64_t r = 0; r < count; ++r) {
+            if (args.bias != nullptr) {
+              for (int64_t d = 0; d < head_size; d += kLanes) {
+                store(out + r * width + d, add(load(out + r * width + d), load(bias + d)));
+              }
+            }
+            store_row(out + r * width, args.dtype, args.head_size, 1.0f,
+                      row_address(output, args.dtype, b, h, first + r));
+          }
+          for (int64_t r = first + count; r < smaller(args.kept, first + kBlockRows); ++r) {
+            std::memset(row_address(output, args.dtype, b, h, r), 0, args.head_size * element_size(args.dtype));
+          }
         }
       }
+      i = first_head * args.batch + to;
     }
   });
 }
@@ -254,8 +278,8 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
                                  args.head_size, grad_rows + k * stride);
             }
             std::memset(grad_rows + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
-            matrix_product<false, kPairs>(grad_rows, stride, 1, weight, tile_rows(count), features, depth, product,
-                                          features);
+            matrix_product<false, kPairs>(StridedRows{grad_rows, stride, 1}, weight, tile_rows(count), features, depth,
+                                          product, features);
             for (int64_t k = 0; k < count; ++k) {
               float* sum = sums + keep[first + k] * features;
               for (int64_t x = 0; x < features; x += kLanes) {
@@ -307,8 +331,8 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
               }
             }
             pair_rows<kPairs>(slice, count);
-            matrix_product<true, kPairs>(slice, 1, kTileRows, Columns{rows, features, kTileWidth}, kTileRows, features,
-                                         units<kPairs>(count), sums, features);
+            matrix_product<true, kPairs>(StridedRows{slice, 1, kTileRows}, Columns{rows, features, kTileWidth},
+                                         kTileRows, features, units<kPairs>(count), sums, features);
           }
         }
         for (int64_t r = 0; r < wide; ++r) {

@@ -108,7 +108,7 @@ template <bool kAdd, bool kPairs>
 static void guarded_product(bool finite, const float* a, int64_t a_row, int64_t a_column, const Panel& b, int64_t rows,
                             int64_t columns, int64_t depth, float* out, int64_t out_row) {
   if (finite) {
-    matrix_product<kAdd, kPairs>(a, a_row, a_column, columns_of(b), rows, columns, depth, out, out_row);
+    matrix_product<kAdd, kPairs>(StridedRows{a, a_row, a_column}, columns_of(b), rows, columns, depth, out, out_row);
     return;
   }
   for (int64_t r = 0; r < rows && !kAdd; ++r) std::memset(out + r * out_row, 0, columns * sizeof(float));
@@ -298,8 +298,8 @@ class VectorProducts {
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float factor,
                                                     float* scores) const {
     const Columns block{key_.data + span.from / kTileWidth * key_.panel_stride, key_.row_stride, key_.panel_stride};
-    matrix_product<false, kPairs>(query_, padded(depth_), 1, block, tile_rows(rows), padded(span.keys), depth_,
-                                  scores + span.at, width_, diagonal - span.from, factor);
+    matrix_product<false, kPairs>(StridedRows{query_, padded(depth_), 1}, block, tile_rows(rows), padded(span.keys),
+                                  depth_, scores + span.at, width_, diagonal - span.from, factor);
   }
   /// Row i's scores of a span become weights; returns their sum.
   template <class Support>

@@ -70,9 +70,50 @@ FIAK_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return fmadd(a, b, c);
 }
 
-template <int kRows, int kVectors, bool kAdd, bool kPairs>
-static void tile(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t depth,
-                 float factor, float* out, int64_t out_row) {
+/// A left operand in memory: number [r, k] stands at data[r * row + k * column].
+struct StridedRows {
+  static constexpr int kMaxRows = kTileRows * kTileVectors;
+  const float* data;
+  int64_t row, column;
+
+  __attribute__((always_inline)) StridedRows from(int64_t r) const { return {data + r * row, row, column}; }
+  template <int kRows>
+  __attribute__((always_inline)) StridedRows first() const {
+    return *this;
+  }
+  __attribute__((always_inline)) float at(int64_t r, int64_t k) const { return data[r * row + k * column]; }
+  __attribute__((always_inline)) void fetch_next() const {}
+};
+
+/// A left operand whose rows, of `bytes`, lie anywhere. A tile keeps their addresses in registers, which suffice for
+/// kTileRows, and fetches as many beyond its own, so that there must be addresses for those.
+struct ScatteredRows {
+  static constexpr int kMaxRows = kTileRows;
+  const float* const* rows;
+  int64_t bytes;
+
+  template <int kRows>
+  struct First {
+    const float* rows[kRows];
+    __attribute__((always_inline)) float at(int64_t r, int64_t k) const { return rows[r][k]; }
+  };
+  __attribute__((always_inline)) ScatteredRows from(int64_t r) const { return {rows + r, bytes}; }
+  __attribute__((always_inline)) void fetch_next() const {
+    for (int r = 0; r < kTileRows; ++r) prefetch_row(reinterpret_cast<const char*>(rows[kTileRows + r]), bytes);
+  }
+  template <int kRows>
+  __attribute__((always_inline)) First<kRows> first() const {
+    First<kRows> first;
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) first.rows[r] = rows[r];
+    return first;
+  }
+};
+
+template <int kRows, int kVectors, bool kAdd, bool kPairs, class Rows>
+static void tile(const Rows& a, const float* b, int64_t b_row, int64_t depth, float factor, float* out,
+                 int64_t out_row) {
+  const auto rows = a.template first<kRows>();
   Vec sums[kRows][kVectors];
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
@@ -85,7 +126,7 @@ static void tile(const float* a, int64_t a_row, int64_t a_column, const float* b
     for (int v = 0; v < kVectors; ++v) x[v] = load(b + k * b_row + v * kLanes);
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
-      const Vec y = broadcast(a[r * a_row + k * a_column]);
+      const Vec y = broadcast(rows.at(r, k));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<kPairs>(y, x[v], sums[r][v]);
     }
@@ -101,16 +142,15 @@ static void tile(const float* a, int64_t a_row, int64_t a_column, const float* b
 constexpr int64_t kNoDiagonal = int64_t{1} << 62;
 
 /// out[rows, columns] = factor a[rows, depth] b[depth, columns], or, with kAdd, += a b. `rows` is a multiple of
-/// kTileRows, `columns` of kLanes; a[r, k] stands at a[r * a_row + k * a_column]. Results right of the diagonal, in
-/// columns beyond r + `diagonal`, are not wanted: whole vectors of them are left out.
+/// kTileRows, `columns` of kLanes. Results right of the diagonal, in columns beyond r + `diagonal`, are not wanted:
+/// whole vectors of them are left out.
 ///
 /// Every element is one chain of multiply-adds in the order of the depth, wherever a tile starts: cutting the rows,
 /// the columns or, with kAdd, the depth differently changes no bit.
-template <bool kAdd, bool kPairs = false>
-static void matrix_product(const float* a, int64_t a_row, int64_t a_column, const Columns& b, int64_t rows,
-                           int64_t columns, int64_t depth, float* out, int64_t out_row, int64_t diagonal = kNoDiagonal,
-                           float factor = 1.0f) {
-  // Narrow results take taller tiles: a tile of few sums would wait for their adds.
+template <bool kAdd, bool kPairs = false, class Rows>
+static void matrix_product(const Rows& a, const Columns& b, int64_t rows, int64_t columns, int64_t depth, float* out,
+                           int64_t out_row, int64_t diagonal = kNoDiagonal, float factor = 1.0f) {
+  // Narrow results take taller tiles where they can: a tile of few sums would wait for their adds.
   constexpr int kTall = kTileRows * kTileVectors;  // rows that tiles of every height divide
   for (int64_t c = 0; c < columns;) {
     const int64_t left = (columns - c) / kLanes;
@@ -119,22 +159,25 @@ static void matrix_product(const float* a, int64_t a_row, int64_t a_column, cons
     const int64_t vectors = split ? 2 : smaller(left, kTileVectors);
     const float* panel = b.data + c / kTileWidth * b.panel_stride + c % kTileWidth;
     for (int64_t r = 0; r < rows;) {
-      const float* from = a + r * a_row;
+      const Rows from = a.from(r);
+      if (c == 0) from.fetch_next();
       float* to = out + r * out_row + c;
       // The last row of a tile sees the columns up to r + kTileRows - 1 + diagonal.
       const int64_t seen = r + kTileRows - 1 + diagonal - c;
       const int64_t wanted = seen < 0 ? 0 : smaller(vectors, seen / kLanes + 1);
-      const bool tall = wanted == vectors && (rows - r >= kTall || (rows - r) % (kTall / wanted) == 0);
+      const bool tall =
+          Rows::kMaxRows >= kTall && wanted == vectors && (rows - r >= kTall || (rows - r) % (kTall / wanted) == 0);
       const auto run = [&](auto height, auto width) {
-        tile<height.value, width.value, kAdd, kPairs>(from, a_row, a_column, panel, b.row_stride, depth, factor, to,
-                                                      out_row);
+        tile<height.value, width.value, kAdd, kPairs>(from, panel, b.row_stride, depth, factor, to, out_row);
       };
       r += tall ? kTall / wanted : kTileRows;
       if (wanted == 3) run(Constant<kTileRows>(), Constant<kTileVectors>());
-      if (wanted == 2 && tall) run(Constant<kTall / 2>(), Constant<2>());
       if (wanted == 2 && !tall) run(Constant<kTileRows>(), Constant<2>());
-      if (wanted == 1 && tall) run(Constant<kTall>(), Constant<1>());
       if (wanted == 1 && !tall) run(Constant<kTileRows>(), Constant<1>());
+      if constexpr (Rows::kMaxRows >= kTall) {
+        if (wanted == 2 && tall) run(Constant<kTall / 2>(), Constant<2>());
+        if (wanted == 1 && tall) run(Constant<kTall>(), Constant<1>());
+      }
     }
     c += vectors * kLanes;
   }

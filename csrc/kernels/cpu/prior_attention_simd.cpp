@@ -281,10 +281,11 @@ class Backward {
     const int64_t diagonal = args_.is_causal ? first - wave.key : kNoDiagonal;
     load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_size, 1.0f, query);
     load_block<kPairs>(grads_.grad_output, args_.dtype, b, h, first, count, args_.value_size, 1.0f, grad_output);
-    matrix_product<false, kPairs>(query, padded(depth_), 1, block(x.key_columns), tile_rows(count), padded(seen),
-                                  depth_, scores, keys_, diagonal, static_cast<float>(args_.scale * kLog2E));
-    matrix_product<false, kPairs>(grad_output, padded(value_depth_), 1, block(x.value_columns), tile_rows(count),
-                                  padded(seen), value_depth_, products, keys_, diagonal);
+    matrix_product<false, kPairs>(StridedRows{query, padded(depth_), 1}, block(x.key_columns), tile_rows(count),
+                                  padded(seen), depth_, scores, keys_, diagonal,
+                                  static_cast<float>(args_.scale * kLog2E));
+    matrix_product<false, kPairs>(StridedRows{grad_output, padded(value_depth_), 1}, block(x.value_columns),
+                                  tile_rows(count), padded(seen), value_depth_, products, keys_, diagonal);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t n = first + r, at = (b * args_.query_heads + h) * args_.queries + n;
       const float lse = static_cast<const float*>(grads_.logsumexp)[at];
