@@ -8,6 +8,9 @@
 // Every sum is a chain in the order of the depth over what chunks sum up to. Subnormal numbers count as 0.
 #pragma once
 
+#if defined(FIAK_EMULATED)
+#include "emulated/amx.h"
+#endif
 #include "kernels/cpu/simd.h"
 
 namespace fiak::cpu::FIAK_ISA {
@@ -21,6 +24,29 @@ constexpr int64_t chunks(int64_t depth) { return (depth + kChunk - 1) / kChunk; 
 /// Units of a row or column of tiles.
 constexpr int64_t tile_units(int64_t depth) { return chunks(depth) * kTileUnits; }
 
+#if defined(FIAK_EMULATED)
+class Tiles {
+ public:
+  Tiles() {}
+  Tiles(const Tiles&) = delete;
+};
+template <int kTile>
+FIAK_INLINE void load_tile(const float* p, int64_t row_bytes = 64) {
+  emulated::load_tile(kTile, p, row_bytes);
+}
+template <int kTile>
+FIAK_INLINE void store_tile(float* p, int64_t row_bytes) {
+  emulated::store_tile(kTile, p, row_bytes);
+}
+template <int kTile>
+FIAK_INLINE void clear_tile() {
+  emulated::clear_tile(kTile);
+}
+template <int kSums, int kLeft, int kRight>
+FIAK_INLINE void multiply_tiles() {
+  emulated::multiply_tiles(kSums, kLeft, kRight);
+}
+#else
 /// While it lives, the thread's tiles are 16 rows of 64 bytes.
 class Tiles {
  public:
@@ -56,6 +82,7 @@ template <int kSums, int kLeft, int kRight>
 FIAK_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
+#endif
 
 /// Where vectors alone work for about a thousand cycles, the multiplier of tiles is switched off, and the next product
 /// waits as long for it. Any product, here one whose sums nobody needs, prevents that for some 60 cycles.
