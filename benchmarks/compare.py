@@ -4,7 +4,7 @@ Every figure is a ratio of two calls of the same round, the median over all roun
 speed drifts. Before each call a matrix product overwrites the caches, as the rest of a model would. All contestants get
 the same operands and allocate their own results.
 
-    python -m benchmarks.compare --results benchmarks/results              all, about 20 minutes
+    python -m benchmarks.compare --results benchmarks/results              all, about 25 minutes
     python -m benchmarks.compare --section attention --case deit_tiny_paper --dtype float32 --threads 1
 
 Sections: attention (csr_attention and prior_attention against SDPA dense, with a boolean mask and with a float bias,
