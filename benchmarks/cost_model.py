@@ -1,10 +1,11 @@
-"""Measures and fits the constants of csrc/kernels/cpu/cost_model.cpp, which picks ``csr_attention``'s forward kernel.
+"""Measures and fits the constants of csrc/kernels/cpu/cost_model.cpp, which picks ``csr_attention``'s kernels.
 
 ``python -m benchmarks.cost_model --json avx512.json`` times all kernels, forced by ``FIAK_CSR_KERNEL``, over the case
 table's uniform masks and writes what it finds. Run it for each of ``--dtype float32``, ``--dtype bfloat16`` (where
-there is AMX also with ``FIAK_CPU_ISA=avx512_bf16``) and ``FIAK_CPU_ISA=avx2``; ``--fit avx512.json`` prints the
-constants, in nanoseconds, and how far the model is off, without decoding, which has a kernel of its own. While
-measuring it prints how the choice compares with the best of the kernels and with dense SDPA.
+there is AMX also with ``FIAK_CPU_ISA=avx512_bf16``) and ``FIAK_CPU_ISA=avx2``, and with ``--backward`` for the
+backward pass; ``--fit avx512.json`` prints the constants, in nanoseconds, and how far the model is off, without
+decoding, which has a kernel of its own. While measuring it prints how the choice compares with the best of the kernels
+and with dense SDPA.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ ENTRIES = (
     "packed_vector",
 )
 DENSE = ("pair", "pair_multiply", "dense_row", "number")
+ENTRIES_GRADS = tuple(name for name in ENTRIES if name != "far_vector")
+KERNELS = {False: ("entries", "blocks", "dense"), True: ("entries", "dense")}  # by whether backward
 # Nanoseconds to copy a vector, or a number, of K and V, fitted once on a Zen 5 core and held since: the case table,
 # where every key has many queries, hardly tells these costs from those of a row, and they decide where there are few.
 COPIES = {
@@ -54,10 +58,11 @@ def uniform_masks(case: Case) -> list[tuple[float, Tensor]]:
     return [(density, random < density) for density in DENSITIES]
 
 
-def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list[dict[str, Any]]:
     """Median seconds of the kernels, their choice and dense SDPA, interleaved, on one thread."""
+    kernels = KERNELS[backward]
     query, key, value = (
-        torch.randn(case.batch, rows, heads, size).to(dtype).transpose(1, 2)
+        torch.randn(case.batch, rows, heads, size).to(dtype).transpose(1, 2).requires_grad_(backward)
         for rows, heads, size in (
             (case.queries, case.query_heads, case.head_size),
             (case.keys, case.key_heads, case.head_size),
@@ -68,23 +73,25 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
     for density, mask in uniform_masks(case):
         pattern = SparsePattern.from_mask(mask)
 
+        def seconds(call: Callable[[], Tensor]) -> float:
+            if not backward:
+                return timed(call)[0]
+            output = call()
+            grad_output = torch.ones_like(output)
+            return timed(lambda: torch.autograd.grad(output, (query, key, value), grad_output))[0]
+
         def run(kernel: str, pattern: SparsePattern = pattern) -> float:
             os.environ["FIAK_CSR_KERNEL"] = kernel
-            return timed(lambda: pattern.attend(query, key, value))[0]
+            return seconds(lambda: pattern.attend(query, key, value))
 
         def sdpa() -> float:
             gqa = case.query_heads != case.key_heads
-            return timed(
+            return seconds(
                 lambda: scaled_dot_product_attention(query, key, value, is_causal=case.is_causal, enable_gqa=gqa)
-            )[0]
+            )
 
-        calls: dict[str, Callable[[], float]] = {
-            "entries": lambda: run("entries"),
-            "blocks": lambda: run("blocks"),
-            "dense": lambda: run("dense"),
-            "auto": lambda: run("auto"),
-            "sdpa": sdpa,
-        }
+        calls: dict[str, Callable[[], float]] = {name: partial(run, name) for name in (*kernels, "auto")}
+        calls["sdpa"] = sdpa
         for call in calls.values():
             call()
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -96,6 +103,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
         results.append(
             {
                 "case": case.name,
+                "backward": backward,
                 "dtype": str(dtype).removeprefix("torch."),
                 "isa": which_kernel("csr_attention", dtype).split("/")[1],
                 "density": density,
@@ -103,10 +111,10 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]
                 "tiles": int(tiles.sum()),
                 "has_bits": int(mask.sum()) * 16 >= mask.numel(),
                 "off": statistics.median(
-                    auto / min(best) for *best, auto in zip(*list(times.values())[:4], strict=True)
+                    auto / min(best) for *best, auto in zip(*list(times.values())[:-1], strict=True)
                 ),
                 "speedup": statistics.median(s / a for a, s in zip(times["auto"], times["sdpa"], strict=True)),
-                **{name: statistics.median(seconds) for name, seconds in times.items()},
+                **{name: statistics.median(found) for name, found in times.items()},
             }
         )
         last = results[-1]
@@ -128,40 +136,61 @@ def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
         blocks = -(-size // (8 if pairs else 4))
         return -(-blocks * elements // in_vector)
 
-    nnz, tiles = result["nnz"], result["tiles"]
+    def padded(size: int) -> int:
+        return -(-size // lanes) * lanes
+
+    nnz, pairs_of_tiles = result["nnz"], result["tiles"] * 384
     elements = 2 if avx2 else 4
     widest = max(case.head_size, case.value_size)
     while elements > 1 and (
         case.batch < elements or min(case.keys, 200) * vectors(widest, elements) * lanes * 4 > 52 * 1024
     ):
         elements //= 2
-    of_bundle = vectors(case.head_size, elements) + vectors(case.value_size, elements)
-    row_bytes = case.keys * vectors(widest, elements) * lanes * 4
-    rows = case.query_heads * case.queries
+    key_vectors, value_vectors = vectors(case.head_size, elements), vectors(case.value_size, elements)
+    of_bundle = key_vectors + value_vectors
+    packed_bytes = vectors(widest, elements) * lanes * 4  # of a row
+    row_bytes = case.keys * packed_bytes
+    rows, columns = case.query_heads * case.queries, case.query_heads * case.keys
     bundles = case.batch / elements
-    used_bytes = row_bytes * min(1.0, tiles * 384 / (rows * case.keys))
+    used_bytes = row_bytes * min(1.0, pairs_of_tiles / (rows * case.keys))
 
     def entries(runs: int) -> list[float]:
         row_runs = rows * min(runs, nnz / rows)
         entries = nnz + row_runs * 1.5  # a run's last group of four is half full
         counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
         far = 1 - 40 * 1024 / used_bytes if runs == 1 and used_bytes > 40 * 1024 else 0.0
-        counts += [entries * of_bundle, entries * of_bundle * far, row_runs, case.query_heads * case.keys * of_bundle]
+        counts += [entries * of_bundle, entries * of_bundle * far, row_runs, columns * of_bundle]
         return [bundles * x for x in counts]
 
-    numbers = case.head_size + -(-case.value_size // lanes) * lanes
-    dense = [tiles * 384, tiles * 384 * numbers, rows, case.query_heads * case.keys * numbers]
+    def entries_grads() -> list[float]:
+        row_runs = rows * max(1, -(-row_bytes // (40 * 1024)))
+        column_runs = columns * max(1, -(-case.queries * packed_bytes // (40 * 1024)))
+        runs = min(row_runs, nnz) + min(column_runs, nnz)
+        entries = nnz + runs * 0.75
+        counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
+        counts += [entries * (3 * key_vectors + 2 * value_vectors), runs, (rows + columns) * of_bundle]
+        return [bundles * x for x in counts]
+
+    def dense(numbers: int, copied: int) -> list[float]:
+        return [case.batch * x for x in (pairs_of_tiles, pairs_of_tiles * numbers, rows, columns * copied)]
+
+    if result["backward"]:
+        products = case.head_size + 2 * padded(case.head_size) + case.value_size + padded(case.value_size)
+        return {"entries": entries_grads(), "dense": dense(products, case.head_size + case.value_size)}
+    numbers = case.head_size + padded(case.value_size)
     return {
         "entries": entries(1),
         "blocks": entries(1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))),
-        "dense": [case.batch * x for x in dense],
+        "dense": dense(numbers, numbers),
     }
 
 
 def fit(results: list[dict[str, Any]]) -> None:
     """Least squares of the relative error, without negative costs; what decides, similar times, counts most."""
     cases = {case.name: case for case in load_cases()}
-    for kernels, names in ((("entries", "blocks"), ENTRIES), (("dense",), DENSE)):
+    backward = results[0]["backward"]
+    of_entries = ("entries",) if backward else ("entries", "blocks")
+    for kernels, names in ((of_entries, ENTRIES_GRADS if backward else ENTRIES), (("dense",), DENSE)):
         used = [r for r in results if r["nnz"] and (kernels != ("dense",) or r["has_bits"])]
         used = [r for r in used if not cases[r["case"]].is_decoding]
         # The clock drifts: SDPA, which takes the same time for all densities of a case, tells by how much.
@@ -170,7 +199,7 @@ def fit(results: list[dict[str, Any]]) -> None:
         counts = torch.tensor([features(cases[r["case"]], r)[kernel] for r, kernel in runs]).double()
         times = torch.tensor([r[kernel] * usual[r["case"]] / r["sdpa"] for r, kernel in runs]).double() * 1e9
         scaled = counts / times[:, None]
-        ratios = torch.tensor([min(r["entries"], r["blocks"]) / r["dense"] for r, _ in runs]).double()
+        ratios = torch.tensor([min(r[kernel] for kernel in of_entries) / r["dense"] for r, _ in runs]).double()
         weights = torch.where((ratios - 1).abs() < 0.5, 1.0, 0.2)[:, None].double()
         copies = names.index("number" if kernels == ("dense",) else "packed_vector")
         held = scaled[:, copies, None] * COPIES[used[0]["isa"]][kernels[0]]
@@ -194,9 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", help="of the table; all unless named")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--backward", action="store_true", help="the backward pass instead of the forward pass")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="where to write the measurements; added to what is there")
-    parser.add_argument("--fit", type=Path, nargs="+", help="measurements to fit, of one dtype and instruction set")
+    parser.add_argument(
+        "--fit", type=Path, nargs="+", help="measurements to fit, of one dtype, instruction set and direction"
+    )
     arguments = parser.parse_args()
     if arguments.fit:
         return fit([result for path in arguments.fit for result in json.loads(path.read_text())])
@@ -204,7 +236,7 @@ def main() -> None:
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for case in load_cases():
         if not arguments.cases or case.name in arguments.cases:
-            results += measure(case, getattr(torch, arguments.dtype), arguments.rounds)
+            results += measure(case, getattr(torch, arguments.dtype), arguments.rounds, arguments.backward)
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return None

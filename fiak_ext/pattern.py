@@ -374,8 +374,9 @@ class SparsePattern:
                 f"SparsePattern.attend: query must be [batch, {self.num_heads}, queries, head size] "
                 f"(got shape {tuple(query.shape)})"
             )
-        batch, _, queries, _ = query.shape
-        if kv_lens is not None and kv_lens.dim() == 2:
+        lens_of_heads = kv_lens is not None and kv_lens.dim() == 2
+        if kv_lens is not None and lens_of_heads:
+            batch, _, queries, _ = query.shape
             # Heads become batch elements and their patterns groups: the rows of the CSR matrix stay where they are.
             key_heads = kv_lens.size(1)
             query = query.reshape(batch * key_heads, self.num_heads // key_heads, *query.shape[2:])
@@ -399,7 +400,7 @@ class SparsePattern:
             scale=scale,
             score=score,
         )
-        return output.reshape(batch, self.num_heads, queries, value.size(3))
+        return output.reshape(batch, self.num_heads, queries, value.size(3)) if lens_of_heads else output
 
     # ---------------------------------------------------------------- Python protocols
 

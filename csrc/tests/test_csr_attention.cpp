@@ -11,7 +11,7 @@ namespace {
 
 class CsrAttention : public KernelTest {
  protected:
-  /// The check with each forward kernel wherever it can run, and with their choice.
+  /// The check with each kernel wherever it can run, and with their choice.
   template <class Check>
   void with_each_kernel(Check&& check) {
     for (const char* kernel : {"entries", "blocks", "dense", "auto"}) {
@@ -36,7 +36,12 @@ TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreads) {
     gives_the_same_bits_on_any_number_of_threads(random_long_csr_problem, 8);
   });
 }
-TEST_P(CsrAttention, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_csr_problem); }
+TEST_P(CsrAttention, LeavesOutUnwantedGradients) {
+  with_each_kernel([&] {
+    leaves_out_unwanted_gradients(random_csr_problem, 4);
+    leaves_out_unwanted_gradients(random_long_csr_problem, 2);
+  });
+}
 TEST_P(CsrAttention, KeepsNanInItsPlace) {
   with_each_kernel([&] {
     keeps_nan_in_its_place(random_csr_problem, 30);
@@ -143,6 +148,28 @@ TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
   check(cpu::csr_rates(cpu::Isa::kAvx512, false), 0.1);
   check(cpu::csr_rates(cpu::Isa::kAvx512Bf16, true), 0.1);
   check(cpu::csr_rates(cpu::Isa::kAmxBf16, true), 0.002);  // tiles are cheaper still
+}
+
+TEST(CsrKernelChoice, TakesTheDenseKernelBackwardForFullHeadsOnly) {
+  for (const auto& [isa, pairs] : {std::pair(cpu::Isa::kAvx2, false),
+                                   {cpu::Isa::kAvx512, false},
+                                   {cpu::Isa::kAvx512Bf16, true},
+                                   {cpu::Isa::kAmxBf16, true}}) {
+    const cpu::CsrRates& rates = cpu::csr_rates(isa, pairs);
+    for (const int64_t size : {16, 48, 64, 128}) {
+      for (const int64_t length : {197, 1024, 4096}) {
+        const auto all = static_cast<double>(length * length);
+        const auto dense_saves = [&](double kept, double tiles) {
+          const cpu::CsrHead head{length, length, kept * all, tiles * all / (24 * 16), size, size, 1};
+          return cpu::dense_grad_cost(head, rates) < cpu::entries_grad_cost(head, rates);
+        };
+        const std::string what = std::string(cpu::isa_name(isa)) + " " + std::to_string(size);
+        EXPECT_TRUE(dense_saves(1, 1)) << what << " " << length;
+        EXPECT_FALSE(dense_saves(0.1, 1)) << what << " " << length;
+        EXPECT_TRUE(dense_saves(0.3, 0.3)) << what << " " << length;  // in blocks, of which the others are skipped
+      }
+    }
+  }
 }
 
 TEST(CsrKernelChoice, TakesSmallBlocksOfKeysForLongRunsOnly) {

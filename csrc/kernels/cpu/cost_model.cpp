@@ -12,12 +12,103 @@ namespace {
 // As `python -m benchmarks.cost_model --fit` prints them; the costs of copying, packed_vector and number, are what it
 // holds fixed. Measured on one Zen 4 core, and on one core of a Xeon with AMX, where the case table has no bundles of
 // one element in bfloat16: that entry is extrapolated. What dense costs with AMX is fitted to fiak_benchmarks' square
-// cases with 70% pruned, within 5%.
-constexpr CsrRates kAvx2Rates = {8, false, {1.00, 0.90, 0.90}, 0.197, 0.191, 39.7, 2.5, 0.668, 0.0175, 7.8, 0.43};
-constexpr CsrRates kAvx512Rates = {16, false, {0.71, 0.66, 2.03}, 0.353, 0.283, 23.6, 5.2, 0.425, 0.0165, 6.8, 0.41};
-constexpr CsrRates kAvx512Bf16Rates = {16, true, {0.37, 1.00, 1.20}, 0.526, 0.123, 32.8, 5.0, 0.445, 0.0081, 3.6, 0.21};
-constexpr CsrRates kXeonRates = {16, false, {0.93, 1.18, 2.66}, 0.278, 0.254, 46.7, 5.2, 0.451, 0.0118, 9.8, 0.41};
-constexpr CsrRates kAmxBf16Rates = {16, true, {1.20, 1.56, 2.28}, 0.840, 0.261, 54.8, 5.0, 0.420, 0.0007, 0.8, 0.14};
+// cases with 70% pruned, within 5%. Backward's are fitted to the same machines' results of benchmarks.compare, those of
+// AVX2 on a Zen 3 core.
+constexpr CsrRates kAvx2Rates = {
+    .lanes = 8,
+    .pairs = false,
+    .entry = {1.00, 0.90, 0.90},
+    .entry_vector = 0.197,
+    .far_vector = 0.191,
+    .run = 39.7,
+    .packed_vector = 2.5,
+    .pair = 0.668,
+    .pair_multiply = 0.0175,
+    .dense_row = 7.8,
+    .number = 0.43,
+    .grads = {.entry = {3.55, 5.03, 5.03},
+              .entry_vector = 0.383,
+              .run = 104.1,
+              .pair = 0.804,
+              .pair_multiply = 0.0324,
+              .dense_row = 350.5},
+};
+constexpr CsrRates kAvx512Rates = {
+    .lanes = 16,
+    .pairs = false,
+    .entry = {0.71, 0.66, 2.03},
+    .entry_vector = 0.353,
+    .far_vector = 0.283,
+    .run = 23.6,
+    .packed_vector = 5.2,
+    .pair = 0.425,
+    .pair_multiply = 0.0165,
+    .dense_row = 6.8,
+    .number = 0.41,
+    .grads = {.entry = {3.04, 3.68, 5.81},
+              .entry_vector = 0.336,
+              .run = 39.6,
+              .pair = 0.210,
+              .pair_multiply = 0.0199,
+              .dense_row = 126.0},
+};
+constexpr CsrRates kAvx512Bf16Rates = {
+    .lanes = 16,
+    .pairs = true,
+    .entry = {0.37, 1.00, 1.20},
+    .entry_vector = 0.526,
+    .far_vector = 0.123,
+    .run = 32.8,
+    .packed_vector = 5.0,
+    .pair = 0.445,
+    .pair_multiply = 0.0081,
+    .dense_row = 3.6,
+    .number = 0.21,
+    .grads = {.entry = {2.97, 4.38, 7.34},
+              .entry_vector = 0.437,
+              .run = 61.0,
+              .pair = 0.562,
+              .pair_multiply = 0.0096,
+              .dense_row = 81.4},
+};
+constexpr CsrRates kXeonRates = {
+    .lanes = 16,
+    .pairs = false,
+    .entry = {0.93, 1.18, 2.66},
+    .entry_vector = 0.278,
+    .far_vector = 0.254,
+    .run = 46.7,
+    .packed_vector = 5.2,
+    .pair = 0.451,
+    .pair_multiply = 0.0118,
+    .dense_row = 9.8,
+    .number = 0.41,
+    .grads = {.entry = {4.75, 7.27, 15.0},
+              .entry_vector = 0.268,
+              .run = 56.5,
+              .pair = 0.377,
+              .pair_multiply = 0.0142,
+              .dense_row = 193.5},
+};
+constexpr CsrRates kAmxBf16Rates = {
+    .lanes = 16,
+    .pairs = true,
+    .entry = {1.20, 1.56, 2.28},
+    .entry_vector = 0.840,
+    .far_vector = 0.261,
+    .run = 54.8,
+    .packed_vector = 5.0,
+    .pair = 0.420,
+    .pair_multiply = 0.0007,
+    .dense_row = 0.8,
+    .number = 0.14,
+    .grads = {.entry = {4.80, 6.39, 12.9},
+              .entry_vector = 0.805,
+              .run = 78.1,
+              .pair = 0.285,
+              .pair_multiply = 0.0216,
+              .dense_row = 147.9},
+};
 
 /// Vectors of a row of `size` numbers, of all elements together (row_chunks in bundle.h).
 int64_t row_vectors(int64_t size, int elements, const CsrRates& rates) {
@@ -58,6 +149,29 @@ double dense_cost(const CsrHead& head, const CsrRates& r) {
   return head.elements *
          (pairs * (r.pair + r.pair_multiply * numbers) + static_cast<double>(head.queries) * r.dense_row +
           static_cast<double>(head.keys) * numbers * r.number);
+}
+
+double entries_grad_cost(const CsrHead& head, const CsrRates& r) {
+  const int64_t key_vectors = row_vectors(head.head_size, head.elements, r);
+  const int64_t value_vectors = row_vectors(head.value_size, head.elements, r);
+  const auto vectors = static_cast<double>(3 * key_vectors + 2 * value_vectors);
+  const auto row_bytes = static_cast<double>(std::max(key_vectors, value_vectors) * 4 * r.lanes);
+  const auto rows = static_cast<double>(head.queries), keys = static_cast<double>(head.keys);
+  const auto blocks = [&](double count) { return std::max(1.0, std::ceil(count * row_bytes / (40 * 1024))); };
+  const double runs = std::min(rows * blocks(keys), head.nnz) + std::min(keys * blocks(rows), head.nnz);
+  const double entry = r.grads.entry[head.elements == 1 ? 0 : head.elements == 2 ? 1 : 2];
+  return (head.nnz + runs * 0.75) * (entry + vectors * r.grads.entry_vector) + runs * r.grads.run +
+         (keys + rows) * static_cast<double>(key_vectors + value_vectors) * r.packed_vector;
+}
+
+double dense_grad_cost(const CsrHead& head, const CsrRates& r) {
+  const auto padded = [&](int64_t size) { return (size + r.lanes - 1) / r.lanes * r.lanes; };
+  const auto numbers =
+      static_cast<double>(head.head_size + 2 * padded(head.head_size) + head.value_size + padded(head.value_size));
+  const double pairs = head.tiles * kPlanTileRows * kPlanTileKeys;
+  return head.elements * (pairs * (r.grads.pair + r.grads.pair_multiply * numbers) +
+                          static_cast<double>(head.queries) * r.grads.dense_row +
+                          static_cast<double>(head.keys * (head.head_size + head.value_size)) * r.number);
 }
 
 CsrKernel selected_csr_kernel() {

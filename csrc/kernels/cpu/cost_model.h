@@ -1,6 +1,6 @@
-// What csr_attention's forward kernels cost, so that every head of a pattern runs on the cheapest: per entry
-// (csr_attention_simd.cpp), with all keys at once or in blocks that fit into the L1 cache, or dense with a bit for each
-// pair (csr_dense.h).
+// What csr_attention's kernels cost, so that every head of a pattern runs on the cheapest: per entry
+// (csr_attention_simd.cpp), forward with all keys at once or in blocks that fit into the L1 cache, or dense with a bit
+// for each pair (csr_dense.h).
 //
 // Counts of what the kernels do, times the nanoseconds of each, which `python -m benchmarks.cost_model` measures and
 // fits. Nothing depends on the number of threads: it must not change what is computed.
@@ -29,6 +29,10 @@ struct CsrRates {
   double entry[3], entry_vector, far_vector, run, packed_vector;
   // Dense: of a pair, and for each multiply-add of it; of a row; and of a number of K or V to transpose or copy.
   double pair, pair_multiply, dense_row, number;
+  /// The same of backward, where they differ; runs are of rows and of columns.
+  struct {
+    double entry[3], entry_vector, run, pair, pair_multiply, dense_row;
+  } grads;
 };
 
 /// Those of an instruction set, not kScalar, for rows stored as bfloat16 (`pairs`, where it has them) or float32.
@@ -40,8 +44,13 @@ double entries_cost(const CsrHead& head, const CsrRates& rates, bool blocked);
 /// The same of the dense kernel.
 double dense_cost(const CsrHead& head, const CsrRates& rates);
 
+/// The same of backward.
+double entries_grad_cost(const CsrHead& head, const CsrRates& rates);
+double dense_grad_cost(const CsrHead& head, const CsrRates& rates);
+
 /// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, blocks, dense, auto), which is read at
-/// every call, names the kernel for all heads that it can compute. Throws std::invalid_argument for another name.
+/// every call, names the kernel for all heads that it can compute;
+/// backward, entries and blocks are the same. Throws std::invalid_argument for another name.
 enum class CsrKernel { kAuto, kEntries, kBlocks, kDense };
 CsrKernel selected_csr_kernel();
 

@@ -438,21 +438,23 @@ class CsrBackward {
            2 * carved(most_floats_);
   }
 
-  /// All of `bundle` for key heads [first, first + count), in count * slot_bytes() bytes at `memory`.
-  void run(const Bundle& bundle, int64_t first, int64_t count, const Parallel& parallel, char* memory) const {
+  /// All of `bundle` for key heads [first, first + count) of `key_heads`, in count * slot_bytes() bytes at `memory`.
+  void run(const Bundle& bundle, const KeyHeads& key_heads, int64_t first, int64_t count, const Parallel& parallel,
+           char* memory) const {
+    const auto key_head = [&](int64_t i) { return key_heads.at(first + i); };
     const auto slot = [&](int64_t i) { return make_slot(memory + i * slot_bytes()); };
     const int64_t heads = shared_heads(args_), keys = keys_of(args_, bundle.b[0]),
                   offset = offset_of(args_, bundle.b[0]);
     parallel_range(parallel, count * args_.keys, [&](int64_t begin, int64_t end) {
       for_parts(begin, end, args_.keys,
-                [&](int64_t i, int64_t from, int64_t to) { start(slot(i), bundle, first + i, from, to); });
+                [&](int64_t i, int64_t from, int64_t to) { start(slot(i), bundle, key_head(i), from, to); });
     });
     for (int64_t member = 0; member < heads; ++member) {
       for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
         const int64_t begin = larger(chunks_.first(chunk), offset);
         const int64_t end = smaller(chunks_.end(chunk), offset + args_.queries);
         if (begin >= end) continue;
-        const auto head = [&](int64_t i) { return (first + i) * heads + member; };
+        const auto head = [&](int64_t i) { return key_head(i) * heads + member; };
         const int64_t groups = (end - begin + kTaskRows - 1) / kTaskRows;
         const auto for_rows = [&](auto&& use) {
           parallel_range(parallel, count * groups, [&](int64_t from, int64_t to) {
@@ -486,7 +488,7 @@ class CsrBackward {
     if (!columns_wanted()) return;
     parallel_range(parallel, count * args_.keys, [&](int64_t begin, int64_t end) {
       for_parts(begin, end, args_.keys,
-                [&](int64_t i, int64_t from, int64_t to) { finish(slot(i), bundle, first + i, keys, from, to); });
+                [&](int64_t i, int64_t from, int64_t to) { finish(slot(i), bundle, key_head(i), keys, from, to); });
     });
   }
 
@@ -958,37 +960,37 @@ int64_t bundled_elements(const CsrArgs& args, Storage storage) {
   return 1;
 }
 
-/// All waves with bundles of kElements.
+/// All waves of some key heads with bundles of kElements.
 template <Storage kStorage, int kElements>
-void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel, const Bundles& bundles,
-                      int64_t elements) {
+void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const KeyHeads& key_heads,
+                      const Parallel& parallel, const Bundles& bundles, int64_t elements) {
   const CsrBackward<kStorage, kElements> backward(args, grads);
   const auto mine = [&](const Bundle& bundle) { return bundle.elements == elements; };
   int64_t count = 0;
   for (int64_t i = 0; i < bundles.count; ++i) count += mine(bundles.at(i));
   if (count == 0) return;
   // A bundle and key head is one thread's where there are enough of them; a weight's gradient sums over bundles.
-  const int64_t units = count * args.key_heads, threads = larger(1, parallel.threads);
+  const int64_t units = count * key_heads.count, threads = larger(1, parallel.threads);
   const bool alone =
       grads.grad_weight == nullptr && units >= threads && (units + threads - 1) / threads * threads * 10 <= units * 11;
-  const SharedScratch memory((alone ? threads : args.key_heads) * backward.slot_bytes() + 64);
+  const SharedScratch memory((alone ? threads : key_heads.count) * backward.slot_bytes() + 64);
   char* slots = static_cast<char*>(memory.data());
   slots += (64 - reinterpret_cast<uintptr_t>(slots) % 64) % 64;
   if (!alone) {
     for (int64_t i = 0; i < bundles.count; ++i) {
-      if (mine(bundles.at(i))) backward.run(bundles.at(i), 0, args.key_heads, parallel, slots);
+      if (mine(bundles.at(i))) backward.run(bundles.at(i), key_heads, 0, key_heads.count, parallel, slots);
     }
     return;
   }
-  const int64_t all = bundles.count * args.key_heads;
+  const int64_t all = bundles.count * key_heads.count;
   parallel_range(parallel, threads, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
       int64_t unit = 0;
       for (int64_t i = 0; i < all; ++i) {
-        const Bundle bundle = bundles.at(i / args.key_heads);
+        const Bundle bundle = bundles.at(i / key_heads.count);
         if (!mine(bundle)) continue;
         if (unit * threads / units == thread) {
-          backward.run(bundle, i % args.key_heads, 1, Parallel{}, slots + thread * backward.slot_bytes());
+          backward.run(bundle, key_heads, i % key_heads.count, 1, Parallel{}, slots + thread * backward.slot_bytes());
         }
         ++unit;
       }
@@ -998,15 +1000,21 @@ void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const Para
 
 template <Storage kStorage>
 void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
-  const Bundles bundles(args, bundled_elements(args, kStorage));
+  if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, args.plan.nnz * sizeof(float));
   if (args.batch == 0 || args.key_heads == 0) return;
+  const int64_t elements = bundled_elements(args, kStorage);
+  const Bundles bundles(args, elements);
+  const HeadsByKernel heads(args, static_cast<int>(elements), kStorage);
+  const auto head_at = [&](int64_t b, int64_t h) { return KeptHead(args, {b, h}); };
+  dense_backward(args, grads, heads.dense(), head_at, false, false, parallel);
+  if (heads.entries().count == 0) return;
   if (bundles.elements == kMaxElements) {
-    backward_bundles<kStorage, kMaxElements>(args, grads, parallel, bundles, kMaxElements);
+    backward_bundles<kStorage, kMaxElements>(args, grads, heads.entries(), parallel, bundles, kMaxElements);
   }
   if (kMaxElements > 2 && bundles.elements == 2) {
-    backward_bundles<kStorage, 2>(args, grads, parallel, bundles, 2);
+    backward_bundles<kStorage, 2>(args, grads, heads.entries(), parallel, bundles, 2);
   }
-  backward_bundles<kStorage, 1>(args, grads, parallel, bundles, 1);
+  backward_bundles<kStorage, 1>(args, grads, heads.entries(), parallel, bundles, 1);
 }
 
 /// forward_rows on the dense kernel, whose blocks of queries start at multiples of their size: of a block, whoever has
@@ -1064,8 +1072,6 @@ void csr_forward(const CsrArgs& args, const ForwardResult& result, const Paralle
 }
 
 void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
-  const PlanView& plan = args.plan;
-  if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, plan.nnz * sizeof(float));
 #if defined(FIAK_ISA_AVX512_BF16)
   if (csr_storage(args) == Storage::kBFloat16) return backward<Storage::kBFloat16>(args, grads, parallel);
 #endif

@@ -1,13 +1,14 @@
-// csr_attention's second forward kernel, dense attention with a bit for each pair, and which heads run on it.
+// csr_attention's second kernel, dense attention with a bit for each pair, and which heads run on it.
 #pragma once
 
 #include "kernels/cpu/bundle.h"
 #include "kernels/cpu/cost_model.h"
-#include "kernels/cpu/dense_rows.h"
+#include "kernels/cpu/dense_grads.h"
 
 namespace fiak::cpu::FIAK_ISA {
 
-/// What the queries of a head of a pattern without values attend to (dense_forward). The plan must have bits.
+/// What the queries of a head of a pattern without values attend to (dense_forward, DenseBackward). The plan must have
+/// bits.
 class KeptHead {
  public:
   static constexpr bool kMasked = true;
@@ -55,7 +56,21 @@ class KeptHead {
     }
     return found;
   }
+  __attribute__((always_inline)) bool needs(int64_t first, int64_t rows, int64_t j, int64_t keys) const {
+    const uint64_t* bits = words(first) + j / 64;
+    const int64_t low = j % 64;
+    uint64_t any = 0, after = 0;
+    for (int64_t i = 0; i < rows; ++i, bits += plan_.row_words) {
+      any |= bits[0];
+      if (low + keys > 64) after |= bits[1];
+    }
+    any >>= low;
+    if (low > 0) any |= after << (64 - low);
+    return (any & (~uint64_t{0} >> (64 - keys))) != 0;
+  }
+  __attribute__((always_inline)) float* grad_weights(int64_t) const { return nullptr; }
   __attribute__((always_inline)) void fetch(int64_t, int64_t, int64_t) const {}
+  __attribute__((always_inline)) void fetch_grads(int64_t, int64_t, int64_t) const {}
   __attribute__((always_inline)) int64_t row(int64_t n) const { return n + first_; }
 
  private:
@@ -145,6 +160,55 @@ class HeadCosts {
   SharedScratch memory_;
   double *bundles_, *singles_;  // of the heads before, for a bundle and for a single element
   char* kernels_;               // of CsrKernel
+};
+
+/// The key heads whose backward runs on the dense kernel, for all batch elements, and the others.
+class HeadsByKernel {
+ public:
+  /// For bundles of `elements` batch elements, stored as the kernel per entry does.
+  __attribute__((always_inline)) HeadsByKernel(const CsrArgs& args, int elements, Storage storage)
+      : memory_(2 * args.key_heads * sizeof(int64_t)) {
+    auto* dense = static_cast<int64_t*>(memory_.data());
+    int64_t* entries = dense + args.key_heads;
+    dense_ = {dense, 0};
+    entries_ = {entries, 0};
+    const CsrKernel wanted = selected_csr_kernel();
+    const bool choice = args.plan.bits != nullptr && args.values == nullptr;
+    for (int64_t head = 0; head < args.key_heads; ++head) {
+      const bool cheaper = choice && wanted == CsrKernel::kAuto && dense_is_cheaper(args, head, elements, storage);
+      if (choice && (wanted == CsrKernel::kDense || cheaper)) {
+        dense[dense_.count++] = head;
+      } else {
+        entries[entries_.count++] = head;
+      }
+    }
+  }
+  __attribute__((always_inline)) const KeyHeads& dense() const { return dense_; }
+  __attribute__((always_inline)) const KeyHeads& entries() const { return entries_; }
+
+ private:
+  /// Over all groups and the query heads that read the key head.
+  __attribute__((always_inline)) static bool dense_is_cheaper(const CsrArgs& args, int64_t key_head, int elements,
+                                                              Storage storage) {
+    const PlanView& plan = args.plan;
+    const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
+    const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
+    const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan.num_queries));
+    double entries = 0, dense = 0;
+    for (int64_t first = key_head * shared_heads(args); first < plan.heads; first += args.query_heads) {
+      for (int64_t head = first; head < first + shared_heads(args); ++head) {
+        const int64_t* segments = plan.row_segments + head * plan.num_queries * plan.key_blocks;
+        const auto nnz = static_cast<double>(segments[plan.num_queries * plan.key_blocks] - segments[0]);
+        const CsrHead shape{args.queries,   args.keys,       share * nnz, share * static_cast<double>(plan.tiles[head]),
+                            args.head_size, args.value_size, elements};
+        entries += entries_grad_cost(shape, entries_rates);
+        dense += dense_grad_cost(shape, dense_rates);
+      }
+    }
+    return dense < entries;
+  }
+  SharedScratch memory_;
+  KeyHeads dense_, entries_;
 };
 
 }  // namespace fiak::cpu::FIAK_ISA
