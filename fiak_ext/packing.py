@@ -45,6 +45,18 @@ def _packed_linear_flops(input: Any, weight: Any, packed: Any, bias: Any, *, out
     return 2 * int(torch.Size(out_shape).numel()) * int(weight[1])
 
 
+def _check(weight: Tensor) -> None:
+    """Raises ValueError for a weight of a dtype, or on a device, that cannot be packed."""
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"PackedLinear: weight must be float32 or bfloat16 on cpu (got {weight.dtype} on {weight.device})"
+        )
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError(
+            "PackedLinear: weight must be float32 on this CPU, whose oneDNN packs no bfloat16 (got torch.bfloat16)"
+        )
+
+
 class PackedLinear(nn.Linear):
     """A linear layer for inference whose weight is packed once; :func:`pack_linears` makes it from a ``nn.Linear``.
 
@@ -75,14 +87,7 @@ class PackedLinear(nn.Linear):
             ValueError: a weight that is not on CPU and in float32 or, with AVX-512, bfloat16.
         """
         weight = self.weight
-        if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
-            raise ValueError(
-                f"PackedLinear: weight must be float32 or bfloat16 on cpu (got {weight.dtype} on {weight.device})"
-            )
-        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            raise ValueError(
-                "PackedLinear: weight must be float32 on this CPU, whose oneDNN packs no bfloat16 (got torch.bfloat16)"
-            )
+        _check(weight)
         # Not a buffer: it is opaque, and neither saved nor moved.
         with torch.inference_mode(False):
             self.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
@@ -111,6 +116,7 @@ class PackedLinear(nn.Linear):
         self.pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        _check(fn(self.weight.detach()[:0]))  # before anything is changed
         super()._apply(fn, recurse)
         self.pack()
         return self

@@ -76,6 +76,17 @@ def test_copies_and_other_dtypes_are_packed_anew(dtype: torch.dtype) -> None:
         torch.testing.assert_close(packed.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype)))
 
 
+def test_a_dtype_that_cannot_be_packed_changes_nothing() -> None:
+    plain = mlp()
+    layer = pack_linears(copy.deepcopy(plain))[0]
+    assert isinstance(layer, PackedLinear)
+    with pytest.raises(ValueError, match="PackedLinear: weight must be float32 or bfloat16 on cpu"):
+        layer.half()
+    x = torch.randn(200, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain[0](x))
+
+
 def test_a_layer_in_two_places_stays_one() -> None:
     layer = nn.Linear(8, 8)
     model = pack_linears(nn.Sequential(layer, nn.ReLU(), layer).eval())

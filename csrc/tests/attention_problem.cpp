@@ -564,7 +564,8 @@ void KernelChecks::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
       return results;
     };
 
-    {  // In a query row, or the gradient of its output: that row, and the keys and values of its head.
+    // In a query row, or the gradient of its output: that row, and the keys and values of its head or of its support.
+    {
       for (Tensor* operand : {&problem.query, &problem.grad_output}) {
         const Tensor saved = *operand;
         *operand = poisoned(saved, at_h, at_n);
@@ -582,8 +583,9 @@ void KernelChecks::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
             }
           }
           for (int64_t h = 0; h < args.key_heads; ++h) {
-            if (b == at_b && h == at_h / shared) continue;
             for (int64_t j = 0; j < args.keys; ++j) {
+              const bool reached = !only_support_gets_nan() || problem.in_support(b, at_h, at_n, j);
+              if (b == at_b && h == at_h / shared && reached) continue;
               expect_row(results.grad_key, clean.grad_key, false, b, h, j, "grad_key of " + what);
               expect_row(results.grad_value, clean.grad_value, false, b, h, j, "grad_value of " + what);
             }

@@ -95,6 +95,9 @@ class KernelChecks {
   virtual ~KernelChecks() = default;
   virtual DType dtype() const = 0;
   virtual const cpu::Kernels& kernels() const = 0;
+  /// Whether a query that is not finite, or whose output's gradient is not, leaves alone all keys that it does not
+  /// attend to: tiles of tensor cores let it pass to those of its head.
+  virtual bool only_support_gets_nan() const { return false; }
   static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
 
   /// Within the error bound of float64, in all results.
@@ -113,6 +116,7 @@ class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>>, p
   cpu::Isa isa() const { return std::get<0>(GetParam()); }
   DType dtype() const override { return std::get<1>(GetParam()); }
   const cpu::Kernels& kernels() const override { return cpu::kernels(isa()); }
+  bool only_support_gets_nan() const override { return true; }
 };
 
 std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);
