@@ -39,7 +39,7 @@ ENTRIES = (
 )
 DENSE = ("pair", "pair_multiply", "dense_row", "number")
 ENTRIES_GRADS = tuple(name for name in ENTRIES if name != "far_vector")
-KERNELS = {False: ("entries", "blocks", "dense"), True: ("entries", "dense")}  # by whether backward
+KERNELS = {False: ("entries", "blocks", "dense"), True: ("entries", "dense")}  # by whether backward; dense is last
 # Nanoseconds to copy a vector, or a number, of K and V, fitted once on a Zen 5 core and held since: the case table,
 # where every key has many queries, hardly tells these costs from those of a row, and they decide where there are few.
 COPIES = {
@@ -189,7 +189,7 @@ def fit(results: list[dict[str, Any]]) -> None:
     """Least squares of the relative error, without negative costs; what decides, similar times, counts most."""
     cases = {case.name: case for case in load_cases()}
     backward = results[0]["backward"]
-    of_entries = ("entries",) if backward else ("entries", "blocks")
+    of_entries = KERNELS[backward][:-1]
     for kernels, names in ((of_entries, ENTRIES_GRADS if backward else ENTRIES), (("dense",), DENSE)):
         used = [r for r in results if r["nnz"] and (kernels != ("dense",) or r["has_bits"])]
         used = [r for r in used if not cases[r["case"]].is_decoding]

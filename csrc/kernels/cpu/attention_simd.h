@@ -21,25 +21,6 @@ FIAK_INLINE float dot(const float* x, const float* y, int64_t size) {
   return reduce_add(sum);
 }
 
-/// delta_i = sum_j a_ij dA_ij = dO_i . O_i for every query, [batch, query_heads, queries].
-[[maybe_unused]] static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads,
-                                           const Parallel& parallel, float* delta) {
-  parallel_range(parallel, args.batch * args.query_heads, [&](int64_t begin, int64_t end) {
-    const int64_t size = padded(args.value_size);
-    Carver scratch{static_cast<char*>(thread_scratch(2 * carved(size)))};
-    float* grad_output = scratch.floats(size);
-    float* output = scratch.floats(size);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / args.query_heads, h = i % args.query_heads;
-      for (int64_t n = 0; n < args.queries; ++n) {
-        load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, grad_output);
-        load_row(row_address(grads.output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, output);
-        delta[i * args.queries + n] = dot(grad_output, output, size);
-      }
-    }
-  });
-}
-
 /// body(begin, end) over parts of [0, count) of about equal work, where work(i) is what the units before i take.
 template <class Work, class Body>
 FIAK_INLINE void parallel_balanced(const Parallel& parallel, int64_t count, Work&& work, Body&& body) {

@@ -29,7 +29,7 @@ struct CsrRates {
   double entry[3], entry_vector, far_vector, run, packed_vector;
   // Dense: of a pair, and for each multiply-add of it; of a row; and of a number of K or V to transpose or copy.
   double pair, pair_multiply, dense_row, number;
-  /// The same of backward, where they differ; runs are of rows and of columns.
+  // The same of backward, where they differ; runs are of rows and of columns.
   struct {
     double entry[3], entry_vector, run, pair, pair_multiply, dense_row;
   } grads;
@@ -49,8 +49,8 @@ double entries_grad_cost(const CsrHead& head, const CsrRates& rates);
 double dense_grad_cost(const CsrHead& head, const CsrRates& rates);
 
 /// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, blocks, dense, auto), which is read at
-/// every call, names the kernel for all heads that it can compute;
-/// backward, entries and blocks are the same. Throws std::invalid_argument for another name.
+/// every call, names the kernel for all heads that it can compute; backward, entries and blocks are the same. Throws
+/// std::invalid_argument for another name.
 enum class CsrKernel { kAuto, kEntries, kBlocks, kDense };
 CsrKernel selected_csr_kernel();
 

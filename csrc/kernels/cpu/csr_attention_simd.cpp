@@ -998,6 +998,12 @@ void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const KeyH
   });
 }
 
+/// The heads that DenseBackward computes: one type for all storages, so that it is compiled once.
+struct KeptHeads {
+  const CsrArgs& args;
+  KeptHead operator()(int64_t b, int64_t h) const { return KeptHead(args, {b, h}); }
+};
+
 template <Storage kStorage>
 void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
   if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, args.plan.nnz * sizeof(float));
@@ -1005,8 +1011,7 @@ void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& pa
   const int64_t elements = bundled_elements(args, kStorage);
   const Bundles bundles(args, elements);
   const HeadsByKernel heads(args, static_cast<int>(elements), kStorage);
-  const auto head_at = [&](int64_t b, int64_t h) { return KeptHead(args, {b, h}); };
-  dense_backward(args, grads, heads.dense(), head_at, false, false, parallel);
+  dense_backward(args, grads, heads.dense(), KeptHeads{args}, false, false, parallel);
   if (heads.entries().count == 0) return;
   if (bundles.elements == kMaxElements) {
     backward_bundles<kStorage, kMaxElements>(args, grads, heads.entries(), parallel, bundles, kMaxElements);

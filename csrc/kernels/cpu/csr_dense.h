@@ -91,6 +91,16 @@ constexpr Isa kIsa = Isa::kAvx512;
 constexpr Isa kIsa = Isa::kAvx2;
 #endif
 
+/// What a call has of a head of the pattern; without tiles where only the kernel per entry can compute it.
+FIAK_INLINE CsrHead shape_of(const CsrArgs& args, int64_t head, bool tiles, int elements) {
+  const PlanView& plan = args.plan;
+  const int64_t* segments = plan.row_segments + head * plan.num_queries * plan.key_blocks;
+  const auto nnz = static_cast<double>(segments[plan.num_queries * plan.key_blocks] - segments[0]);
+  const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan.num_queries));
+  return {args.queries,   args.keys,       share * nnz, tiles ? share * static_cast<double>(plan.tiles[head]) : 0.0,
+          args.head_size, args.value_size, elements};
+}
+
 /// The kernel for each head of a pattern and what it costs.
 class HeadCosts {
  public:
@@ -104,12 +114,9 @@ class HeadCosts {
     const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
     const CsrKernel wanted = selected_csr_kernel();
     const bool choice = plan_.bits != nullptr && args.values == nullptr;
-    const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan_.num_queries));
     bundles_[0] = singles_[0] = 0;
     for (int64_t head = 0; head < plan_.heads; ++head) {
-      const auto nnz = static_cast<double>(first_entry(head + 1) - first_entry(head));
-      const auto tiles = choice ? static_cast<double>(plan_.tiles[head]) : 0.0;
-      CsrHead shape{args.queries, args.keys, share * nnz, share * tiles, args.head_size, args.value_size, elements};
+      CsrHead shape = shape_of(args, head, choice, elements);
       CsrKernel kernel = wanted;
       if (kernel == CsrKernel::kAuto) {
         const double all = entries_cost(shape, entries_rates, false), blocks = entries_cost(shape, entries_rates, true);
@@ -190,23 +197,19 @@ class HeadsByKernel {
   /// Over all groups and the query heads that read the key head.
   __attribute__((always_inline)) static bool dense_is_cheaper(const CsrArgs& args, int64_t key_head, int elements,
                                                               Storage storage) {
-    const PlanView& plan = args.plan;
     const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
     const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
-    const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan.num_queries));
     double entries = 0, dense = 0;
-    for (int64_t first = key_head * shared_heads(args); first < plan.heads; first += args.query_heads) {
+    for (int64_t first = key_head * shared_heads(args); first < args.plan.heads; first += args.query_heads) {
       for (int64_t head = first; head < first + shared_heads(args); ++head) {
-        const int64_t* segments = plan.row_segments + head * plan.num_queries * plan.key_blocks;
-        const auto nnz = static_cast<double>(segments[plan.num_queries * plan.key_blocks] - segments[0]);
-        const CsrHead shape{args.queries,   args.keys,       share * nnz, share * static_cast<double>(plan.tiles[head]),
-                            args.head_size, args.value_size, elements};
+        const CsrHead shape = shape_of(args, head, true, elements);
         entries += entries_grad_cost(shape, entries_rates);
         dense += dense_grad_cost(shape, dense_rates);
       }
     }
     return dense < entries;
   }
+
   SharedScratch memory_;
   KeyHeads dense_, entries_;
 };

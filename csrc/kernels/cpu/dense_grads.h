@@ -78,7 +78,7 @@ struct Wave {
   int64_t b, batch, head, heads, query_head, query, queries, key, keys;
 };
 
-/// The key heads that the dense kernel runs, ascending; `heads` is null where these are all.
+/// Some key heads, ascending; `heads` is null where these are all.
 struct KeyHeads {
   const int64_t* heads;
   int64_t count;
@@ -450,6 +450,26 @@ class DenseBackward {
   char* slots_ = nullptr;
 };
 
+/// delta_i = sum_j a_ij dA_ij = dO_i . O_i for every query of some key heads, in [batch, query_heads, queries].
+static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads, const KeyHeads& key_heads,
+                          const Parallel& parallel, float* delta) {
+  const int64_t shared = shared_heads(args), heads = key_heads.count * shared;
+  parallel_range(parallel, args.batch * heads, [&](int64_t begin, int64_t end) {
+    const int64_t size = padded(args.value_size);
+    Carver scratch{static_cast<char*>(thread_scratch(2 * carved(size)))};
+    float* grad_output = scratch.floats(size);
+    float* output = scratch.floats(size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / heads, h = key_heads.at(i % heads / shared) * shared + i % shared;
+      for (int64_t n = 0; n < args.queries; ++n) {
+        load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, grad_output);
+        load_row(row_address(grads.output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, output);
+        delta[(b * args.query_heads + h) * args.queries + n] = dot(grad_output, output, size);
+      }
+    }
+  });
+}
+
 /// The backward pass of some key heads. See DenseBackward.
 template <class HeadAt>
 static void dense_backward(const AttentionArgs& args, const BackwardArgs& grads, const KeyHeads& key_heads,
@@ -457,7 +477,7 @@ static void dense_backward(const AttentionArgs& args, const BackwardArgs& grads,
   if (key_heads.count == 0 || args.batch == 0) return;
   const SharedScratch delta_memory(args.batch * args.query_heads * args.queries * sizeof(float));
   auto* delta = static_cast<float*>(delta_memory.data());
-  compute_delta(args, grads, parallel, delta);
+  compute_delta(args, grads, key_heads, parallel, delta);
   const auto run = [&](auto pairs) {
     using Backward = DenseBackward<pairs.value != 0, HeadAt>;
     // What a thread runs alone, without barriers; all batch elements add to the gradient of a head's weights.
