@@ -102,14 +102,17 @@ struct TileSums {
     for_all([](auto r, auto c) __attribute__((always_inline)) { clear_tile<2 * r.value + c.value>(); });
   }
   /// From and to rows of numbers, `row` apart.
-  FIAK_INLINE void load(const float* p, int64_t row) {
+  FIAK_INLINE void load(const float* p, int64_t row) { load(p, row, kTileSide * row, kTileSide); }
+  FIAK_INLINE void store(float* p, int64_t row) { store(p, row, kTileSide * row, kTileSide); }
+  /// The tiles of the second row and column start `second_row` and `second_column` behind.
+  FIAK_INLINE void load(const float* p, int64_t row, int64_t second_row, int64_t second_column) {
     for_all([&](auto r, auto c) __attribute__((always_inline)) {
-      load_tile<2 * r.value + c.value>(p + kTileSide * (r.value * row + c.value), row * 4);
+      load_tile<2 * r.value + c.value>(p + r.value * second_row + c.value * second_column, row * 4);
     });
   }
-  FIAK_INLINE void store(float* p, int64_t row) {
+  FIAK_INLINE void store(float* p, int64_t row, int64_t second_row, int64_t second_column) {
     for_all([&](auto r, auto c) __attribute__((always_inline)) {
-      store_tile<2 * r.value + c.value>(p + kTileSide * (r.value * row + c.value), row * 4);
+      store_tile<2 * r.value + c.value>(p + r.value * second_row + c.value * second_column, row * 4);
     });
   }
   /// Adds the products of `count` chunks; the operands' tiles of the second row and column start `left_row` and
@@ -186,6 +189,54 @@ FIAK_INLINE void pack_right(Row&& row, int64_t count, int64_t size, float* targe
 #pragma GCC unroll 16
       for (int i = 0; i < kTileSide; ++i) store(target + i * kTileSide, square[i]);
     }
+  }
+}
+
+/// Whether bfloat16 numbers that go through `operator()` are all finite.
+class FiniteCheck {
+ public:
+  __attribute__((always_inline)) void operator()(Vec pairs) {
+    largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi16(0x7fff)));
+  }
+  __attribute__((always_inline)) bool passed() const {
+    return _mm512_cmpge_epu16_mask(largest_, _mm512_set1_epi16(0x7f80)) == 0;  // what is not finite is beyond all
+  }
+
+ private:
+  __m512i largest_ = _mm512_setzero_si512();  // without the sign
+};
+
+/// Rows [0, count) as the depth of the right operand, whose columns are theirs; a column of tiles is tile_units(room)
+/// long. Returns whether every number is finite.
+template <class Row>
+FIAK_INLINE bool pack_depth(Row&& row, int64_t count, int64_t size, int64_t room, float* target) {
+  FiniteCheck finite;
+  for (int64_t j = 0; j < chunks(count) * kChunk; j += 2) {
+    float* to = target + j / kChunk * kTileUnits + j % kChunk / 2 * kTileSide;
+    for (int64_t d = 0; d < size; d += kLanes, to += tile_units(room)) {
+      const int64_t width = smaller(kLanes, size - d);
+      Vec x = zero();
+      if (j + 1 < count) {
+        x = load_pairs_of(row(j) + 2 * d, row(j + 1) + 2 * d, width);
+      } else if (j < count) {
+        x = low_half(load_pairs_of(row(j) + 2 * d, row(j) + 2 * d, width));
+      }
+      finite(x);
+      store(to, x);
+    }
+  }
+  return finite.passed();
+}
+
+/// Transposes `count` tiles of units, which lie side by side.
+FIAK_INLINE void transpose_tiles(float* tiles, int64_t count) {
+  for (int64_t i = 0; i < count; ++i, tiles += kTileUnits) {
+    Vec square[kTileSide];
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileSide; ++r) square[r] = load(tiles + r * kTileSide);
+    transpose_square(square);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileSide; ++r) store(tiles + r * kTileSide, square[r]);
   }
 }
 

@@ -13,14 +13,19 @@
 // batch elements, divide evenly among the threads, each runs its own alone.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cpu/dense_rows.h"
 
 namespace fiak::cpu::FIAK_ISA {
 
-constexpr int64_t kGradRows = 24;  // queries of a task, and of a partial sum of weights that all queries share
-constexpr int64_t kGradKeys = 48;  // what ranges of keys are multiples of
-static_assert(kGradRows % (kTileRows * kTileVectors) == 0);
-static_assert(kGradKeys % kTileWidth == 0 && kGradKeys % kTileRows == 0);
+// Queries of a task, and of a partial sum of weights that all queries share.
+#if defined(FIAK_ISA_AMX_BF16)
+constexpr int64_t kGradRows = 32;
+#else
+constexpr int64_t kGradRows = 24;
+#endif
+static_assert(kGradRows % kTileRows == 0);
 
 constexpr int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -44,14 +49,17 @@ FIAK_INLINE Input from_row(const Input& x, DType dtype, int64_t begin) {
 }
 
 /// A row's scores, which log2(e) has multiplied, become its attention, and its dA become dS, for keys [0, count); 0 up
-/// to `columns`. `kept` are dropout's factors and `grad_weights` is what dw is added to, or null.
-template <class Support>
+/// to `columns`. Where kScale, scores are still to be multiplied by `factor`. `kept` are dropout's factors and
+/// `grad_weights` is what dw is added to, or null.
+template <bool kScale, class Support>
 static void grad_row(float* scores, float* products, const Support& support, int64_t count, int64_t columns,
-                     float logsumexp, float delta, const float* bias, const float* kept, float* grad_weights) {
-  const Vec shift = broadcast(logsumexp * kLog2E), d = broadcast(delta);
+                     float factor, float logsumexp, float delta, const float* bias, const float* kept,
+                     float* grad_weights) {
+  const Vec shift = broadcast(logsumexp * kLog2E), d = broadcast(delta), f = broadcast(factor);
   for_vectors(
       count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         Vec s = load(scores + j), grad = load(products + j);
+        if constexpr (kScale) s = mul(s, f);
         if (bias != nullptr) s = add(s, load(bias + j));
         if (kept != nullptr) grad = mul(grad, load(kept + j));
         const Vec e = exp2(sub(s, shift)), dw = mul(e, sub(grad, d));
@@ -85,54 +93,242 @@ struct KeyHeads {
   __attribute__((always_inline)) int64_t at(int64_t i) const { return heads != nullptr ? heads[i] : i; }
 };
 
+/// The operands and products of a backward pass, by vectors of multiply-adds.
+template <bool kPairs>
+class VectorGrads {
+ public:
+  static constexpr int64_t kKeys = 48;   // what ranges of keys are multiples of
+  static constexpr bool kScaled = true;  // scores come times their factor
+  struct Multiplier {};                  // what a thread must have while it multiplies
+  static_assert(kKeys % kTileWidth == 0 && kKeys % kTileRows == 0);
+
+  /// A wave has at most `queries` queries and `keys` keys, whose P and dS take wave_units() units each.
+  VectorGrads(const AttentionArgs& args, const Input& grad_output, int64_t queries, int64_t keys)
+      : args_(args),
+        grad_output_(grad_output),
+        queries_(queries),
+        width_(keys),
+        depth_(units<kPairs>(args.head_size)),
+        value_depth_(units<kPairs>(args.value_size)),
+        row_size_(padded(args.head_size)),
+        value_size_(padded(args.value_size)) {}
+  int64_t wave_units() const { return units<kPairs>(queries_) * width_; }
+
+  /// Keys and values of a head.
+  struct Keys {
+    Columns key_columns, value_columns;
+    Panel key;
+    bool finite;
+  };
+  int64_t key_bytes(int64_t all_keys) const {
+    return carved(depth_ * tile_columns(all_keys)) + carved(value_depth_ * tile_columns(all_keys)) +
+           carved(all_keys * row_size_);
+  }
+  /// Takes key_bytes(all_keys) from `carver`.
+  Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys, Carver& carver) const {
+    auto* rows = static_cast<float*>(thread_scratch(carved(tile_rows(keys) * larger(row_size_, value_size_))));
+    Keys x;
+    x.key_columns = load_columns<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size, rows,
+                                         carver.floats(depth_ * tile_columns(all_keys)));
+    x.value_columns = load_columns<kPairs>(args_.value, args_.dtype, b, key_head, keys, args_.value_size, rows,
+                                           carver.floats(value_depth_ * tile_columns(all_keys)));
+    x.key = load_depth<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size,
+                               carver.floats(all_keys * row_size_));
+    x.finite = all_finite<kPairs>(x.key, units<kPairs>(keys), row_size_);
+    return x;
+  }
+
+  /// The queries of a task, and their scores and dA in rows of the wave's keys.
+  struct Task {
+    float *query, *grad_output, *scores, *products;
+    int64_t count;
+  };
+  int64_t task_bytes() const {
+    return carved(kGradRows * padded(depth_)) + carved(kGradRows * padded(value_depth_)) +
+           (kPairs ? 2 * carved(kGradRows * width_) : 0);
+  }
+  /// Queries [first, first + count), which are those from `row` on of the wave that has P and dS.
+  Task load_task(int64_t b, int64_t h, int64_t first, int64_t count, int64_t row, float* attention, float* grad_scores,
+                 Carver& carver) const {
+    Task x;
+    x.count = count;
+    x.query = carver.floats(kGradRows * padded(depth_));
+    x.grad_output = carver.floats(kGradRows * padded(value_depth_));
+    // Numbers are computed where the wave keeps them, pairs on the side.
+    x.scores = kPairs ? carver.floats(kGradRows * width_) : attention + row * width_;
+    x.products = kPairs ? carver.floats(kGradRows * width_) : grad_scores + row * width_;
+    load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_size, 1.0f, x.query);
+    load_block<kPairs>(grad_output_, args_.dtype, b, h, first, count, args_.value_size, 1.0f, x.grad_output);
+    return x;
+  }
+  /// Scores and dA of `seen` keys from `key` on, in columns from `at` on; row r sees none beyond r + `diagonal`.
+  __attribute__((always_inline)) void multiply_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
+                                                    int64_t at, int64_t diagonal, float factor) const {
+    const auto span = [&](const Columns& all) {
+      return Columns{all.data + key / kTileWidth * all.panel_stride, all.row_stride, all.panel_stride};
+    };
+    matrix_product<false, kPairs>(StridedRows{task.query, padded(depth_), 1}, span(keys.key_columns),
+                                  tile_rows(task.count), padded(seen), depth_, task.scores + at, width_, diagonal,
+                                  factor);
+    matrix_product<false, kPairs>(StridedRows{task.grad_output, padded(value_depth_), 1}, span(keys.value_columns),
+                                  tile_rows(task.count), padded(seen), value_depth_, task.products + at, width_,
+                                  diagonal);
+  }
+  __attribute__((always_inline)) void wait() const {}
+  /// Keeps P and dS in columns [begin, end) of a task for the wave, where the task's queries stand from `row` on, and
+  /// dS for add_keys.
+  __attribute__((always_inline)) void keep_grads(const Task& task, int64_t row, int64_t begin, int64_t end,
+                                                 float* wave_attention, float* wave_grads) const {
+#if defined(FIAK_ISA_AVX512_BF16)
+    if constexpr (kPairs) {
+      float *scores = task.scores, *products = task.products;
+      if (task.count % 2 != 0) {
+        std::memset(scores + task.count * width_ + begin, 0, (end - begin) * sizeof(float));
+        std::memset(products + task.count * width_ + begin, 0, (end - begin) * sizeof(float));
+      }
+      for (int64_t r = 0; r < task.count; r += 2) {
+        float *attention = wave_attention + (row + r) / 2 * width_, *grad = wave_grads + (row + r) / 2 * width_;
+        float *p = scores + r * width_, *ds = products + r * width_;
+        for (int64_t j = begin; j < end; j += kLanes) {
+          store(attention + j, pairs_of(load(p + j), load(p + width_ + j)));
+          store(grad + j, pairs_of(load(ds + j), load(ds + width_ + j)));
+        }
+      }
+      for (int64_t r = 0; r < task.count; ++r) {
+        float* ds = products + r * width_ + begin;
+        for (int64_t j = 0; j < end - begin; j += 2 * kLanes) {
+          const Vec high = j + kLanes < end - begin ? load(ds + j + kLanes) : zero();
+          store(ds + j / 2, pairs_in_order(load(ds + j), high));
+        }
+      }
+    }
+#endif
+    (void)task, (void)row, (void)begin, (void)end, (void)wave_attention, (void)wave_grads;
+  }
+  /// sums += dS keys, of `seen` keys from `key` on, whose dS stand from column `at` on.
+  __attribute__((always_inline)) void add_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
+                                               int64_t at, float* sums) const {
+    const Panel rows{keys.key.row(units<kPairs>(key)), keys.key.stride};
+    guarded_product<true, kPairs>(keys.finite, task.products + at, width_, 1, rows, tile_rows(task.count), row_size_,
+                                  units<kPairs>(seen), sums, row_size_);
+  }
+
+  /// Rows of a wave's queries, along which dK and dV sum up.
+  struct Queries {
+    Panel rows;
+    int64_t count, size;
+    bool finite;
+  };
+  int64_t queries_bytes() const { return carved(queries_ * row_size_) + carved(queries_ * value_size_); }
+  /// Queries [first, first + count), or their dO.
+  Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count, Carver& carver) const {
+    return load_rows(args_.query, args_.head_size, b, h, first, count, carver.floats(queries_ * row_size_));
+  }
+  Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count, Carver& carver) const {
+    return load_rows(grad_output_, args_.value_size, b, h, first, count, carver.floats(queries_ * value_size_));
+  }
+  /// sums of keys [key, key + keys) += the wave's P or dS times queries [from, to), where these keys stand from `at`
+  /// on.
+  __attribute__((always_inline)) void add_queries(const Queries& x, const float* wave_numbers, int64_t from, int64_t to,
+                                                  int64_t at, int64_t key, int64_t keys, float* sums) const {
+    const int64_t n = units<kPairs>(from), depth = units<kPairs>(smaller(to, x.count)) - n;
+    guarded_product<true, kPairs>(x.finite, wave_numbers + n * width_ + at, 1, width_, {x.rows.row(n), x.rows.stride},
+                                  tile_rows(keys), x.size, depth, sums + key * x.size, x.size);
+  }
+  /// sums[0, keys) += dS over the wave's queries [from, to), of which there are `count` in all.
+  void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t count, int64_t at, int64_t keys,
+                  float* sums) const {
+    for (int64_t k = units<kPairs>(from); k < units<kPairs>(smaller(to, count)); ++k) {
+      for (int64_t j = 0; j < padded(keys); j += kLanes) {
+        Vec sum = load(sums + j);
+        const Vec x = load(wave_grads + k * width_ + at + j);
+#if defined(FIAK_ISA_AVX512_BF16)
+        if constexpr (kPairs) sum = add(add(sum, first_of_pairs(x)), second_of_pairs(x));
+#endif
+        if constexpr (!kPairs) sum = add(sum, x);
+        store(sums + j, sum);
+      }
+    }
+  }
+  /// The sums of keys [key, key + count), count <= kLanes, which may lie in `rows`, as rows of padded(size).
+  __attribute__((always_inline)) float* sums_of(float* sums, int64_t key, int64_t, int64_t size, float*) const {
+    return sums + key * padded(size);
+  }
+
+ private:
+  Queries load_rows(const Input& x, int64_t size, int64_t b, int64_t h, int64_t first, int64_t count,
+                    float* target) const {
+    Queries rows;
+    rows.rows = load_depth<kPairs>(from_row(x, args_.dtype, first), args_.dtype, b, h, count, size, target);
+    rows.count = count;
+    rows.size = padded(size);
+    rows.finite = all_finite<kPairs>(rows.rows, units<kPairs>(count), rows.size);
+    return rows;
+  }
+
+  const AttentionArgs& args_;
+  const Input& grad_output_;
+  const int64_t queries_, width_, depth_, value_depth_, row_size_, value_size_;
+};
+
+}  // namespace fiak::cpu::FIAK_ISA
+
+#if defined(FIAK_ISA_AMX_BF16)
+#include "kernels/cpu/tile_grads.h"
+#endif
+
+namespace fiak::cpu::FIAK_ISA {
+
+template <class Products>
+struct ProductsOf {
+  using Type = Products;
+};
+
+/// How much a wave has at most.
+struct WaveShape {
+  int64_t batch, heads, queries, keys;
+};
+
 /// What a query head attends to is `head_at(b, h)`'s; beside what dense_forward asks of it:
 ///
 ///   needs(first, rows, j, keys)  whether any of these queries may need any of these keys, of which there are at most
-///                                kGradKeys and j is a multiple of it; of the others no number counts
+///                                64; of the others no number counts
 ///   grad_weights(n)              where to add the gradient of query n's weights, or null
 ///   fetch_grads(n, j, keys)      prefetches the support of query n, and where its gradient goes, if slow to come
-template <bool kPairs, class HeadAt>
+template <class Products, class HeadAt>
 class DenseBackward {
  public:
-  /// Where `by_head`, the heads add to the gradient of the same weights, and take turns.
+  /// Where `by_head`, the heads add to the gradient of the same weights, and take turns. Of all batch elements and
+  /// heads, [batch, key_heads.count], it computes those that are `mine`; all if that is null.
   DenseBackward(const AttentionArgs& args, const BackwardArgs& grads, const KeyHeads& key_heads, const float* delta,
-                const HeadAt& head_at, bool by_head, const Parallel& parallel)
+                const HeadAt& head_at, const bool* mine, bool by_head, const Parallel& parallel)
       : args_(args),
         grads_(grads),
         key_heads_(key_heads),
         delta_(delta),
         head_at_(head_at),
+        mine_(mine),
         parallel_(parallel),
         row_size_(padded(args.head_size)),
         value_size_(padded(args.value_size)),
-        depth_(units<kPairs>(args.head_size)),
-        value_depth_(units<kPairs>(args.value_size)),
-        all_keys_(rounded_up(args.keys, kGradKeys)),
+        all_keys_(rounded_up(args.keys, kKeys)),
         gaussian_(args.score == Score::kGaussian),
-        dropout_(make_dropout(args.dropout_p, args.seed)) {
-    const bool alone = parallel.threads == 1;
-    heads_ = alone || by_head ? 1 : key_heads.count;
-    const int64_t tasks = alone ? 4 : 4 * parallel.threads;
-    queries_ = smaller(rounded_up(args.queries, kGradRows), (tasks + heads_ - 1) / heads_ * kGradRows);
-    const int64_t room = alone ? kAloneUnits : smaller(kMostUnits, parallel.threads * kThreadUnits);
-    keys_ = larger(kGradKeys, smaller(all_keys_, room / larger(1, heads_ * queries_) / kGradKeys * kGradKeys));
-    batch_ = 1;
-    if (!alone && !by_head && queries_ >= args.queries && keys_ >= args.keys) {
-      batch_ = larger(1, smaller(args.batch, room / larger(1, heads_ * queries_ * keys_)));
-    }
-  }
+        dropout_(make_dropout(args.dropout_p, args.seed)),
+        most_(most_of_wave(args, key_heads, by_head, parallel.threads)),
+        products_(args, grads.grad_output, most_.queries, most_.keys) {}
 
   /// Batch elements and key heads [first, last), head by head; all of them where several threads share each.
   void run(int64_t first, int64_t last) {
-    const SharedScratch memory(64 + bytes_of(batch_ * heads_));
+    const SharedScratch memory(64 + bytes_of(most_.batch * most_.heads));
     Carver carver{static_cast<char*>(memory.data())};
     carver.next += -reinterpret_cast<uintptr_t>(carver.next) & 63;
     slots_ = carver.next;
-    for (int64_t head = first / args_.batch; head * args_.batch < last; head += heads_) {
+    for (int64_t head = first / args_.batch; head * args_.batch < last; head += most_.heads) {
       const int64_t begin = larger(0, first - head * args_.batch),
                     end = smaller(args_.batch, last - head * args_.batch);
-      for (int64_t b = begin; b < end; b += batch_) {
-        run_slots({b, smaller(batch_, end - b), head, smaller(heads_, key_heads_.count - head), 0, 0, 0, 0, 0});
+      for (int64_t b = begin; b < end; b += most_.batch) {
+        run_slots(
+            {b, smaller(most_.batch, end - b), head, smaller(most_.heads, key_heads_.count - head), 0, 0, 0, 0, 0});
       }
     }
   }
@@ -141,55 +337,63 @@ class DenseBackward {
   // 32-bit units of P and of dS in a wave: within the L2 cache for one thread alone; of several, enough work for each
   // between two barriers, in bounded memory.
   static constexpr int64_t kAloneUnits = 48 * 1024, kThreadUnits = 512 * 1024, kMostUnits = 2 * 1024 * 1024;
+  static constexpr int64_t kKeys = Products::kKeys;
 
   /// What the threads share of a batch element's key head.
   struct Slot {
-    Columns key_columns, value_columns;
-    Panel key;
-    bool key_finite;
+    typename Products::Keys keys;
     float *bias, *grad_key, *grad_value, *score_sums, *grad_query, *attention, *grad_scores;
-    bool* needed;  // of the wave's tiles of kGradRows queries and kGradKeys keys
+    bool* needed;  // of the wave's tiles of kGradRows queries and kKeys keys
   };
 
   static constexpr int64_t kSlotBytes = 192;
   static_assert(sizeof(Slot) <= kSlotBytes);
 
+  static WaveShape most_of_wave(const AttentionArgs& args, const KeyHeads& key_heads, bool by_head, int64_t threads) {
+    const bool alone = threads == 1;
+    WaveShape most{1, alone || by_head ? 1 : key_heads.count, 0, 0};
+    const int64_t tasks = alone ? 4 : 4 * threads, all_keys = rounded_up(args.keys, kKeys);
+    most.queries = smaller(rounded_up(args.queries, kGradRows), (tasks + most.heads - 1) / most.heads * kGradRows);
+    const int64_t room = alone ? kAloneUnits : smaller(kMostUnits, threads * kThreadUnits);
+    most.keys = larger(kKeys, smaller(all_keys, room / larger(1, most.heads * most.queries) / kKeys * kKeys));
+    if (!alone && !by_head && most.queries >= args.queries && most.keys >= args.keys) {
+      most.batch = larger(1, smaller(args.batch, room / larger(1, most.heads * most.queries * most.keys)));
+    }
+    return most;
+  }
+
   /// A slot, and behind it what its pointers point to.
   int64_t bytes_of(int64_t slots) const {
     return slots *
-           (kSlotBytes + carved(depth_ * tile_columns(all_keys_)) + carved(value_depth_ * tile_columns(all_keys_)) +
-            carved(all_keys_ * row_size_) + 2 * carved(all_keys_) + carved(all_keys_ * row_size_) +
-            carved(all_keys_ * value_size_) + carved(queries_ * row_size_) + 2 * carved(wave_units()) +
-            carved((queries_ / kGradRows * key_blocks() + 3) / 4));
+           (kSlotBytes + products_.key_bytes(all_keys_) + 2 * carved(all_keys_) + carved(all_keys_ * row_size_) +
+            carved(all_keys_ * value_size_) + carved(most_.queries * row_size_) + 2 * carved(products_.wave_units()) +
+            carved((most_.queries / kGradRows * key_blocks() + 3) / 4));
   }
-  int64_t key_blocks() const { return keys_ / kGradKeys; }
-  int64_t wave_units() const { return units<kPairs>(queries_) * keys_; }
+  int64_t key_blocks() const { return most_.keys / kKeys; }
   Slot& slot(int64_t i) const { return *reinterpret_cast<Slot*>(slots_ + bytes_of(1) * i); }
 
   int64_t batch_of(const Wave& wave, int64_t i) const { return wave.b + i / wave.heads; }
   int64_t key_head_of(const Wave& wave, int64_t i) const { return key_heads_.at(wave.head + i % wave.heads); }
+  bool is_mine(const Wave& wave, int64_t i) const {
+    return mine_ == nullptr || mine_[batch_of(wave, i) * key_heads_.count + wave.head + i % wave.heads];
+  }
 
   /// Packs the keys and values of slot i and clears its sums.
   void start(const Wave& wave, int64_t i) {
     const int64_t b = batch_of(wave, i), key_head = key_head_of(wave, i), keys = keys_of(args_, b);
     Slot& x = slot(i);
     Carver carver{reinterpret_cast<char*>(&x) + kSlotBytes};
-    auto* rows = static_cast<float*>(thread_scratch(carved(tile_rows(keys) * larger(row_size_, value_size_))));
     x.bias = carver.floats(all_keys_);
-    if (gaussian_) key_bias(args_, b, key_head, keys, rows, x.bias);
-    x.key_columns = load_columns<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size, rows,
-                                         carver.floats(depth_ * tile_columns(all_keys_)));
-    x.value_columns = load_columns<kPairs>(args_.value, args_.dtype, b, key_head, keys, args_.value_size, rows,
-                                           carver.floats(value_depth_ * tile_columns(all_keys_)));
-    x.key = load_depth<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size,
-                               carver.floats(all_keys_ * row_size_));
-    x.key_finite = all_finite<kPairs>(x.key, units<kPairs>(keys), row_size_);
+    if (gaussian_) {
+      key_bias(args_, b, key_head, keys, static_cast<float*>(thread_scratch(carved(row_size_))), x.bias);
+    }
+    x.keys = products_.load_keys(b, key_head, keys, all_keys_, carver);
     x.score_sums = carver.floats(all_keys_);
     x.grad_key = carver.floats(all_keys_ * row_size_);
     x.grad_value = carver.floats(all_keys_ * value_size_);
-    x.grad_query = carver.floats(queries_ * row_size_);
-    x.attention = carver.floats(wave_units());
-    x.grad_scores = carver.floats(wave_units());
+    x.grad_query = carver.floats(most_.queries * row_size_);
+    x.attention = carver.floats(products_.wave_units());
+    x.grad_scores = carver.floats(products_.wave_units());
     x.needed = reinterpret_cast<bool*>(carver.floats(0));
     std::memset(x.score_sums, 0, all_keys_ * sizeof(float));
     std::memset(x.grad_key, 0, all_keys_ * row_size_ * sizeof(float));
@@ -200,19 +404,22 @@ class DenseBackward {
   void run_slots(Wave wave) {
     const int64_t slots = wave.batch * wave.heads;
     parallel_range(parallel_, slots, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) start(wave, i);
+      for (int64_t i = first; i < last; ++i) {
+        if (is_mine(wave, i)) start(wave, i);
+      }
     });
     for (wave.query_head = 0; wave.query_head < shared_heads(args_); ++wave.query_head) {
-      for (wave.query = 0; wave.query < args_.queries; wave.query += queries_) {
-        wave.queries = smaller(queries_, args_.queries - wave.query);
-        for (wave.key = 0; wave.key == 0 || wave.key < args_.keys; wave.key += keys_) {
-          wave.keys = smaller(keys_, args_.keys - wave.key);
+      for (wave.query = 0; wave.query < args_.queries; wave.query += most_.queries) {
+        wave.queries = smaller(most_.queries, args_.queries - wave.query);
+        for (wave.key = 0; wave.key == 0 || wave.key < args_.keys; wave.key += most_.keys) {
+          wave.keys = smaller(most_.keys, args_.keys - wave.key);
           run_wave(wave);
         }
       }
     }
-    parallel_blocks(parallel_, slots, args_.keys, kGradKeys,
-                    [&](int64_t i, int64_t begin, int64_t end) { finish(wave, i, begin, end); });
+    parallel_blocks(parallel_, slots, args_.keys, kKeys, [&](int64_t i, int64_t begin, int64_t end) {
+      if (is_mine(wave, i)) finish(wave, i, begin, end);
+    });
   }
 
   void run_wave(const Wave& wave) {
@@ -220,13 +427,15 @@ class DenseBackward {
     parallel_blocks(parallel_, wave.heads, wave.queries, kGradRows, [&](int64_t head, int64_t begin, int64_t end) {
       for (int64_t first = begin; first < end; first += kGradRows) {
         for (int64_t b = 0; b < wave.batch; ++b) {
-          rows(wave, b * wave.heads + head, wave.query + first, smaller(kGradRows, end - first));
+          const int64_t i = b * wave.heads + head;
+          if (is_mine(wave, i)) rows(wave, i, wave.query + first, smaller(kGradRows, end - first));
         }
       }
     });
     if (grads_.grad_key.data == nullptr && grads_.grad_value.data == nullptr) return;
-    parallel_blocks(parallel_, wave.batch * wave.heads, wave.keys, kGradKeys,
-                    [&](int64_t i, int64_t begin, int64_t end) { columns(wave, i, begin, end); });
+    parallel_blocks(parallel_, wave.batch * wave.heads, wave.keys, kKeys, [&](int64_t i, int64_t begin, int64_t end) {
+      if (is_mine(wave, i)) columns(wave, i, begin, end);
+    });
   }
 
   /// use(begin, end) for runs of needed ones of `count` tiles, which are `step` apart and `size` long.
@@ -249,13 +458,13 @@ class DenseBackward {
     bool* needed = x.needed + row / kGradRows * key_blocks();
     bool any = false;
     for (int64_t k = 0; k < key_blocks(); ++k) {
-      const int64_t j = k * kGradKeys;
-      needed[k] = j < keys && head.needs(first, count, wave.key + j, smaller(kGradKeys, keys - j));
+      const int64_t j = k * kKeys;
+      needed[k] = j < keys && head.needs(first, count, wave.key + j, smaller(kKeys, keys - j));
       any |= needed[k];
     }
     float* sums = x.grad_query + row * row_size_;
     const bool query_wanted = grads_.grad_query.data != nullptr;
-    if (wave.key == 0 && query_wanted) std::memset(sums, 0, tile_rows(count) * row_size_ * sizeof(float));
+    if (wave.key == 0 && query_wanted) std::memset(sums, 0, kGradRows * row_size_ * sizeof(float));
     if (any) add_rows(wave, x, b, h, head, first, count, keys, needed);
     if (!query_wanted || wave.key + wave.keys < args_.keys) return;
     for (int64_t r = 0; r < count; ++r) {
@@ -267,34 +476,20 @@ class DenseBackward {
   template <class Head>
   void add_rows(const Wave& wave, const Slot& x, int64_t b, int64_t h, const Head& head, int64_t first, int64_t count,
                 int64_t keys, const bool* needed) {
-    Carver carver{static_cast<char*>(thread_scratch(carved(kGradRows * padded(depth_)) +
-                                                    carved(kGradRows * padded(value_depth_)) + carved(keys_) +
-                                                    2 * carved(kGradRows * keys_)))};
-    float* query = carver.floats(kGradRows * padded(depth_));
-    float* grad_output = carver.floats(kGradRows * padded(value_depth_));
-    float* kept = carver.floats(keys_);
-    // Numbers are computed where the wave keeps them, pairs on the side.
-    const int64_t row = first - wave.query;
-    float* scores = kPairs ? carver.floats(kGradRows * keys_) : x.attention + row * keys_;
-    float* products = kPairs ? carver.floats(kGradRows * keys_) : x.grad_scores + row * keys_;
-    load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_size, 1.0f, query);
-    load_block<kPairs>(grads_.grad_output, args_.dtype, b, h, first, count, args_.value_size, 1.0f, grad_output);
+    Carver carver{static_cast<char*>(thread_scratch(products_.task_bytes() + carved(most_.keys)))};
+    const int64_t row = first - wave.query, width = most_.keys;
+    [[maybe_unused]] const typename Products::Multiplier multiplier{};
+    const auto task = products_.load_task(b, h, first, count, row, x.attention, x.grad_scores, carver);
+    float* kept = carver.floats(width);
+    const auto factor = static_cast<float>(args_.scale * kLog2E);
     int64_t ends[kGradRows], diagonal = -kGradRows;
     for (int64_t r = 0; r < count; ++r) {
       ends[r] = head.end(first + r);
       diagonal = larger(diagonal, ends[r] - 1 - r);
     }
-    for_needed(needed, key_blocks(), 1, kGradKeys, [&](int64_t begin, int64_t end) {
+    for_needed(needed, key_blocks(), 1, kKeys, [&](int64_t begin, int64_t end) {
       const int64_t key = wave.key + begin, seen = smaller(end, keys) - begin;
-      const auto span = [&](const Columns& all) {
-        return Columns{all.data + key / kTileWidth * all.panel_stride, all.row_stride, all.panel_stride};
-      };
-      matrix_product<false, kPairs>(StridedRows{query, padded(depth_), 1}, span(x.key_columns), tile_rows(count),
-                                    padded(seen), depth_, scores + begin, keys_, diagonal - key,
-                                    static_cast<float>(args_.scale * kLog2E));
-      matrix_product<false, kPairs>(StridedRows{grad_output, padded(value_depth_), 1}, span(x.value_columns),
-                                    tile_rows(count), padded(seen), value_depth_, products + begin, keys_,
-                                    diagonal - key);
+      products_.multiply_keys(x.keys, task, key, seen, begin, diagonal - key, factor);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t n = first + r, at = (b * args_.query_heads + h) * args_.queries + n;
         const float lse = static_cast<const float*>(grads_.logsumexp)[at];
@@ -307,47 +502,18 @@ class DenseBackward {
           for (int64_t j = columns; j < padded(columns); ++j) kept[j] = 0.0f;
         }
         head.fetch_grads(n, key, columns);
+        products_.wait();
         head.with(n, key, [&](const auto& support) {
-          grad_row(scores + r * keys_ + begin, products + r * keys_ + begin, support, columns, end - begin, lse,
-                   delta_[at], gaussian_ ? x.bias + key : nullptr, dropout_.active() ? kept : nullptr,
-                   grad_weights != nullptr ? grad_weights + key : nullptr);
+          grad_row<!Products::kScaled>(task.scores + r * width + begin, task.products + r * width + begin, support,
+                                       columns, end - begin, factor, lse, delta_[at],
+                                       gaussian_ ? x.bias + key : nullptr, dropout_.active() ? kept : nullptr,
+                                       grad_weights != nullptr ? grad_weights + key : nullptr);
         });
       }
-      if constexpr (kPairs) keep_pairs(x, row, count, begin, end, scores, products);
+      products_.keep_grads(task, row, begin, end, x.attention, x.grad_scores);
       if (grads_.grad_query.data == nullptr) return;
-      const Panel rows{x.key.row(units<kPairs>(key)), x.key.stride};
-      guarded_product<true, kPairs>(x.key_finite, products + begin, keys_, 1, rows, tile_rows(count), row_size_,
-                                    units<kPairs>(seen), x.grad_query + row * row_size_, row_size_);
+      products_.add_keys(x.keys, task, key, seen, begin, x.grad_query + row * row_size_);
     });
-  }
-
-  /// Keeps P and dS of the wave's keys [begin, end) for the columns as pairs of queries, and leaves dS as pairs of keys
-  /// in `products`.
-  void keep_pairs(const Slot& x, int64_t row, int64_t count, int64_t begin, int64_t end, float* scores,
-                  float* products) const {
-#if defined(FIAK_ISA_AVX512_BF16)
-    if (count % 2 != 0) {
-      std::memset(scores + count * keys_ + begin, 0, (end - begin) * sizeof(float));
-      std::memset(products + count * keys_ + begin, 0, (end - begin) * sizeof(float));
-    }
-    for (int64_t r = 0; r < count; r += 2) {
-      float *attention = x.attention + (row + r) / 2 * keys_, *grad = x.grad_scores + (row + r) / 2 * keys_;
-      float *p = scores + r * keys_, *ds = products + r * keys_;
-      for (int64_t j = begin; j < end; j += kLanes) {
-        store(attention + j, pairs_of(load(p + j), load(p + keys_ + j)));
-        store(grad + j, pairs_of(load(ds + j), load(ds + keys_ + j)));
-      }
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      float* ds = products + r * keys_ + begin;
-      for (int64_t j = 0; j < end - begin; j += 2 * kLanes) {
-        const Vec high = j + kLanes < end - begin ? load(ds + j + kLanes) : zero();
-        store(ds + j / 2, pairs_in_order(load(ds + j), high));
-      }
-    }
-#else
-    (void)x, (void)row, (void)count, (void)begin, (void)end, (void)scores, (void)products;
-#endif
   }
 
   /// Adds the wave's queries to dK and dV of its keys [begin, end) of slot i.
@@ -357,40 +523,27 @@ class DenseBackward {
     const int64_t row_blocks = (wave.queries + kGradRows - 1) / kGradRows;
     end = smaller(end, keys_of(args_, b) - wave.key);
     bool any = false;
-    for (int64_t key = begin; key < end; key += kGradKeys) {
-      for (int64_t k = 0; k < row_blocks; ++k) any |= x.needed[k * key_blocks() + key / kGradKeys];
+    for (int64_t key = begin; key < end; key += kKeys) {
+      for (int64_t k = 0; k < row_blocks; ++k) any |= x.needed[k * key_blocks() + key / kKeys];
     }
     if (!any) return;
-    Carver carver{static_cast<char*>(thread_scratch(carved(queries_ * row_size_) + carved(queries_ * value_size_)))};
-    const int64_t count = units<kPairs>(wave.queries);
-    const Panel query = load_depth<kPairs>(from_row(args_.query, args_.dtype, wave.query), args_.dtype, b, h,
-                                           wave.queries, args_.head_size, carver.floats(queries_ * row_size_));
-    const Panel grad_output =
-        load_depth<kPairs>(from_row(grads_.grad_output, args_.dtype, wave.query), args_.dtype, b, h, wave.queries,
-                           args_.value_size, carver.floats(queries_ * value_size_));
-    const bool query_finite = all_finite<kPairs>(query, count, row_size_);
-    const bool output_finite = all_finite<kPairs>(grad_output, count, value_size_);
+    Carver carver{static_cast<char*>(thread_scratch(products_.queries_bytes()))};
+    [[maybe_unused]] const typename Products::Multiplier multiplier{};
+    const auto query = products_.load_queries(b, h, wave.query, wave.queries, carver);
+    const auto grad_output = products_.load_grad_output(b, h, wave.query, wave.queries, carver);
     for (int64_t first = begin, next; first < end; first = next) {
       // Tiles that the same queries need go at once.
-      const bool* needed = x.needed + first / kGradKeys;
-      next = first + kGradKeys;
-      while (next < end && same_column(needed, x.needed + next / kGradKeys, row_blocks)) next += kGradKeys;
-      const int64_t keys = smaller(next, end) - first;
+      const bool* needed = x.needed + first / kKeys;
+      next = first + kKeys;
+      while (next < end && same_column(needed, x.needed + next / kKeys, row_blocks)) next += kKeys;
+      const int64_t key = wave.key + first, keys = smaller(next, end) - first;
       for_needed(needed, row_blocks, key_blocks(), kGradRows, [&](int64_t from, int64_t to) {
-        const int64_t n = units<kPairs>(from), depth = units<kPairs>(smaller(to, wave.queries)) - n;
-        const float *attention = x.attention + n * keys_ + first, *grad_scores = x.grad_scores + n * keys_ + first;
         if (grads_.grad_value.data != nullptr) {
-          guarded_product<true, kPairs>(output_finite, attention, 1, keys_, {grad_output.row(n), grad_output.stride},
-                                        tile_rows(keys), value_size_, depth,
-                                        x.grad_value + (wave.key + first) * value_size_, value_size_);
+          products_.add_queries(grad_output, x.attention, from, to, first, key, keys, x.grad_value);
         }
         if (grads_.grad_key.data == nullptr) return;
-        guarded_product<true, kPairs>(query_finite, grad_scores, 1, keys_, {query.row(n), query.stride},
-                                      tile_rows(keys), row_size_, depth, x.grad_key + (wave.key + first) * row_size_,
-                                      row_size_);
-        for (int64_t k = 0; gaussian_ && k < depth; ++k) {
-          add_scores(grad_scores + k * keys_, keys, x.score_sums + wave.key + first);
-        }
+        products_.add_queries(query, x.grad_scores, from, to, first, key, keys, x.grad_key);
+        if (gaussian_) products_.add_scores(x.grad_scores, from, to, wave.queries, first, keys, x.score_sums + key);
       });
     }
   }
@@ -402,37 +555,32 @@ class DenseBackward {
     return true;
   }
 
-  /// sums[0, keys) += a row of dS, or both of a row of pairs.
-  static void add_scores(const float* grad_scores, int64_t keys, float* sums) {
-    for (int64_t j = 0; j < padded(keys); j += kLanes) {
-      Vec sum = load(sums + j);
-      const Vec x = load(grad_scores + j);
-#if defined(FIAK_ISA_AVX512_BF16)
-      if constexpr (kPairs) sum = add(add(sum, first_of_pairs(x)), second_of_pairs(x));
-#endif
-      if constexpr (!kPairs) sum = add(sum, x);
-      store(sums + j, sum);
-    }
-  }
-
   /// Stores dK and dV of keys [begin, end) of slot i.
   void finish(const Wave& wave, int64_t i, int64_t begin, int64_t end) {
     const Slot& x = slot(i);
-    const int64_t b = batch_of(wave, i), key_head = key_head_of(wave, i);
-    auto* key = static_cast<float*>(thread_scratch(carved(row_size_)));
-    for (int64_t j = begin; j < end; ++j) {
-      float* sum = x.grad_key + j * row_size_;
+    const int64_t b = batch_of(wave, i), key_head = key_head_of(wave, i), most = larger(row_size_, value_size_);
+    Carver carver{static_cast<char*>(thread_scratch(carved(row_size_) + carved(kLanes * most)))};
+    float* key = carver.floats(row_size_);
+    float* rows = carver.floats(kLanes * most);
+    for (int64_t first = begin; first < end; first += kLanes) {
+      const int64_t count = smaller(kLanes, end - first);
       if (grads_.grad_key.data != nullptr) {
-        if (gaussian_ && x.score_sums[j] != 0.0f) {  // d s_ij / d k_j = scale (q_i - k_j)
-          load_row(row_address(args_.key, args_.dtype, b, key_head, j), args_.dtype, args_.head_size, 1.0f, key);
-          for (int64_t d = 0; d < row_size_; ++d) sum[d] -= x.score_sums[j] * key[d];
+        float* sums = products_.sums_of(x.grad_key, first, count, args_.head_size, rows);
+        for (int64_t j = first; j < first + count; ++j, sums += row_size_) {
+          if (gaussian_ && x.score_sums[j] != 0.0f) {  // d s_ij / d k_j = scale (q_i - k_j)
+            load_row(row_address(args_.key, args_.dtype, b, key_head, j), args_.dtype, args_.head_size, 1.0f, key);
+            for (int64_t d = 0; d < row_size_; ++d) sums[d] -= x.score_sums[j] * key[d];
+          }
+          store_row(sums, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
+                    row_address(grads_.grad_key, args_.dtype, b, key_head, j));
         }
-        store_row(sum, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
-                  row_address(grads_.grad_key, args_.dtype, b, key_head, j));
       }
       if (grads_.grad_value.data != nullptr) {
-        store_row(x.grad_value + j * value_size_, args_.dtype, args_.value_size, 1.0f,
-                  row_address(grads_.grad_value, args_.dtype, b, key_head, j));
+        const float* sums = products_.sums_of(x.grad_value, first, count, args_.value_size, rows);
+        for (int64_t j = first; j < first + count; ++j, sums += value_size_) {
+          store_row(sums, args_.dtype, args_.value_size, 1.0f,
+                    row_address(grads_.grad_value, args_.dtype, b, key_head, j));
+        }
       }
     }
   }
@@ -442,11 +590,13 @@ class DenseBackward {
   const KeyHeads key_heads_;
   const float* delta_;
   const HeadAt& head_at_;
+  const bool* mine_;
   const Parallel& parallel_;
-  const int64_t row_size_, value_size_, depth_, value_depth_, all_keys_;
+  const int64_t row_size_, value_size_, all_keys_;
   const bool gaussian_;
   const Dropout dropout_;
-  int64_t batch_, heads_, queries_, keys_;  // the most of a wave
+  const WaveShape most_;
+  const Products products_;
   char* slots_ = nullptr;
 };
 
@@ -478,24 +628,38 @@ static void dense_backward(const AttentionArgs& args, const BackwardArgs& grads,
   const SharedScratch delta_memory(args.batch * args.query_heads * args.queries * sizeof(float));
   auto* delta = static_cast<float*>(delta_memory.data());
   compute_delta(args, grads, key_heads, parallel, delta);
-  const auto run = [&](auto pairs) {
-    using Backward = DenseBackward<pairs.value != 0, HeadAt>;
-    // What a thread runs alone, without barriers; all batch elements add to the gradient of a head's weights.
-    const int64_t unit = weights_wanted ? args.batch : 1, count = key_heads.count * args.batch / unit;
-    const int64_t threads = larger(1, parallel.threads);
-    if (!by_head && (count + threads - 1) / threads * threads * 10 <= count * 11) {
-      const Parallel alone{};
-      parallel_range(parallel, count, [&](int64_t first, int64_t last) {
-        Backward(args, grads, key_heads, delta, head_at, false, alone).run(first * unit, last * unit);
-      });
-    } else {
-      Backward(args, grads, key_heads, delta, head_at, by_head, parallel).run(0, key_heads.count * args.batch);
-    }
+  // What a thread runs alone, without barriers; all batch elements add to the gradient of a head's weights.
+  const int64_t all = key_heads.count * args.batch, unit = weights_wanted ? args.batch : 1, count = all / unit;
+  const int64_t threads = larger(1, parallel.threads);
+  const bool alone = !by_head && (count + threads - 1) / threads * threads * 10 <= count * 11;
+  const auto run = [&](auto products, const bool* mine) {
+    using Backward = DenseBackward<typename decltype(products)::Type, HeadAt>;
+    if (!alone) return Backward(args, grads, key_heads, delta, head_at, mine, by_head, parallel).run(0, all);
+    const Parallel one{};
+    parallel_range(parallel, count, [&](int64_t first, int64_t last) {
+      Backward(args, grads, key_heads, delta, head_at, mine, false, one).run(first * unit, last * unit);
+    });
   };
-#if defined(FIAK_ISA_AVX512_BF16)
-  if (args.dtype == DType::kBFloat16) return run(Constant<1>());
+#if defined(FIAK_ISA_AMX_BF16)
+  if (args.dtype == DType::kBFloat16) {
+    const SharedScratch memory(all);
+    auto* tiled = static_cast<bool*>(memory.data());
+    parallel_range(parallel, all, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        tiled[i] = TileGrads::serves(args, grads.grad_output, i / key_heads.count, key_heads.at(i % key_heads.count));
+      }
+    });
+    const int64_t served = std::count(tiled, tiled + all, true);
+    if (served > 0) run(ProductsOf<TileGrads>(), tiled);
+    if (served == all) return;
+    bool* others = tiled;
+    for (int64_t i = 0; i < all; ++i) others[i] = !tiled[i];
+    return run(ProductsOf<VectorGrads<true>>(), others);
+  }
+#elif defined(FIAK_ISA_AVX512_BF16)
+  if (args.dtype == DType::kBFloat16) return run(ProductsOf<VectorGrads<true>>(), nullptr);
 #endif
-  run(Constant<0>());
+  run(ProductsOf<VectorGrads<false>>(), nullptr);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

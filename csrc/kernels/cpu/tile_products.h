@@ -45,7 +45,7 @@ class TileProducts {
         value_(scratch.floats(sides(args.value_size) * value_units_)),
         weights_(scratch.floats(2 * weight_units_)) {
     pack_right(RowAddresses(args.key, {at.b, key_head_}, 0), keys, args.head_size, key_);
-    pack_values();
+    finite_ = pack_depth(RowAddresses(args.value, {at.b, key_head_}, 0), all_keys_, args.value_size, all_keys_, value_);
   }
   /// More rows share what is loaded of the keys and values, fewer leave them room in the L1 cache.
   __attribute__((always_inline)) int64_t step_rows() const {
@@ -156,31 +156,6 @@ class TileProducts {
     }
     store_tile<kSums>(target, width_ * 4);
   }
-  __attribute__((always_inline)) void pack_values() {
-    const RowAddresses row(args_.value, {at_.b, key_head_}, 0);
-    const __m512i size = _mm512_set1_epi16(0x7fff);  // without the sign; what is not finite is beyond all
-    __m512i largest = _mm512_setzero_si512();
-    const auto pack = [&](int64_t j, int64_t d, int64_t width, float* target) __attribute__((always_inline)) {
-      Vec x = zero();
-      if (j + 1 < all_keys_) {
-        x = load_pairs_of(row(j) + 2 * d, row(j + 1) + 2 * d, width);
-      } else if (j < all_keys_) {
-        x = low_half(load_pairs_of(row(j) + 2 * d, row(j) + 2 * d, width));
-      }
-      largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_castps_si512(x), size));
-      store(target, x);
-    };
-    for (int64_t j = 0; j < chunks(all_keys_) * kChunk; j += 2) {
-      float* target = value_ + j / kChunk * kTileUnits + j % kChunk / 2 * kTileSide;
-      for_vectors(
-          args_.value_size, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-            pack(j, d, n, target);
-            target += value_units_;
-          });
-    }
-    finite_ = _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
-  }
-
   const AttentionArgs& args_;
   const HeadPlace at_;
   const int64_t key_head_, all_keys_, width_, value_size_;
