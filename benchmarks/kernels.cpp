@@ -252,7 +252,7 @@ double floor_cycles(const Work& work, const Variant& variant, double hz) {
                                 ? work.multiply_adds / (2 * lanes * peak.bfloat16_multiplies)
                                 : work.multiply_adds / (lanes * peak.multiply_adds);
   const double exponentials = work.exponentials * kExpOperations / (lanes * peak.multiply_adds);
-  if (peak.tile_multiply_adds > 0 && !variant.backward) {  // vectors wait for tiles, and tiles for vectors
+  if (peak.tile_multiply_adds > 0) {  // vectors wait for tiles, and tiles for vectors
     return std::max(work.multiply_adds / peak.tile_multiply_adds + exponentials, memory(work, hz));
   }
   const double arithmetic = multiplies + exponentials;

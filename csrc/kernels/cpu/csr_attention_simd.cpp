@@ -435,7 +435,7 @@ class CsrBackward {
            carved((args_.keys + kMaxElements) * head_floats_) + carved((args_.keys + kMaxElements) * value_floats_) +
            carved((chunk_rows_ + kMaxElements) * head_floats_) + carved(chunk_rows_ * kGroupFloats) +
            carved(args_.keys * 2) + carved(chunk_rows_ * 2) + carved(blocks_.size * kRunFloats) +
-           2 * carved(most_floats_);
+           carved(2 * most_floats_);
   }
 
   /// All of `bundle` for key heads [first, first + count) of `key_heads`, in count * slot_bytes() bytes at `memory`.
@@ -513,7 +513,7 @@ class CsrBackward {
     int64_t* column_cursors;         // [keys]: the first entry of a column that no chunk has had yet
     int64_t* row_cursors;            // [queries of a chunk]: the first entry of a row that no block has had yet
     Run* runs;                       // [keys of a block]: of the columns
-    float *attention, *grad_scores;  // P and dS of the columns' runs
+    float* pairs;                    // P and dS, side by side, of the columns' runs
   };
 
   Extra query_extra() const { return gaussian_ ? Extra::kOne : Extra::kNone; }
@@ -539,8 +539,7 @@ class CsrBackward {
     x.column_cursors = reinterpret_cast<int64_t*>(carver.floats(args_.keys * 2));
     x.row_cursors = reinterpret_cast<int64_t*>(carver.floats(chunk_rows_ * 2));
     x.runs = reinterpret_cast<Run*>(carver.floats(blocks_.size * kRunFloats));
-    x.attention = carver.floats(most_floats_);
-    x.grad_scores = carver.floats(most_floats_);
+    x.pairs = carver.floats(2 * most_floats_);
     return x;
   }
 
@@ -586,11 +585,11 @@ class CsrBackward {
       const auto column = static_cast<uint32_t>(j - tile.key);
       x.runs[column] = {index, column, static_cast<uint32_t>(count), place};
       if (count % kGroup != 0) {  // what stands behind a column's last entry
-        const int64_t last = place + count / kGroup * kGroupFloats;
-        store_lanes(x.attention + last, broadcast_group<kElements>(0));
-        store_lanes(x.grad_scores + last, broadcast_group<kElements>(0));
+        float* last = x.pairs + place + offset_of_pair<kElements>(count / kGroup * kGroup, 0);
+        store_lanes(last, broadcast_group<kElements>(0));
+        store_lanes(last + kGroupFloats, broadcast_group<kElements>(0));
       }
-      place += run_floats<kElements>(count);
+      place += 2 * run_floats<kElements>(count);
     }
   }
 
@@ -705,11 +704,13 @@ class CsrBackward {
         }
       }
       for (int64_t r = 0; columns_wanted() && !weighing && r < count; ++r) {
-        const Run& run = runs[r];
-        for (int64_t k = 0; k < run.count; ++k) {
-          const int64_t at = run.place + offset_of_entry<kElements>(k, 0);
-          leave(x, places[run.index[k] - first_index], scores + at, products + at);
+        const Run run = runs[r];
+        const float *p = scores + run.place, *ds = products + run.place;
+        int64_t k = 0;
+        for (; k + kGroup <= run.count; k += kGroup, p += kGroupFloats, ds += kGroupFloats) {
+          leave_group(x, run.index + k, places, first_index, p, ds);
         }
+        for (; k < run.count; ++k, ++p, ++ds) leave(x, places[run.index[k] - first_index], p, ds);
       }
       if (grads_.grad_query.data == nullptr) continue;
       SumsTask sum{};
@@ -734,19 +735,40 @@ class CsrBackward {
         const int64_t first = search_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
         done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
       }
-      places[j - tile.key] = static_cast<uint32_t>(run.place + offset_of_entry<kElements>(done, 0));
+      places[j - tile.key] = static_cast<uint32_t>(run.place + offset_of_pair<kElements>(done, 0));
     }
   }
 
+  /// Where an entry of a column goes; its next one goes behind it.
+  __attribute__((always_inline)) static uint32_t take_place(uint32_t& next) {
+    const uint32_t place = next;
+    next = place + 2 + (place & 2) * 2 * (kElements - 1);  // offset_of_pair
+    return place;
+  }
   /// Leaves P and dS of an entry, whose first elements' are at p and ds, where its column's next entry stands.
   __attribute__((always_inline)) static void leave(const Slot& x, uint32_t& next, const float* p, const float* ds) {
-    const uint32_t place = next;
-    // The next entry of an element stands in the next lane of its block, or in its next block.
-    next = place + 1 + (place % kBlock == kBlock - 1 ? kBlock * (kElements - 1) : 0);
+    float* target = x.pairs + take_place(next);
 #pragma GCC unroll 4
     for (int e = 0; e < kElements; ++e) {
-      x.attention[place + e * kBlock] = p[e * kBlock];
-      x.grad_scores[place + e * kBlock] = ds[e * kBlock];
+      target[e * kGroup] = p[e * kGroup];
+      target[e * kGroup + 1] = ds[e * kGroup];
+    }
+  }
+  /// Leaves those of a group, each entry's by one store.
+  __attribute__((always_inline)) static void leave_group(const Slot& x, const uint16_t* index, uint32_t* places,
+                                                         int64_t first_index, const float* p, const float* ds) {
+    float* targets[kGroup];
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroup; ++k) targets[k] = x.pairs + take_place(places[index[k] - first_index]);
+#pragma GCC unroll 4
+    for (int e = 0; e < kElements; ++e) {
+      const __m128 a = _mm_loadu_ps(p + e * kGroup), b = _mm_loadu_ps(ds + e * kGroup);
+      const __m128 low = _mm_unpacklo_ps(a, b), high = _mm_unpackhi_ps(a, b);
+      const auto target = [&](int k) { return reinterpret_cast<__m64*>(targets[k] + e * kGroup); };
+      _mm_storel_pi(target(0), low);
+      _mm_storeh_pi(target(1), low);
+      _mm_storel_pi(target(2), high);
+      _mm_storeh_pi(target(3), high);
     }
   }
 
@@ -793,30 +815,29 @@ class CsrBackward {
       leave(x, places[run.index[k] - first_index], inside ? p + at : outside, inside ? ds + at : outside);
     }
     if (all) return;
-    take_out(run, free_index, p, ds, [&](int64_t k) { return in_support(weights[k]); });
+    take_out(
+        run, free_index, [&](int64_t k) { return in_support(weights[k]); },
+        [&](int64_t to, int64_t from, int e) {
+          for (float* numbers : {p, ds}) {
+            numbers[offset_of_entry<kElements>(to, e)] = from < 0 ? 0.0f : numbers[offset_of_entry<kElements>(from, e)];
+          }
+        });
   }
 
   /// Keeps the entries of a run for which keep(k), with their indices at `free_index`, which moves on, and their
-  /// numbers.
-  template <class Keep>
-  static void take_out(Run& run, uint16_t*& free_index, float* p, float* ds, Keep&& keep) {
+  /// numbers: move(to, from, e) moves those of an element's entry, or clears them if `from` is negative.
+  template <class Keep, class Move>
+  static void take_out(Run& run, uint16_t*& free_index, Keep&& keep, Move&& move) {
     uint16_t* index = free_index;
     int64_t kept = 0;
     for (int64_t k = 0; k < run.count; ++k) {
       if (!keep(k)) continue;
       index[kept] = run.index[k];
-      for (int e = 0; e < kElements; ++e) {
-        const int64_t from = offset_of_entry<kElements>(k, e), to = offset_of_entry<kElements>(kept, e);
-        p[to] = p[from];
-        ds[to] = ds[from];
-      }
+      for (int e = 0; e < kElements; ++e) move(kept, k, e);
       ++kept;
     }
     for (int64_t k = kept; k % kGroup != 0; ++k) {
-      for (int e = 0; e < kElements; ++e) {
-        const int64_t at = offset_of_entry<kElements>(k, e);
-        p[at] = ds[at] = 0.0f;
-      }
+      for (int e = 0; e < kElements; ++e) move(k, -1, e);
     }
     run.index = index;
     run.count = static_cast<uint32_t>(kept);
@@ -838,27 +859,37 @@ class CsrBackward {
   void columns(const Slot& x, const Tile& tile, int64_t begin, int64_t end) const {
     const int64_t row = tile.row / kPlanBlock * kPlanBlock - tile.row;  // of the panels, where index 0 would be
     if (args_.values != nullptr) {
-      const int64_t floats = x.runs[end - 1].place + run_floats<kElements>(x.runs[end - 1].count) - x.runs[begin].place;
-      auto* free_index = static_cast<uint16_t*>(thread_scratch((floats / kElements + kIndexPadding) * 2));
+      const int64_t pairs =
+          x.runs[end - 1].place / 2 + run_floats<kElements>(x.runs[end - 1].count) - x.runs[begin].place / 2;
+      auto* free_index = static_cast<uint16_t*>(thread_scratch((pairs / kElements + kIndexPadding) * 2));
       for (int64_t j = begin; j < end; ++j) {
-        float *p = x.attention + x.runs[j].place, *ds = x.grad_scores + x.runs[j].place;
-        const auto inside = [&](int64_t k) { return p[offset_of_entry<kElements>(k, 0)] != kOutside; };
+        float* pair = x.pairs + x.runs[j].place;
+        const auto inside = [&](int64_t k) { return pair[offset_of_pair<kElements>(k, 0)] != kOutside; };
         int64_t k = 0;
         while (k < x.runs[j].count && inside(k)) ++k;
-        if (k < x.runs[j].count) take_out(x.runs[j], free_index, p, ds, inside);
+        if (k == x.runs[j].count) continue;
+        take_out(x.runs[j], free_index, inside, [&](int64_t to, int64_t from, int e) {
+          for (int64_t i = 0; i < 2; ++i) {
+            pair[offset_of_pair<kElements>(to, e) + i] = from < 0 ? 0.0f : pair[offset_of_pair<kElements>(from, e) + i];
+          }
+        });
       }
     }
-    const auto add_up = [&](const float* weights, const BundlePanel& panel, float* sums, int64_t stride) {
-      SumsTask task{};
-      task.begin = x.runs + begin;
-      task.end = x.runs + end;
-      task.weights = weights;
-      task.sums = sums + tile.key * stride;
-      task.sums_stride = stride;
-      weighted_sums<kStorage, kElements>(task, panel, row);
+    const auto task = [&](float* sums, int64_t stride) {
+      SumsTask sum{};
+      sum.begin = x.runs + begin;
+      sum.end = x.runs + end;
+      sum.weights = x.pairs;
+      sum.sums = sums + tile.key * stride;
+      sum.sums_stride = stride;
+      return sum;
     };
-    if (grads_.grad_value.data != nullptr) add_up(x.attention, x.grad_output, x.grad_value, value_floats_);
-    if (grads_.grad_key.data != nullptr) add_up(x.grad_scores, x.query, x.grad_key, head_floats_);
+    if (grads_.grad_value.data != nullptr) {
+      weighted_sums<kStorage, kElements, Weights::kFirstOfPairs>(task(x.grad_value, value_floats_), x.grad_output, row);
+    }
+    if (grads_.grad_key.data != nullptr) {
+      weighted_sums<kStorage, kElements, Weights::kSecondOfPairs>(task(x.grad_key, head_floats_), x.query, row);
+    }
   }
 
   /// Stores dK and dV of keys [begin, end).

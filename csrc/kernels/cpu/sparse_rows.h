@@ -28,6 +28,12 @@ template <int kElements>
 FIAK_INLINE int64_t offset_of_entry(int64_t k, int64_t e) {
   return (k / kGroup * kElements + e) * kGroup + k % kGroup;
 }
+/// Where two numbers of an entry stand side by side: those of two entries, of every element, then those of the group's
+/// other two.
+template <int kElements>
+FIAK_INLINE int64_t offset_of_pair(int64_t k, int64_t e) {
+  return ((k / 2) * kElements + e) * kGroup + k % 2 * 2;
+}
 /// Floats of a run of `count` entries.
 template <int kElements>
 FIAK_INLINE int64_t run_floats(int64_t count) {
@@ -306,6 +312,9 @@ static void dots_pass(const DotsTask& shared) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Weighted sums
 
+/// What stands at a run's place: its weights, or two numbers for each entry, of which one is the weight.
+enum class Weights { kAlone, kFirstOfPairs, kSecondOfPairs };
+
 /// sums[row] += sum_i weights[i] panel[index[i]] over the entries i of the runs, one part of the vectors. Behind a
 /// run's last entry weights are 0.
 struct SumsTask {
@@ -356,27 +365,35 @@ FIAK_INLINE Vec rounded_to_bfloat16(Vec x) {
 }
 
 /// Adds a group of weighted rows.
-template <Storage kStorage, int kElements, int kChunks, int kSets, class Sums>
+template <Storage kStorage, int kElements, int kChunks, int kSets, Weights kWeights, class Sums>
 FIAK_INLINE void add_group(const float* weights, const char* panel, uint64_t four, Sums& sums) {
   constexpr int64_t kBytes = kChunks * kVectorBytes;
   const char *a = panel + row_offset<0, kBytes>(four), *b = panel + row_offset<1, kBytes>(four);
   const char *c = panel + row_offset<2, kBytes>(four), *d = panel + row_offset<3, kBytes>(four);
+  constexpr bool kAlone = kWeights == Weights::kAlone;
+  // Entries 0 to 3, or 0 and 1, and 2 and 3.
   const Vec group = spread_group<kElements>(weights);
+  const Vec others = kAlone ? group : spread_group<kElements>(weights + kGroup * kElements);
 #if defined(FIAK_ISA_AVX512_BF16)
   if constexpr (kStorage == Storage::kBFloat16) {
-    const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(group));
+    const Vec all = kAlone                               ? group
+                    : kWeights == Weights::kFirstOfPairs ? _mm512_shuffle_ps(group, others, 0x88)
+                                                         : _mm512_shuffle_ps(group, others, 0xdd);
+    const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(all));
     add_weighted_pair<kChunks>(spread_pair<0>(halves), a, b, sums[0]);
     add_weighted_pair<kChunks>(spread_pair<1>(halves), c, d, sums[kSets - 1]);
     return;
   }
 #endif
-  add_weighted<kStorage, kChunks>(permute_lanes<0x00>(group), a, sums[0]);
-  add_weighted<kStorage, kChunks>(permute_lanes<0x55>(group), b, sums[1 % kSets]);
-  add_weighted<kStorage, kChunks>(permute_lanes<0xaa>(group), c, sums[2 % kSets]);
-  add_weighted<kStorage, kChunks>(permute_lanes<0xff>(group), d, sums[3 % kSets]);
+  constexpr int kLane[] = {0x00, 0x55, 0xaa, 0xff};
+  constexpr int kSecond = kWeights == Weights::kSecondOfPairs ? 1 : 0;
+  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 0 : kSecond]>(group), a, sums[0]);
+  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 1 : 2 + kSecond]>(group), b, sums[1 % kSets]);
+  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 2 : kSecond]>(others), c, sums[2 % kSets]);
+  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 3 : 2 + kSecond]>(others), d, sums[3 % kSets]);
 }
 
-template <Storage kStorage, int kElements, int kChunks>
+template <Storage kStorage, int kElements, Weights kWeights, int kChunks>
 static void sums_pass(const SumsTask& shared) {
   const SumsTask task = shared;  // which no store can change
   constexpr int kVectors = kChunks * lane_elements(kStorage);
@@ -394,7 +411,8 @@ static void sums_pass(const SumsTask& shared) {
     const float* weights = task.weights + run->place;
     for_groups(
         *run, [&](uint64_t four, int64_t, int64_t i) __attribute__((always_inline)) {
-          add_group<kStorage, kElements, kChunks, kSets>(weights + i * kGroup * kElements, task.panel, four, sums);
+          constexpr int64_t kStep = kGroup * kElements * (kWeights == Weights::kAlone ? 1 : 2);
+          add_group<kStorage, kElements, kChunks, kSets, kWeights>(weights + i * kStep, task.panel, four, sums);
         });
     float* target = task.sums + run->row * task.sums_stride;
 #pragma GCC unroll 16
@@ -419,12 +437,13 @@ FIAK_INLINE void run_dots(const DotsTask& task, int64_t chunks) {
   kPasses[chunks - 1](task);
 }
 
-template <Storage kStorage, int kElements>
+template <Storage kStorage, int kElements, Weights kWeights>
 FIAK_INLINE void run_sums(const SumsTask& task, int64_t chunks) {
   constexpr void (*kPasses[kMaxChunks])(const SumsTask&) = {
-      sums_pass<kStorage, kElements, 1>, sums_pass<kStorage, kElements, 2>, sums_pass<kStorage, kElements, 3>,
-      sums_pass<kStorage, kElements, 4>, sums_pass<kStorage, kElements, 5>, sums_pass<kStorage, kElements, 6>,
-      sums_pass<kStorage, kElements, 7>, sums_pass<kStorage, kElements, 8>};
+      sums_pass<kStorage, kElements, kWeights, 1>, sums_pass<kStorage, kElements, kWeights, 2>,
+      sums_pass<kStorage, kElements, kWeights, 3>, sums_pass<kStorage, kElements, kWeights, 4>,
+      sums_pass<kStorage, kElements, kWeights, 5>, sums_pass<kStorage, kElements, kWeights, 6>,
+      sums_pass<kStorage, kElements, kWeights, 7>, sums_pass<kStorage, kElements, kWeights, 8>};
   kPasses[chunks - 1](task);
 }
 
@@ -441,13 +460,13 @@ FIAK_INLINE void dots(DotsTask task, const BundlePanel& x, const BundlePanel& pa
 }
 
 /// Weighted sums of rows of `panel`, from its row `first` on, in all parts.
-template <Storage kStorage, int kElements>
+template <Storage kStorage, int kElements, Weights kWeights = Weights::kAlone>
 FIAK_INLINE void weighted_sums(SumsTask task, const BundlePanel& panel, int64_t first) {
   float* sums = task.sums;
   for (int64_t part = 0; part < panel.parts(); ++part) {
     task.panel = panel.vector(first, part * kMaxChunks);
     task.sums = sums + part * kMaxChunks * lane_elements(kStorage) * kLanes;
-    run_sums<kStorage, kElements>(task, panel.part_chunks(part));
+    run_sums<kStorage, kElements, kWeights>(task, panel.part_chunks(part));
   }
 }
 
