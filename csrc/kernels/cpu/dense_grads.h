@@ -2,8 +2,8 @@
 // weight, is the caller's business.
 //
 // S = scale Q K^T again, dA = dO V^T, dw = exp(S - lse) (dA - delta), dS = w dw, dQ = dS K, dK = dS^T Q, dV = P^T dO,
-// with powers of two for exp. bfloat16 runs on pairs where the instruction set has them: P and dS are rounded to
-// bfloat16, sums are float32.
+// with powers of two for exp. bfloat16 runs on pairs or tiles (tile_grads.h), where the instruction set has them: P and
+// dS are rounded to bfloat16, sums are float32.
 //
 // It runs in waves. A wave is a range of queries, a range of keys and a few heads and batch elements. First its rows
 // are computed: P and dS of the wave, dQ and the weights' gradient; then its columns, dK and dV, from the P and dS that
@@ -338,6 +338,7 @@ class DenseBackward {
   // between two barriers, in bounded memory.
   static constexpr int64_t kAloneUnits = 48 * 1024, kThreadUnits = 512 * 1024, kMostUnits = 2 * 1024 * 1024;
   static constexpr int64_t kKeys = Products::kKeys;
+  static_assert(kKeys <= 64);
 
   /// What the threads share of a batch element's key head.
   struct Slot {

@@ -22,8 +22,9 @@ class TileGrads {
     const auto check = [&](const Input& x, int64_t h, int64_t count, int64_t size) {
       const RowAddresses row(x, {b, h}, 0);
       for (int64_t n = 0; n < count; ++n) {
-        for (int64_t d = 0; d < size; d += kChunk)
+        for (int64_t d = 0; d < size; d += kChunk) {
           finite(load_pairs_in_order(row(n) + 2 * d, smaller(kChunk, size - d)));
+        }
       }
     };
     check(args.key, key_head, keys_of(args, b), args.head_size);
