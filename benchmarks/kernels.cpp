@@ -15,7 +15,8 @@
 //                the larger of arithmetic and loads. A pair takes D + Dv multiply-adds forward and 3 D + 2 Dv backward,
 //                and an exponential, which counts as 6 vector operations; CSR kernels load D + Dv numbers of K and V
 //                (backward: twice as many), dense ones load little. With bfloat16 instructions, vdpbf16ps does two
-//                multiply-adds a lane. Decoding: no less than the time to read its keys and values from memory.
+//                multiply-adds a lane; with AMX, tiles do them all, before or after the exponentials. Decoding: no less
+//                than the time to read its keys and values from memory.
 //   share        floor / cycles
 //   GFLOP/s      executed: two for each multiply-add above
 //   MB           read and written at least: operands, results and the plan's columns, each once
