@@ -125,7 +125,8 @@ class VectorGrads {
            carved(all_keys * row_size_);
   }
   /// Takes key_bytes(all_keys) from `carver`.
-  Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys, Carver& carver) const {
+  __attribute__((always_inline)) Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys,
+                                                Carver& carver) const {
     auto* rows = static_cast<float*>(thread_scratch(carved(tile_rows(keys) * larger(row_size_, value_size_))));
     Keys x;
     x.key_columns = load_columns<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size, rows,
@@ -148,8 +149,8 @@ class VectorGrads {
            (kPairs ? 2 * carved(kGradRows * width_) : 0);
   }
   /// Queries [first, first + count), which are those from `row` on of the wave that has P and dS.
-  Task load_task(int64_t b, int64_t h, int64_t first, int64_t count, int64_t row, float* attention, float* grad_scores,
-                 Carver& carver) const {
+  __attribute__((always_inline)) Task load_task(int64_t b, int64_t h, int64_t first, int64_t count, int64_t row,
+                                                float* attention, float* grad_scores, Carver& carver) const {
     Task x;
     x.count = count;
     x.query = carver.floats(kGradRows * padded(depth_));
@@ -221,10 +222,12 @@ class VectorGrads {
   };
   int64_t queries_bytes() const { return carved(queries_ * row_size_) + carved(queries_ * value_size_); }
   /// Queries [first, first + count), or their dO.
-  Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count, Carver& carver) const {
+  __attribute__((always_inline)) Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count,
+                                                      Carver& carver) const {
     return load_rows(args_.query, args_.head_size, b, h, first, count, carver.floats(queries_ * row_size_));
   }
-  Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count, Carver& carver) const {
+  __attribute__((always_inline)) Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count,
+                                                          Carver& carver) const {
     return load_rows(grad_output_, args_.value_size, b, h, first, count, carver.floats(queries_ * value_size_));
   }
   /// sums of keys [key, key + keys) += the wave's P or dS times queries [from, to), where these keys stand from `at`
@@ -236,8 +239,8 @@ class VectorGrads {
                                   tile_rows(keys), x.size, depth, sums + key * x.size, x.size);
   }
   /// sums[0, keys) += dS over the wave's queries [from, to), of which there are `count` in all.
-  void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t count, int64_t at, int64_t keys,
-                  float* sums) const {
+  __attribute__((always_inline)) void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t count,
+                                                 int64_t at, int64_t keys, float* sums) const {
     for (int64_t k = units<kPairs>(from); k < units<kPairs>(smaller(to, count)); ++k) {
       for (int64_t j = 0; j < padded(keys); j += kLanes) {
         Vec sum = load(sums + j);
@@ -256,8 +259,8 @@ class VectorGrads {
   }
 
  private:
-  Queries load_rows(const Input& x, int64_t size, int64_t b, int64_t h, int64_t first, int64_t count,
-                    float* target) const {
+  __attribute__((always_inline)) Queries load_rows(const Input& x, int64_t size, int64_t b, int64_t h, int64_t first,
+                                                   int64_t count, float* target) const {
     Queries rows;
     rows.rows = load_depth<kPairs>(from_row(x, args_.dtype, first), args_.dtype, b, h, count, size, target);
     rows.count = count;

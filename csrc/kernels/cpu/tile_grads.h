@@ -8,6 +8,13 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
+/// Rows [0, count) as the depth of the left operand, whose rows are their columns; a row of tiles is tile_units(room)
+/// long.
+static void pack_columns(const RowAddresses& row, int64_t count, int64_t size, int64_t room, float* target) {
+  pack_depth(row, count, size, room, target);
+  for (int64_t s = 0; s < sides(size); ++s) transpose_tiles(target + s * tile_units(room), chunks(count));
+}
+
 /// What VectorGrads is, by tiles.
 class TileGrads {
  public:
@@ -17,7 +24,8 @@ class TileGrads {
   static_assert(kGradRows == kChunk);
 
   /// Whether no factor of 0 would meet an infinite or NaN number of the key head's.
-  static bool serves(const AttentionArgs& args, const Input& grad_output, int64_t b, int64_t key_head) {
+  __attribute__((always_inline)) static bool serves(const AttentionArgs& args, const Input& grad_output, int64_t b,
+                                                    int64_t key_head) {
     FiniteCheck finite;
     const auto check = [&](const Input& x, int64_t h, int64_t count, int64_t size) {
       const RowAddresses row(x, {b, h}, 0);
@@ -53,7 +61,8 @@ class TileGrads {
     return carved(sides(all_keys) * head_units_) + carved(sides(all_keys) * value_units_) +
            carved(sides(args_.head_size) * tile_units(all_keys));
   }
-  Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys, Carver& carver) const {
+  __attribute__((always_inline)) Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys,
+                                                Carver& carver) const {
     const Keys x{carver.floats(sides(all_keys) * head_units_), carver.floats(sides(all_keys) * value_units_),
                  carver.floats(sides(args_.head_size) * tile_units(all_keys)), tile_units(all_keys)};
     const RowAddresses key(args_.key, {b, key_head}, 0), value(args_.value, {b, key_head}, 0);
@@ -72,8 +81,8 @@ class TileGrads {
     return carved(2 * head_units_) + carved(2 * value_units_) + 2 * carved(kGradRows * width_) +
            carved(2 * tile_units(width_));
   }
-  Task load_task(int64_t b, int64_t h, int64_t first, int64_t count, int64_t, const float*, const float*,
-                 Carver& carver) const {
+  __attribute__((always_inline)) Task load_task(int64_t b, int64_t h, int64_t first, int64_t count, int64_t,
+                                                const float*, const float*, Carver& carver) const {
     const Task x{carver.floats(2 * head_units_),        carver.floats(2 * value_units_),
                  carver.floats(kGradRows * width_),     carver.floats(kGradRows * width_),
                  carver.floats(2 * tile_units(width_)), count};
@@ -142,10 +151,12 @@ class TileGrads {
     return carved(sides(args_.head_size) * tile_units(queries_)) +
            carved(sides(args_.value_size) * tile_units(queries_));
   }
-  Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count, Carver& carver) const {
+  __attribute__((always_inline)) Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count,
+                                                      Carver& carver) const {
     return load_columns_of(args_.query, args_.head_size, {b, h}, first, count, carver);
   }
-  Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count, Carver& carver) const {
+  __attribute__((always_inline)) Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count,
+                                                          Carver& carver) const {
     return load_columns_of(grad_output_, args_.value_size, {b, h}, first, count, carver);
   }
   __attribute__((always_inline)) void add_queries(const Queries& x, const float* wave_numbers, int64_t from, int64_t to,
@@ -162,8 +173,8 @@ class TileGrads {
           tile_sums.store(target, kTileSide, kTileUnits, next_key);
         });
   }
-  void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t, int64_t at, int64_t keys,
-                  float* sums) const {
+  __attribute__((always_inline)) void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t, int64_t at,
+                                                 int64_t keys, float* sums) const {
     for (int64_t c = 0; c < sides(keys); ++c) {
       const float* pairs = wave_grads + (at / kTileSide + c) * tile_units(queries_) + from / kChunk * kTileUnits;
       Vec sum = load(sums + c * kTileSide);
@@ -194,11 +205,10 @@ class TileGrads {
   __attribute__((always_inline)) float* grads_at(const Task& task, int64_t at) const {
     return task.grads + at / kChunk * kTileUnits;
   }
-  Queries load_columns_of(const Input& x, int64_t size, HeadPlace at, int64_t first, int64_t count,
-                          Carver& carver) const {
+  __attribute__((always_inline)) Queries load_columns_of(const Input& x, int64_t size, HeadPlace at, int64_t first,
+                                                         int64_t count, Carver& carver) const {
     float* target = carver.floats(sides(size) * tile_units(queries_));
-    pack_depth(RowAddresses(x, at, first), count, size, queries_, target);
-    for (int64_t s = 0; s < sides(size); ++s) transpose_tiles(target + s * tile_units(queries_), chunks(count));
+    pack_columns(RowAddresses(x, at, first), count, size, queries_, target);
     return {target, size};
   }
 
