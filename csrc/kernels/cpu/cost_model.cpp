@@ -14,7 +14,7 @@ namespace {
 // one element in bfloat16: that entry is extrapolated. What dense costs with AMX is fitted to fiak_benchmarks' square
 // cases with 70% pruned, within 5%. Backward's are fitted to the same machines' results of benchmarks.compare, those of
 // AVX2 on a Zen 3 core. What dense backward costs with AMX is not measured: it is put together from the forward pass's
-// parts, and rounded up.
+// parts, and nearly doubled, so that what is measured wins where the two are close.
 constexpr CsrRates kAvx2Rates = {
     /*lanes=*/8,
     /*pairs=*/false,
