@@ -30,6 +30,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -48,6 +49,23 @@ namespace {
 constexpr Parallel kOneThread{};
 constexpr int kExpOperations = 6;
 constexpr int64_t kScalarPairs = 4000000;  // of all batch elements and heads; larger cases would take seconds a call
+
+/// Memory that starts with a cache line, as torch's does: rows that straddle two lines more than they must cost up to
+/// half of a call.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  LineAllocator() = default;
+  template <class Other>
+  explicit LineAllocator(const LineAllocator<Other>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+template <class T>
+using Vector = std::vector<T, LineAllocator<T>>;
 
 struct Case {
   std::string name;
@@ -123,8 +141,8 @@ class Pattern {
 
  private:
   int64_t queries_, keys_;
-  std::vector<int32_t> crow_{0}, col_;
-  std::vector<int64_t> plan_;
+  Vector<int32_t> crow_{0}, col_;
+  Vector<int64_t> plan_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +167,7 @@ class Numbers {
   int64_t bytes() const { return static_cast<int64_t>(bytes_.size()); }
 
  private:
-  std::vector<char> bytes_;
+  Vector<char> bytes_;
 };
 
 /// An operand whose heads are a view of [batch, rows, heads * columns], as in a model.
@@ -203,7 +221,7 @@ struct Operands {
   }
 
   Operand query, key, value, output, grad_output, grad_query, grad_key, grad_value;
-  std::vector<float> logsumexp;
+  Vector<float> logsumexp;
   AttentionArgs args;
 };
 
@@ -319,7 +337,7 @@ void prior_attention(benchmark::State& state, const Case& c, const Variant& vari
   Operands& operands = operands_of(c, variant.dtype);
   PriorArgs args{operands.args};
   args.is_causal = c.is_causal != 0;
-  std::vector<float> prior(c.query_heads * c.queries * c.keys, 0.5f), grad_prior(variant.backward ? prior.size() : 0);
+  Vector<float> prior(c.query_heads * c.queries * c.keys, 0.5f), grad_prior(variant.backward ? prior.size() : 0);
   args.prior = prior.data();
   args.prior_heads = c.query_heads;
   args.prior_rows = c.queries;
@@ -384,7 +402,7 @@ void compact_linear(benchmark::State& state, const Case& c, const Variant& varia
   args.in_features = c.query_heads * c.head_size;
   args.head_size = c.head_size;
   args.dtype = variant.dtype;
-  std::vector<int64_t> keep(args.heads * args.kept);
+  Vector<int64_t> keep(args.heads * args.kept);
   for (size_t i = 0; i < keep.size(); ++i) keep[i] = static_cast<int64_t>(i) % args.kept * 10 / 3;
   args.keep = keep.data();
   Operand input(variant.dtype, args.batch, 1, args.rows, args.in_features), grad_input(input);
