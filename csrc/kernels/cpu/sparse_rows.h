@@ -259,16 +259,23 @@ FIAK_INLINE Vec row_products(const Vec* x, const char* row) {
   return sum;
 }
 
-/// A group of dot products.
-template <Storage kStorage, int kChunks, int kElements>
-FIAK_INLINE Group<kElements> group_products(const Vec* x, const char* panel, uint64_t four) {
+/// The products of a group's rows, to be added up.
+struct GroupProducts {
+  Vec a, b, c, d;
+};
+template <Storage kStorage, int kChunks>
+FIAK_INLINE GroupProducts group_products(const Vec* x, const char* panel, uint64_t four) {
   constexpr int64_t kBytes = kChunks * kVectorBytes;
-  const Vec a = row_products<kStorage, kChunks>(x, panel + row_offset<0, kBytes>(four));
-  const Vec b = row_products<kStorage, kChunks>(x, panel + row_offset<1, kBytes>(four));
-  const Vec ab = add(unpack_low(a, b), unpack_high(a, b));
-  const Vec c = row_products<kStorage, kChunks>(x, panel + row_offset<2, kBytes>(four));
-  const Vec d = row_products<kStorage, kChunks>(x, panel + row_offset<3, kBytes>(four));
-  const Vec cd = add(unpack_low(c, d), unpack_high(c, d));
+  return {row_products<kStorage, kChunks>(x, panel + row_offset<0, kBytes>(four)),
+          row_products<kStorage, kChunks>(x, panel + row_offset<1, kBytes>(four)),
+          row_products<kStorage, kChunks>(x, panel + row_offset<2, kBytes>(four)),
+          row_products<kStorage, kChunks>(x, panel + row_offset<3, kBytes>(four))};
+}
+/// The group of dot products.
+template <int kElements>
+FIAK_INLINE Group<kElements> sum_products(const GroupProducts& p) {
+  const Vec ab = add(unpack_low(p.a, p.b), unpack_high(p.a, p.b));
+  const Vec cd = add(unpack_low(p.c, p.d), unpack_high(p.c, p.d));
   return add_blocks<kElements>(add(unpack_low_pairs(ab, cd), unpack_high_pairs(ab, cd)));
 }
 
@@ -292,16 +299,38 @@ static void dots_pass(const DotsTask& shared) {
     if (task.first && kElements < kBlocks && run->count > 0) {
       store(out + run_floats<kElements>(run->count) - kLanes, broadcast(task.fill));
     }
-    for_groups(
-        *run, [&](uint64_t four, int64_t count, int64_t i) __attribute__((always_inline)) {
-          auto dots = group_products<kStorage, kChunks, kElements>(x, task.panel, four);
-          float* target = out + i * kGroup * kElements;
-          if (!task.first) dots = dots + load_group<kElements>(target);
-          if constexpr (!kScaleRow) dots = dots * scale;
-          if (count < kGroup) dots = select_in_blocks(dots, fill, count);
-          maximum = max_lanes(dots, maximum);
-          store_lanes(target, dots);
-        });
+    const auto finish = [&](const GroupProducts& products, int64_t count, int64_t i) __attribute__((always_inline)) {
+      auto dots = sum_products<kElements>(products);
+      float* target = out + i * kGroup * kElements;
+      if (!task.first) dots = dots + load_group<kElements>(target);
+      if constexpr (!kScaleRow) dots = dots * scale;
+      if (count < kGroup) dots = select_in_blocks(dots, fill, count);
+      maximum = max_lanes(dots, maximum);
+      store_lanes(target, dots);
+    };
+    const auto products_of = [&](uint64_t four) __attribute__((always_inline)) {
+      return group_products<kStorage, kChunks>(x, task.panel, four);
+    };
+    // With registers to spare, a group is added up after the next one's products: the additions, which wait for each
+    // other, then take no room in the scheduler before they can start.
+    if constexpr (kLanes == 16) {
+      const uint16_t* index = run->index;
+      const int64_t whole = run->count / kGroup, rest = run->count % kGroup;
+      if (whole > 0) {
+        GroupProducts behind = products_of(load_four(index));
+        for (int64_t i = 1; i < whole; ++i) {
+          const GroupProducts products = products_of(load_four(index + i * kGroup));
+          finish(behind, kGroup, i - 1);
+          behind = products;
+        }
+        finish(behind, kGroup, whole - 1);
+      }
+      if (rest > 0) finish(products_of(complete_four(load_four(index + whole * kGroup), rest)), rest, whole);
+    } else {
+      for_groups(
+          *run, [&](uint64_t four, int64_t count, int64_t i)
+                    __attribute__((always_inline)) { finish(products_of(four), count, i); });
+    }
     if (task.last && task.maxima != nullptr) {
       float* target = task.maxima + run->row * kGroup * kElements;
       store_lanes(target, max_lanes(maximum, load_group<kElements>(target)));
