@@ -79,6 +79,9 @@ FIAK_EMULATED_INLINE __m512 cvtepi32_ps(__m512i x) {
 FIAK_EMULATED_INLINE __m512i cvtepu16_epi32(__m256i x) {
   return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
+FIAK_EMULATED_INLINE __m512i cvtepu32_epi64(__m256i x) {
+  return join(_mm256_cvtepu32_epi64(_mm256_castsi256_si128(x)), _mm256_cvtepu32_epi64(_mm256_extracti128_si256(x, 1)));
+}
 FIAK_EMULATED_INLINE __m512 cvtph_ps(__m256i x) {
   return join(_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)));
 }
@@ -171,20 +174,31 @@ FIAK_EMULATED_CALL __m512 dpbf16_ps(__m512 c, __m512i a, __m512i b) {
   for (int i = 0; i < 16; ++i) sum.lane[i] = add_pair(sum.lane[i], x.lane[i], y.lane[i]);
   return sum;
 }
+FIAK_EMULATED_CALL __m256 dpbf16_ps(__m256 c, __m256i a, __m256i b) {
+  Lanes<float, __m256> sum(c);
+  const Lanes<uint32_t, __m256i> x(a), y(b);
+  for (int i = 0; i < 8; ++i) sum.lane[i] = add_pair(sum.lane[i], x.lane[i], y.lane[i]);
+  return sum;
+}
 
 }  // namespace fiak::emulated
 
 #undef __m512bh
 #define __m512bh __m512i
+#undef __m256bh
+#define __m256bh __m256i
 
+#undef _mm256_dpbf16_ps
 #undef _mm512_scalef_ps
 #undef _mm512_dpbf16_ps
 #undef _mm512_shuffle_f32x4
+#define _mm256_dpbf16_ps(c, a, b) fiak::emulated::dpbf16_ps(c, a, b)
 #define _mm256_maskz_loadu_epi16(mask, p) (fiak::emulated::maskz_loadu<uint16_t, __m256i>(mask, p))
 #define _mm512_cmplt_epu16_mask(a, b) fiak::emulated::cmplt_epu16_mask(a, b)
 #define _mm512_cvtepi32_epi16(x) fiak::emulated::cvtepi32_epi16(x)
 #define _mm512_cvtepi32_ps(x) fiak::emulated::cvtepi32_ps(x)
 #define _mm512_cvtepu16_epi32(x) fiak::emulated::cvtepu16_epi32(x)
+#define _mm512_cvtepu32_epi64(x) fiak::emulated::cvtepu32_epi64(x)
 #define _mm512_cvtne2ps_pbh(high, low) fiak::emulated::cvtne2ps_pbh(high, low)
 #define _mm512_cvtneps_pbh(x) fiak::emulated::cvtneps_pbh(x)
 #define _mm512_cvtph_ps(x) fiak::emulated::cvtph_ps(x)

@@ -313,7 +313,13 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         store_lanes(maximum, max_in_blocks(load_group<kElements>(maximum)));
         for (int e = 0; e < kElements; ++e) maxima[(row + r) * kElements + e] = maximum[e * kGroup];
       }
-      exp2_and_total<kStorage, kElements, true>(first, last, scores, group_maxima, group_totals, group_divisors);
+      if (args.values == nullptr && !dropout.active()) {
+        exp2_and_total<kStorage, kElements, true, kLeftWeights<kStorage>>(first, last, scores, group_maxima,
+                                                                          group_totals, group_divisors);
+        continue;
+      }
+      exp2_and_total<kStorage, kElements, true, Weights::kAlone>(first, last, scores, group_maxima, group_totals,
+                                                                 group_divisors);
       if (args.values != nullptr) {
         for (const Run* run = first; run < last; ++run) {
           const float* weights = runs.weights(run);
@@ -324,7 +330,8 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         }
         std::memset(group_totals, 0, count * kGroupFloats * sizeof(float));
         std::memset(group_divisors, 0, count * kGroupFloats * sizeof(float));
-        exp2_and_total<kStorage, kElements, false>(first, last, scores, group_maxima, group_totals, group_divisors);
+        exp2_and_total<kStorage, kElements, false, Weights::kAlone>(first, last, scores, group_maxima, group_totals,
+                                                                    group_divisors);
       }
       for (int64_t block = 0; dropout.active() && block < blocks.count; ++block) {
         const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
@@ -337,6 +344,9 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
           }
         }
       }
+#if defined(FIAK_ISA_AVX512_BF16)
+      if constexpr (kStorage == Storage::kBFloat16) round_weights<kElements>(first, last, scores);
+#endif
     }
     if (pass == begin) {
       pack_rows<kElements>(args.value, args.dtype, bundle, key_head, 0, keys, args.value_size, kStorage, Extra::kNone,
@@ -364,7 +374,8 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         task.sums = sums;
         task.sums_stride = sum_floats;
         task.ahead = &ahead;
-        weighted_sums<kStorage, kElements>(task, value, blocks.first(block) / kPlanBlock * kPlanBlock);
+        weighted_sums<kStorage, kElements, kLeftWeights<kStorage>>(task, value,
+                                                                   blocks.first(block) / kPlanBlock * kPlanBlock);
       }
       const auto reduce = [&](const float* groups, float* target) {
         for (int64_t r = row; r < row + count; ++r) {

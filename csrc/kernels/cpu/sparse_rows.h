@@ -341,8 +341,9 @@ static void dots_pass(const DotsTask& shared) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Weighted sums
 
-/// What stands at a run's place: its weights, or two numbers for each entry, of which one is the weight.
-enum class Weights { kAlone, kFirstOfPairs, kSecondOfPairs };
+/// What stands at a run's place: its weights; its weights in bfloat16, in half the room; or two numbers for each entry,
+/// of which one is the weight.
+enum class Weights { kAlone, kRounded, kFirstOfPairs, kSecondOfPairs };
 
 /// sums[row] += sum_i weights[i] panel[index[i]] over the entries i of the runs, one part of the vectors. Behind a
 /// run's last entry weights are 0.
@@ -371,6 +372,22 @@ FIAK_INLINE __m512i spread_pair(__m256i halves) {
   return _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kPair)), _mm512_castsi256_si512(halves));
 }
 
+/// The same of a group at p.
+template <int kElements, int kPair>
+FIAK_INLINE __m512i spread_rounded_pair(const float* p) {
+  if constexpr (kElements == 1) {
+    int64_t group;
+    std::memcpy(&group, p, sizeof group);
+    return _mm512_castps_si512(permute_lanes<kPair * 0x55>(_mm512_castsi512_ps(_mm512_set1_epi64(group))));
+  } else if constexpr (kElements == 2) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 2, 2, 2, 2);
+    const __m128i group = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kPair)), _mm512_castsi128_si512(group));
+  } else {
+    return spread_pair<kPair>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+}
+
 template <int kChunks>
 FIAK_INLINE void add_weighted_pair(__m512i weights, const char* row, const char* next, Vec* sums) {
   const auto w = reinterpret_cast<__m512bh>(weights);
@@ -383,22 +400,19 @@ FIAK_INLINE void add_weighted_pair(__m512i weights, const char* row, const char*
 }
 #endif
 
-/// The float32 numbers that are left of x in bfloat16.
-FIAK_INLINE Vec rounded_to_bfloat16(Vec x) {
-#if defined(FIAK_ISA_AVX512_BF16)
-  const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-#else
-  return x;
-#endif
-}
-
 /// Adds a group of weighted rows.
 template <Storage kStorage, int kElements, int kChunks, int kSets, Weights kWeights, class Sums>
 FIAK_INLINE void add_group(const float* weights, const char* panel, uint64_t four, Sums& sums) {
   constexpr int64_t kBytes = kChunks * kVectorBytes;
   const char *a = panel + row_offset<0, kBytes>(four), *b = panel + row_offset<1, kBytes>(four);
   const char *c = panel + row_offset<2, kBytes>(four), *d = panel + row_offset<3, kBytes>(four);
+#if defined(FIAK_ISA_AVX512_BF16)
+  if constexpr (kWeights == Weights::kRounded) {
+    add_weighted_pair<kChunks>(spread_rounded_pair<kElements, 0>(weights), a, b, sums[0]);
+    add_weighted_pair<kChunks>(spread_rounded_pair<kElements, 1>(weights), c, d, sums[kSets - 1]);
+    return;
+  }
+#endif
   constexpr bool kAlone = kWeights == Weights::kAlone;
   // Entries 0 to 3, or 0 and 1, and 2 and 3.
   const Vec group = spread_group<kElements>(weights);
@@ -440,7 +454,10 @@ static void sums_pass(const SumsTask& shared) {
     const float* weights = task.weights + run->place;
     for_groups(
         *run, [&](uint64_t four, int64_t, int64_t i) __attribute__((always_inline)) {
-          constexpr int64_t kStep = kGroup * kElements * (kWeights == Weights::kAlone ? 1 : 2);
+          constexpr int64_t kNumbers = kGroup * kElements;
+          constexpr int64_t kStep = kWeights == Weights::kAlone     ? kNumbers
+                                    : kWeights == Weights::kRounded ? kNumbers / 2
+                                                                    : 2 * kNumbers;
           add_group<kStorage, kElements, kChunks, kSets, kWeights>(weights + i * kStep, task.panel, four, sums);
         });
     float* target = task.sums + run->row * task.sums_stride;
@@ -499,32 +516,62 @@ FIAK_INLINE void weighted_sums(SumsTask task, const BundlePanel& panel, int64_t 
   }
 }
 
-/// scores = 2^(scores - maxima[row]) of the runs, and their sums over each row, still to be reduced within blocks; with
-/// bfloat16 rows also the sums of what is left of them in bfloat16. Its long dependency chains overlap with nothing
-/// that waits for them. Without kExp, the sums of what stands there already.
-template <Storage kStorage, int kElements, bool kExp>
+/// How the weights of rows are left for their sums.
+template <Storage kStorage>
+constexpr Weights kLeftWeights = kStorage == Storage::kBFloat16 ? Weights::kRounded : Weights::kAlone;
+
+/// scores = 2^(scores - maxima[row]) of the runs, as kWeights, and their sums over each row, still to be reduced within
+/// blocks; with bfloat16 rows also the sums of what is left of them in bfloat16. Its long dependency chains overlap
+/// with nothing that waits for them. Without kExp, the sums of what stands there already.
+template <Storage kStorage, int kElements, bool kExp, Weights kWeights>
 FIAK_INLINE void exp2_and_total(const Run* begin, const Run* end, float* scores, const float* maxima, float* totals,
-                                float* rounded_totals) {
+                                [[maybe_unused]] float* rounded_totals) {
   for (const Run* run = begin; run < end; ++run) {
     const int64_t row = run->row * kGroup * kElements;
     const Vec maximum = spread_group<kElements>(maxima + row);
     float *p = scores + run->place, *last = p + run_floats<kElements>(run->count);
-    Vec total = zero(), rounded_total = zero();
+    Vec total = zero();
+#if defined(FIAK_ISA_AVX512_BF16)
+    __m256 pair_totals = _mm256_setzero_ps();
+    float* rounded = p;
+#endif
     for (; p < last; p += kLanes) {
       Vec x = load(p);
-      if constexpr (kExp) {
-        x = exp2_below_128(sub(x, maximum));
-        store(p, x);
-      }
+      if constexpr (kExp) x = exp2_below_128(sub(x, maximum));
+      if constexpr (kExp && kWeights == Weights::kAlone) store(p, x);
       total = add(total, x);
-      if constexpr (kStorage == Storage::kBFloat16) rounded_total = add(rounded_total, rounded_to_bfloat16(x));
+#if defined(FIAK_ISA_AVX512_BF16)
+      if constexpr (kStorage == Storage::kBFloat16) {
+        const auto halves = _mm512_cvtneps_pbh(x);
+        pair_totals =
+            _mm256_dpbf16_ps(pair_totals, halves, reinterpret_cast<__m256bh>(_mm256_set1_epi16(0x3f80)));  // 1
+        if constexpr (kWeights == Weights::kRounded) {
+          store_bfloat16(rounded, x);
+          rounded += kLanes / 2;
+        }
+      }
+#endif
     }
     store_lanes(totals + row, add_blocks<kElements>(total) + load_group<kElements>(totals + row));
-    if constexpr (kStorage == Storage::kBFloat16) {
+#if defined(FIAK_ISA_AVX512_BF16)
+    if constexpr (kStorage == Storage::kBFloat16) {  // a pair's sum in one of its two lanes
+      const Vec rounded_total = _mm512_castsi512_ps(_mm512_cvtepu32_epi64(_mm256_castps_si256(pair_totals)));
       store_lanes(rounded_totals + row,
                   add_blocks<kElements>(rounded_total) + load_group<kElements>(rounded_totals + row));
     }
+#endif
   }
 }
+
+#if defined(FIAK_ISA_AVX512_BF16)
+/// kAlone to kRounded.
+template <int kElements>
+FIAK_INLINE void round_weights(const Run* begin, const Run* end, float* weights) {
+  for (const Run* run = begin; run < end; ++run) {
+    float *p = weights + run->place, *last = p + run_floats<kElements>(run->count), *rounded = p;
+    for (; p < last; p += kLanes, rounded += kLanes / 2) store_bfloat16(rounded, load(p));
+  }
+}
+#endif
 
 }  // namespace fiak::cpu::FIAK_ISA
