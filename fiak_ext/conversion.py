@@ -135,6 +135,7 @@ def register_attention(attention_class: type[nn.Module]) -> Callable[[Adapter], 
     return register
 
 
+@torch.inference_mode(False)  # what is made here is trained later
 def convert(
     model: Model,
     *,
@@ -216,6 +217,7 @@ def from_pretrained(folder: str | Path) -> Any:
     return integration.from_pretrained(folder)
 
 
+@torch.inference_mode(False)  # what is made here is trained later
 def resize_priors(
     model: Model, grid: tuple[int, int], new_grid: tuple[int, int], *, num_prefix_tokens: int = 1
 ) -> Model:

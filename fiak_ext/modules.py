@@ -8,15 +8,19 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from fiak_ext.pattern import SparsePattern
+from fiak_ext.pattern import SparsePattern, check_size
 
-__all__ = ["CompactLinear", "MultiHeadSelfAttention", "PriorAttention"]
+__all__ = ["MultiHeadSelfAttention", "PriorAttention"]
 
 Kind = Literal["fiak", "gmm", "softmax"]
 Parameterization = Literal["softmax", "clamp"]
 Score = Literal["dot", "gaussian"]
+
+# What a checkpoint of a pruned module holds. These are plain attributes, not buffers: code that averages, truncates or
+# offloads buffers as it averages weights would move indices.
+_PATTERN_STATE = ("pattern_crow_indices", "pattern_col_indices", "keep")
+_CALIBRATION = ("posterior", "reached", "saliency")
 
 
 class PriorAttention(nn.Module):
@@ -24,7 +28,9 @@ class PriorAttention(nn.Module):
 
     ``a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij')``, with weights ``w`` shared by the whole batch. Once pruned
     (:meth:`set_pattern`), the prior is gone, the pairs of the pattern have weight 1 and all others do not exist. A
-    checkpoint says by itself whether it is pruned: loading it turns the module into what it needs.
+    checkpoint says by itself whether it is pruned: loading it turns the module into what it needs, and one that does
+    not fit leaves the module as it was. The pattern is in ``state_dict``, as copies, but it is no buffer: it takes part
+    in no average. No two modules share its tensors.
 
     Args:
         num_heads: query heads.
@@ -51,7 +57,7 @@ class PriorAttention(nn.Module):
             not None.
 
     Raises:
-        ValueError: a size below 1, a probability outside 0..1, or an unknown name.
+        ValueError: a size that is not an integer of at least 1, a probability outside 0..1, or an unknown name.
     """
 
     prior: nn.Parameter | None
@@ -59,6 +65,7 @@ class PriorAttention(nn.Module):
     pattern_col_indices: Tensor | None
     keep: Tensor | None
     _plan: Tensor | None
+    _plan_versions: tuple[int, int] | None
     _place: Tensor
     posterior: Tensor | None
     reached: Tensor | None
@@ -82,8 +89,7 @@ class PriorAttention(nn.Module):
         num_keys = num_queries if num_keys is None else num_keys
         sizes = {"num_heads": num_heads, "num_queries": num_queries, "num_keys": num_keys, "groups": groups}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"PriorAttention: {name} must be at least 1 (got {size})")
+            check_size("PriorAttention", name, size, 1)
         for name, choice, choices in (
             ("kind", kind, ("fiak", "gmm", "softmax")),
             ("parameterization", parameterization, ("softmax", "clamp")),
@@ -105,14 +111,8 @@ class PriorAttention(nn.Module):
         self.dropout_p = dropout_p
         self.recorder: Callable[[Tensor, Tensor, Mapping[str, Any]], None] | None = None
         self.register_parameter("prior", None)
-        self.register_buffer("pattern_crow_indices", None)
-        self.register_buffer("pattern_col_indices", None)
-        self.register_buffer("keep", None)
-        self.register_buffer("_plan", None, persistent=False)
-        self.register_buffer("_place", torch.empty(0), persistent=False)  # tells where a module without prior lies
-        self.register_buffer("posterior", None, persistent=False)
-        self.register_buffer("reached", None, persistent=False)
-        self.register_buffer("saliency", None, persistent=False)
+        self._place = torch.empty(0)  # tells where a module without prior lies
+        self._forget()
         self._restore_prior()
 
     def reset_parameters(self) -> None:
@@ -203,7 +203,7 @@ class PriorAttention(nn.Module):
             self.num_keys if self.keep is None else self.keep.size(1),
             self.groups,
         )
-        pattern._plan = self._plan
+        pattern._plan, pattern._plan_versions = self._plan, self._plan_versions
         return pattern
 
     def set_pattern(self, pattern: SparsePattern) -> None:
@@ -213,7 +213,7 @@ class PriorAttention(nn.Module):
         one.
 
         Args:
-            pattern: of this module's sizes; it is moved to the module's device.
+            pattern: of this module's sizes; it is copied, to the module's device.
 
         Raises:
             ValueError: another number of heads, queries, keys or groups, or pairs above the diagonal where causal.
@@ -231,7 +231,7 @@ class PriorAttention(nn.Module):
                 raise ValueError(f"PriorAttention.set_pattern: pattern.{name} must be {expected} (got {got})")
         pattern = pattern.to(self._device)
         _ = pattern.plan  # validates
-        if self.is_causal and bool((pattern.to_mask() & ~self.eligible()).any()):
+        if self.is_causal and not pattern.is_causal:
             raise ValueError("PriorAttention.set_pattern: pattern must keep no pair above the diagonal (is_causal)")
         return pattern
 
@@ -261,27 +261,36 @@ class PriorAttention(nn.Module):
         self._adopt(pattern, keep)
         return keep
 
-    def _adopt(self, pattern: SparsePattern, keep: Tensor | None) -> None:
-        self.prior = None
-        self.posterior = None
-        self.reached = None
-        self.saliency = None
-        self.pattern_crow_indices = pattern.crow_indices
-        self.pattern_col_indices = pattern.col_indices
-        self.keep = keep
-        self._plan = pattern._plan
+    def _forget(self) -> None:
+        """Neither a pattern nor results of calibration."""
+        for name in (*_PATTERN_STATE, *_CALIBRATION):
+            setattr(self, name, None)
+        self._plan, self._plan_versions = None, None
 
+    # Tensors that a module keeps are made outside inference mode: autograd could not save those made inside.
+    @torch.inference_mode(False)
+    def _adopt(self, pattern: SparsePattern, keep: Tensor | None) -> None:
+        """Takes copies of the pattern's indices; the plan, which nobody writes to, serves both."""
+        self.prior = None
+        self._forget()
+        own = pattern.clone()
+        self.pattern_crow_indices, self.pattern_col_indices = own.crow_indices, own.col_indices
+        self._plan = pattern.plan
+        self._plan_versions = own.crow_indices._version, own.col_indices._version
+        self.keep = None if keep is None else keep.clone()
+
+    @torch.inference_mode(False)
     def _restore_prior(self) -> None:
         """The state before pruning, with an initial prior."""
-        self.pattern_crow_indices = None
-        self.pattern_col_indices = None
-        self.keep = None
-        self._plan = None
+        device = self._device
+        self._forget()
         if self.kind != "softmax":
-            rows = self.num_queries if self.kind == "fiak" else 1
-            shape = (self.groups, self.num_heads, rows, self.num_keys)
-            self.prior = nn.Parameter(torch.empty(shape, device=self._device, dtype=self._place.dtype))
+            self.prior = nn.Parameter(torch.empty(self._prior_shape, device=device, dtype=self._place.dtype))
             self.reset_parameters()
+
+    @property
+    def _prior_shape(self) -> tuple[int, int, int, int]:
+        return self.groups, self.num_heads, self.num_queries if self.kind == "fiak" else 1, self.num_keys
 
     def kept(self, num_keys: int) -> Tensor:
         """``keep`` for an input of ``num_keys`` keys: -1 in place of those that it does not have.
@@ -421,10 +430,11 @@ class PriorAttention(nn.Module):
         dropout_p: float,
     ) -> Tensor:
         """Pruned attention. A shorter input uses the pattern's first rows and columns without a pattern of its own."""
+        self._follow(query.device)
         pattern = self.pattern
         assert pattern is not None
-        if self._plan is None and not torch.compiler.is_exporting():  # which has no tensors to keep
-            self._plan = pattern.plan
+        if not torch.compiler.is_exporting():  # which has no tensors to keep
+            self._plan, self._plan_versions = pattern.plan, pattern._plan_versions
         batch, _, queries, _ = query.shape
         keys = key.size(2)
         if self.keep is not None:
@@ -454,15 +464,33 @@ class PriorAttention(nn.Module):
     # ---------------------------------------------------------------- copies, moves and checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans are made, never copied or saved.
-        return {**self.__dict__, "_buffers": {**self._buffers, "_plan": None}}
+        return {**self.__dict__, "_plan": None, "_plan_versions": None}  # plans are made, never copied or saved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriorAttention:
-        device = self._device
         super()._apply(fn, recurse)
-        if self._device != device:
-            self._plan = None
+        self._place = fn(self._place)
+        for name in _PATTERN_STATE:
+            if (tensor := getattr(self, name)) is not None:
+                with torch.inference_mode(False):
+                    setattr(self, name, fn(tensor))
+        self._follow(self._place.device)
         return self
+
+    def _follow(self, device: torch.device) -> None:
+        """Brings what is no parameter to ``device``: code that places models may move parameters and buffers only."""
+        if self._plan is not None and self._plan.device != device:
+            self._plan = None
+        for name in (*_PATTERN_STATE, *_CALIBRATION):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != device:
+                with torch.inference_mode(False):
+                    setattr(self, name, tensor.to(device))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _PATTERN_STATE:
+            if (tensor := getattr(self, name)) is not None:
+                destination[prefix + name] = tensor.clone()
 
     def _load_from_state_dict(
         self,
@@ -474,25 +502,37 @@ class PriorAttention(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes the checkpoint's state, dense, pruned or compacted, before the tensors are copied."""
-        crow = state_dict.get(f"{prefix}pattern_crow_indices")
-        col = state_dict.get(f"{prefix}pattern_col_indices")
+        """Takes the checkpoint's state, dense, pruned or compacted, or leaves the module as it is."""
+        crow, col, keep = (state_dict.get(prefix + name) for name in _PATTERN_STATE)
+        prior = state_dict.get(f"{prefix}prior")
         if crow is not None and col is not None:
             try:
-                self._load_pattern(crow.clone(), col.clone(), state_dict.get(f"{prefix}keep"), local_metadata)
+                self._load_pattern(crow, col, keep, local_metadata)
             except (TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{prefix}pattern: {error}")
                 return
-        elif f"{prefix}prior" in state_dict and self.is_pruned:
-            self._restore_prior()
+        elif self.is_pruned:
+            # What torch saves says of every module that it was there; dense softmax attention saves nothing else.
+            dense = "version" in local_metadata if self.kind == "softmax" else prior is not None
+            if dense and (prior is None or tuple(prior.shape) == self._prior_shape):
+                self._restore_prior()
+            elif dense:
+                error_msgs.append(
+                    f"{prefix}prior: shape must be {self._prior_shape} (got {tuple(prior.shape)} in the checkpoint)"
+                )
+                return
+            elif strict:
+                missing_keys += [prefix + name for name in _PATTERN_STATE if getattr(self, name) is not None]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if crow is not None and col is not None:
+            known = {prefix + name for name in _PATTERN_STATE}
+            unexpected_keys[:] = [name for name in unexpected_keys if name not in known]
 
     def _load_pattern(self, crow: Tensor, col: Tensor, keep: Tensor | None, metadata: Mapping[str, Any]) -> None:
         if keep is not None:
             _check_keep(keep, self.num_heads, self.num_keys)
-            keep = keep.clone()
         num_keys = self.num_keys if keep is None else keep.size(1)
         pattern = SparsePattern.from_csr(crow, col, self.num_heads, self.num_queries, num_keys, self.groups)
         if not metadata.get("assign_to_params_buffers", False):
@@ -527,36 +567,6 @@ class PriorAttention(nn.Module):
         return f"{'compacted' if self.is_compacted else 'pruned'} to {pattern.nnz} pairs"
 
 
-class CompactLinear(nn.Module):
-    """Keys and values of the kept positions of each head, by one ``fiak::compact_linear``.
-
-    Args:
-        weight: ``[2 * num_heads * head_dim, dim]``, the key projections of all heads, then the value projections.
-        bias: ``[2 * num_heads * head_dim]`` or None.
-        num_heads: key heads.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-
-    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects the rows ``keep [num_heads, K]`` of ``x [B, M, dim]`` to key and value ``[B, num_heads, K, D]``.
-
-        Rows of zeros where keep is -1.
-        """
-        both: Tensor = torch.ops.fiak.compact_linear(x, self.weight, self.bias, keep.repeat(2, 1))
-        key, value = both.chunk(2, 1)
-        return key, value
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.size(1)}, {self.weight.size(0)}, num_heads={self.num_heads}, bias={self.bias is not None}"
-
-
 class MultiHeadSelfAttention(nn.Module):
     """Self-attention with projections around :class:`PriorAttention`.
 
@@ -570,18 +580,13 @@ class MultiHeadSelfAttention(nn.Module):
         **attention: further arguments of :class:`PriorAttention`.
 
     Attributes:
-        qkv: the input projections in one, queries, keys, values; None once compacted.
-        q, kv: the same once compacted, None before.
+        qkv: the input projections in one: queries, keys, values.
         attention: the :class:`PriorAttention`.
         proj: the output projection.
 
     Raises:
         ValueError: ``dim`` that is not a multiple of ``num_heads`` where ``head_dim`` is left out.
     """
-
-    qkv: nn.Linear | None
-    q: nn.Linear | None
-    kv: CompactLinear | None
 
     def __init__(
         self,
@@ -606,8 +611,6 @@ class MultiHeadSelfAttention(nn.Module):
         self.head_dim = head_dim
         self.num_tokens = num_tokens
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
-        self.q = None
-        self.kv = None
         self.attention = PriorAttention(num_heads, num_tokens, **attention)
         self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias)
 
@@ -624,49 +627,29 @@ class MultiHeadSelfAttention(nn.Module):
         batch, tokens, _ = x.shape
         if tokens > self.num_tokens:
             raise ValueError(f"MultiHeadSelfAttention: x must have at most {self.num_tokens} tokens (got {tokens})")
-        heads = (batch, tokens, -1, self.num_heads, self.head_dim)
-        if self.qkv is not None:
+        if not self.attention.is_compacted:
+            heads = (batch, tokens, 3, self.num_heads, self.head_dim)
             query, key, value = self.qkv(x).view(heads).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            assert self.q is not None and self.kv is not None
             if tokens < self.num_tokens and kv_lens is None and not self.attention.is_causal:
                 kv_lens = torch.full((batch,), tokens, device=x.device)
-            query = self.q(x).view(heads).squeeze(2).transpose(1, 2)
-            key, value = self.kv(x, self.attention.kept(tokens))
+            width = self.num_heads * self.head_dim
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query_bias, key_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+            query = F.linear(x, weight[:width], query_bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            keep = self.attention.kept(tokens).repeat(2, 1)
+            key, value = torch.ops.fiak.compact_linear(x, weight[width:], key_bias, keep).chunk(2, 1)
         return self.proj(self.attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
 
-    @torch.no_grad()
     def compact(self) -> None:
-        """Drops the key and value projections of the positions that no query of a head keeps.
+        """Projects keys and values of the positions only that some query of a head keeps.
 
-        Outputs change by rounding only. ``qkv`` becomes ``q`` and ``kv``: an optimizer made before still holds the old
-        parameter, so make a new one to go on training.
+        Outputs change by rounding only. Parameters stay as they are, and so do optimizers.
 
         Raises:
             RuntimeError: attention that is not pruned, or compacted already.
         """
         self.attention.compact()
-        self._split_projection()
-
-    def _split_projection(self) -> None:
-        assert self.qkv is not None
-        weight, bias = self.qkv.weight.detach(), self.qkv.bias
-        width = self.num_heads * self.head_dim
-        self.q = skip_init(
-            nn.Linear, weight.size(1), width, bias=bias is not None, device=weight.device, dtype=weight.dtype
-        )
-        self.q.weight = nn.Parameter(weight[:width].clone())
-        if bias is not None:
-            self.q.bias = nn.Parameter(bias.detach()[:width].clone())
-        kv_bias = None if bias is None else bias.detach()[width:].clone()
-        self.kv = CompactLinear(weight[width:].clone(), kv_bias, self.num_heads)
-        self.qkv = None
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Splits the projection where the checkpoint is that of a compacted module."""
-        if f"{prefix}kv.weight" in state_dict and self.qkv is not None:
-            self._split_projection()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:

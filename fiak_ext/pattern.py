@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["SparsePattern"]
 
@@ -32,7 +37,16 @@ class SparsePattern:
             by :meth:`from_csr` at once and otherwise before the first attention.
     """
 
-    __slots__ = ("_plan", "col_indices", "crow_indices", "groups", "num_heads", "num_keys", "num_queries")
+    __slots__ = (
+        "_plan",
+        "_plan_versions",
+        "col_indices",
+        "crow_indices",
+        "groups",
+        "num_heads",
+        "num_keys",
+        "num_queries",
+    )
 
     def __init__(
         self,
@@ -49,8 +63,7 @@ class SparsePattern:
             ("num_keys", num_keys, 0),
             ("groups", groups, 1),
         ):
-            if size < least:
-                raise ValueError(f"SparsePattern: {name} must be at least {least} (got {size})")
+            check_size("SparsePattern", name, size, least)
         for name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
             if indices.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"SparsePattern: {name} must be int32 or int64 (got {indices.dtype})")
@@ -68,13 +81,14 @@ class SparsePattern:
                 f"{length} elements (got {crow_indices.numel()})"
             )
         dtype = torch.promote_types(crow_indices.dtype, col_indices.dtype)
-        self.crow_indices = crow_indices.to(dtype).contiguous()
-        self.col_indices = col_indices.to(dtype).contiguous()
+        self.crow_indices = _outside_inference(crow_indices.to(dtype).contiguous())
+        self.col_indices = _outside_inference(col_indices.to(dtype).contiguous())
         self.num_heads = num_heads
         self.num_queries = num_queries
         self.num_keys = num_keys
         self.groups = groups
         self._plan: Tensor | None = None
+        self._plan_versions: tuple[int, int] | None = None
 
     # ---------------------------------------------------------------- from and to other forms
 
@@ -99,6 +113,186 @@ class SparsePattern:
         rows = mask.reshape(groups * num_heads * num_queries, num_keys)
         pattern = cls(_offsets(rows.sum(1)), rows.nonzero()[:, 1], num_heads, num_queries, num_keys, groups)
         return pattern._narrow()
+
+    @classmethod
+    def from_window(
+        cls,
+        num_heads: int,
+        num_queries: int,
+        num_keys: int | None = None,
+        *,
+        window_size: tuple[int, int],
+        num_sinks: int = 0,
+        is_causal: bool = False,
+    ) -> SparsePattern:
+        """The pattern of a sliding window, with attention sinks, alike for all heads; no mask is made.
+
+        Query i keeps the keys ``i - left <= j <= i + right`` and the first ``num_sinks`` keys, of these, if causal,
+        those with ``j <= i``. Takes time and memory in proportion to the pairs kept::
+
+            SparsePattern.from_window(8, 32768, window_size=(255, 0), num_sinks=4, is_causal=True)
+
+        Args:
+            num_heads: query heads.
+            num_queries: rows of each head.
+            num_keys: columns, by default ``num_queries``.
+            window_size: (left, right), the keys before and behind the query's own position; -1 for all of them.
+            num_sinks: keys at the start that every query keeps.
+            is_causal: whether no query keeps a key behind its own position.
+
+        Raises:
+            ValueError: a size that is no integer or too small.
+        """
+        num_keys = num_queries if num_keys is None else num_keys
+        for name, size, least in (
+            ("num_heads", num_heads, 1),
+            ("num_queries", num_queries, 0),
+            ("num_keys", num_keys, 0),
+            ("window_size[0]", window_size[0], -1),
+            ("window_size[1]", window_size[1], -1),
+            ("num_sinks", num_sinks, 0),
+        ):
+            check_size("SparsePattern.from_window", name, size, least)
+        left, right = (num_queries + num_keys if size == -1 else size for size in window_size)
+        query = torch.arange(num_queries)
+        last = (query + 1 if is_causal else torch.full_like(query, num_keys)).clamp(max=num_keys)
+        sinks = last.clamp(max=num_sinks)
+        start = torch.maximum(query - left, sinks)
+        stop = torch.minimum(query + right + 1, last)
+        starts = torch.stack([torch.zeros_like(sinks), start], 1).flatten()
+        lengths = torch.stack([sinks, (stop - start).clamp(min=0)], 1).flatten()
+        head = cls._from_runs(query.repeat_interleave(2), starts, lengths, 1, num_queries, num_keys)
+        return head._for_heads(num_heads)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Tensor,
+        block_size: tuple[int, int],
+        num_queries: int,
+        num_keys: int | None = None,
+        *,
+        is_causal: bool = False,
+    ) -> SparsePattern:
+        """The pattern of a mask of blocks, True where all pairs of the block are kept; no mask of pairs is made.
+
+        Args:
+            blocks: bool ``[num_heads, ceil(num_queries / block_size[0]), ceil(num_keys / block_size[1])]``, or the same
+                with groups in front.
+            block_size: queries and keys of a block; those at the end of rows and columns are cut off there.
+            num_queries: rows of each head.
+            num_keys: columns, by default ``num_queries``.
+            is_causal: whether pairs ``j > i`` are left out.
+
+        Raises:
+            TypeError: blocks that are not boolean.
+            ValueError: a size below 1 or no integer, or blocks of another shape.
+        """
+        num_keys = num_queries if num_keys is None else num_keys
+        for name, size in (
+            ("block_size[0]", block_size[0]),
+            ("block_size[1]", block_size[1]),
+            ("num_queries", num_queries),
+            ("num_keys", num_keys),
+        ):
+            check_size("SparsePattern.from_blocks", name, size, 1)
+        if blocks.dtype != torch.bool:
+            raise TypeError(f"SparsePattern.from_blocks: blocks must be bool, True where kept (got {blocks.dtype})")
+        shape = tuple(-(-size // block) for size, block in zip((num_queries, num_keys), block_size, strict=True))
+        if blocks.dim() not in (3, 4) or tuple(blocks.shape[-2:]) != shape:
+            raise ValueError(
+                f"SparsePattern.from_blocks: blocks must be [heads, {shape[0]}, {shape[1]}] or [groups, heads, "
+                f"{shape[0]}, {shape[1]}] (got shape {tuple(blocks.shape)})"
+            )
+        groups, num_heads = (1, *blocks.shape[:-2])[-2:]
+        block_row, block = blocks.reshape(-1, shape[1]).nonzero(as_tuple=True)
+        counts = torch.bincount(block_row, minlength=groups * num_heads * shape[0])
+        # A row has a run for each kept block of its row of blocks.
+        query = torch.arange(num_queries, device=blocks.device) // block_size[0]
+        of_row = (torch.arange(groups * num_heads, device=blocks.device)[:, None] * shape[0] + query).flatten()
+        row = torch.arange(of_row.numel(), device=blocks.device).repeat_interleave(counts[of_row])
+        first_run, first_block = (_offsets(count)[:-1] for count in (counts[of_row], counts))
+        place = first_block[of_row[row]] + torch.arange(row.numel(), device=blocks.device) - first_run[row]
+        start = block[place] * block_size[1]
+        end = (row % num_queries + 1).clamp(max=num_keys) if is_causal else torch.full_like(row, num_keys)
+        length = (end - start).clamp(0, block_size[1])
+        return cls._from_runs(row, start, length, num_heads, num_queries, num_keys, groups)
+
+    @classmethod
+    def from_block_mask(cls, block_mask: BlockMask, num_heads: int | None = None) -> SparsePattern:
+        """The pattern of a ``torch.nn.attention.flex_attention.BlockMask``, exact in blocks that it keeps partly.
+
+        Its batch elements become groups. Time and memory go with the pairs of the blocks that it keeps::
+
+            SparsePattern.from_block_mask(create_block_mask(mask_mod, None, 8, 4096, 4096, device="cpu"))
+
+        Args:
+            block_mask: of any block size.
+            num_heads: query heads, by default as many as the mask has; any number if it has one.
+
+        Raises:
+            ValueError: another number of heads than the mask's.
+        """
+        groups, mask_heads = block_mask.kv_num_blocks.shape[:2]
+        num_heads = mask_heads if num_heads is None else num_heads
+        if mask_heads not in (1, num_heads):
+            raise ValueError(
+                f"SparsePattern.from_block_mask: num_heads must be the mask's {mask_heads} (got {num_heads})"
+            )
+        (num_queries, num_keys), block_size = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+        keys = []
+        for counts, indices, whole in (
+            (block_mask.kv_num_blocks, block_mask.kv_indices, False),
+            (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
+        ):
+            if counts is None or indices is None:
+                continue
+            place = torch.arange(indices.size(3), device=indices.device)
+            group, head, row, order = (place < counts.unsqueeze(-1)).nonzero(as_tuple=True)
+            column = indices[group, head, row, order].long()
+            query, key = (torch.arange(size, device=indices.device) for size in block_size)
+            query = (row[:, None] * block_size[0] + query)[:, :, None]
+            key = (column[:, None] * block_size[1] + key)[:, None]
+            inside = (query < num_queries) & (key < num_keys)
+            which, _, _ = inside.nonzero(as_tuple=True)
+            group, head = group[which], head[which]
+            query, key = (index.expand_as(inside)[inside] for index in (query, key))
+            entry = ((group * mask_heads + head) * num_queries + query) * num_keys + key
+            if not whole:
+                entry = entry[torch.vmap(block_mask.mask_mod)(group, head, query, key)]
+            keys.append(entry)
+        entries = torch.cat(keys).sort().values
+        counts = torch.bincount(entries // max(num_keys, 1), minlength=groups * mask_heads * num_queries)
+        pattern = cls(_offsets(counts), entries % max(num_keys, 1), mask_heads, num_queries, num_keys, groups)
+        return pattern._narrow() if mask_heads == num_heads else pattern._for_heads(num_heads)
+
+    @classmethod
+    def _from_runs(
+        cls,
+        row: Tensor,
+        start: Tensor,
+        length: Tensor,
+        num_heads: int,
+        num_queries: int,
+        num_keys: int,
+        groups: int = 1,
+    ) -> SparsePattern:
+        """The pattern that keeps ``length`` keys from ``start`` on in ``row``, for each run; in ascending order."""
+        counts = torch.zeros(groups * num_heads * num_queries, dtype=torch.int64, device=row.device)
+        counts.index_add_(0, row, length)
+        total = int(length.sum())
+        shift = (start - _offsets(length)[:-1]).repeat_interleave(length, output_size=total)
+        columns = shift.add_(torch.arange(total, device=row.device))
+        return cls(_offsets(counts), columns, num_heads, num_queries, num_keys, groups)._narrow()
+
+    def _for_heads(self, num_heads: int) -> SparsePattern:
+        """This pattern of one head, for ``num_heads`` alike."""
+        columns = self.col_indices.view(-1)
+        counts = self.crow_indices.diff().view(self.groups, 1, self.num_queries)
+        ends = self.crow_indices[:: self.num_queries].tolist() if self.num_queries else [0] * (self.groups + 1)
+        parts = [columns[start:stop].repeat(num_heads) for start, stop in pairwise(ends)]
+        crow = _offsets(counts.expand(-1, num_heads, -1).flatten())
+        return SparsePattern(crow, torch.cat(parts), num_heads, self.num_queries, self.num_keys, self.groups)._narrow()
 
     @classmethod
     def from_csr(
@@ -209,6 +403,13 @@ class SparsePattern:
         density = entries.double() / max(self.num_queries * self.num_keys, 1)
         return density.view(self.groups, self.num_heads)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether every pair (i, j) has ``j <= i``; looks at the last pair of each row only."""
+        ends = self.crow_indices[1:].long()
+        rows = (self.crow_indices.diff() > 0).nonzero()[:, 0]
+        return bool((self.col_indices[ends[rows] - 1] <= rows % max(self.num_queries, 1)).all())
+
     def empty_rows(self) -> Tensor:
         """bool ``[groups, num_heads, num_queries]``: queries that keep no key, whose output is 0."""
         return (self.crow_indices.diff() == 0).view(self.groups, self.num_heads, self.num_queries)
@@ -221,15 +422,20 @@ class SparsePattern:
     def plan(self) -> Tensor:
         """The uint8 execution plan that the kernels read, made on first use and never saved (see ``fiak::csr_plan``).
 
+        It is made anew where the indices were written to in place since.
+
         Raises:
             RuntimeError: indices that are not a well-formed pattern.
         """
-        if self._plan is None:
+        # Compiled code does not look whether indices were written to since.
+        versions = None if torch.compiler.is_compiling() else (self.crow_indices._version, self.col_indices._version)
+        if self._plan is None or (versions is not None and versions != self._plan_versions):
             # Autograd cannot save inference tensors, and a plan outlives the mode that happens to be on now.
             with torch.inference_mode(False):
                 self._plan = torch.ops.fiak.csr_plan(
                     self.crow_indices, self.col_indices, self.num_queries, self.num_keys
                 )
+            self._plan_versions = versions
         return self._plan
 
     # ---------------------------------------------------------------- other patterns from it
@@ -444,8 +650,8 @@ class SparsePattern:
     def _narrow(self) -> SparsePattern:
         """Makes the indices int32 where their values fit. Values that nobody has checked could wrap into the range."""
         if max(self.nnz, self.num_keys) < 2**31:
-            self.crow_indices = self.crow_indices.int()
-            self.col_indices = self.col_indices.int()
+            with torch.inference_mode(False):
+                self.crow_indices, self.col_indices = self.crow_indices.int(), self.col_indices.int()
         return self
 
     def _entry_rows(self) -> Tensor:
@@ -476,3 +682,19 @@ class SparsePattern:
 def _offsets(counts: Tensor) -> Tensor:
     """CSR row offsets from the number of entries in each row."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made in inference mode, which autograd could not save."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def check_size(owner: str, name: str, size: object, least: int) -> None:
+    """Raises ValueError unless ``size`` is an integer of at least ``least``."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt, np.integer)):
+        raise ValueError(f"{owner}: {name} must be an integer (got {size!r})")
+    if size < least:
+        raise ValueError(f"{owner}: {name} must be at least {least} (got {size})")

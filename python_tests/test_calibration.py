@@ -539,11 +539,13 @@ def model_and_batches() -> tuple[Recorded, list[Batch]]:
 
 def measured(model: Recorded) -> dict[str, Tensor]:
     names = ("posterior", "saliency", "reached", "prior")
-    return {name: tensor.detach() for name, tensor in tensors_of(model).items() if name.rpartition(".")[2] in names}
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return dict([*model.named_parameters(), *model.named_buffers()])
+    found = {
+        f"{place}.{name}": getattr(layer, name)
+        for place, layer in model.named_modules()
+        for name in names
+        if isinstance(layer, PriorAttention)
+    }
+    return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 
 
 def calibrate_a_share(rank: int, first: int, last: int) -> dict[str, Tensor]:

@@ -301,7 +301,7 @@ def test_wrong_inputs_are_named(state: str) -> None:
 def test_set_pattern() -> None:
     attention = dense()
     for name in ("posterior", "reached"):
-        attention.register_buffer(name, torch.ones(1), persistent=False)
+        setattr(attention, name, torch.ones(1))
     pattern = SparsePattern.from_mask(random_mask(HEADS, QUERIES, KEYS))
     attention.set_pattern(pattern)
     assert attention.is_pruned and not attention.is_compacted

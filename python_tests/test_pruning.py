@@ -150,9 +150,8 @@ def masks(model: Attentions) -> list[Any]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers; a pattern is buffers too."""
-    state = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in state}
+    """All that a checkpoint holds, as copies."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
