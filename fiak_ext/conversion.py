@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score
+from fiak_ext.projection import Projection, project_kept, project_qkv
 
 __all__ = [
     "ConvertedAttention",
@@ -83,26 +84,45 @@ class ConvertedAttention(nn.Module):
         return self.prior_attention.num_heads
 
     def compact(self) -> None:
-        """Drops the keys that no query keeps; ``forward`` is to compute them no more (``fiak::compact_linear``).
+        """Drops the keys that no query keeps; ``forward`` is to compute them no more (:meth:`project_kept`).
 
         Raises:
             RuntimeError: attention that is not pruned, or compacted already.
         """
         self.prior_attention.compact(self.num_key_heads)
 
-    def project_kept(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Tensor:
-        """Key or value of the kept positions, once compacted: ``x [B, n, dim]`` to ``[B, parts * key heads, K, D]``.
+    def project_kept(self, x: Tensor, layer: Projection) -> Tensor:
+        """Key or value of the kept positions, once compacted: ``x [B, n, dim]`` to ``[B, key heads, K, D]``.
 
         Args:
             x: the tokens.
-            weight: ``[parts * key heads * D, dim]``.
-            bias: ``[parts * key heads * D]`` or None.
-            parts: 2 for the weights of key and value in one.
+            layer: the projection, ``[B, n, dim]`` to ``[B, n, key heads * D]``. It is called unless it is exactly a
+                linear layer without hooks, whose rows that nobody keeps are not computed.
+
+        Raises:
+            ValueError: a layer that gives anything else.
         """
-        output: Tensor = torch.ops.fiak.compact_linear(
-            x, weight, bias, self.prior_attention.kept(x.size(1)).repeat(parts, 1)
-        )
-        return output
+        keep = self.prior_attention.kept(x.size(1))
+        return project_kept(layer, x, keep, head_dim=getattr(self, "head_dim", None), owner=self)
+
+    def project_qkv(self, x: Tensor, layer: Projection) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value by one projection; once compacted, key and value of the kept positions.
+
+        Args:
+            x: the tokens ``[B, n, dim]``.
+            layer: the projection to ``[B, n, 3 * heads * D]``: queries of all heads, keys, values. It is called or not
+                as by :meth:`project_kept`.
+
+        Returns:
+            query ``[B, heads, n, D]``, and key and value ``[B, heads, n, D]`` or, once compacted, ``[B, heads, K, D]``.
+
+        Raises:
+            ValueError: a layer that gives anything else.
+        """
+        attention = self.prior_attention
+        keep = attention.kept(x.size(1)) if attention.is_compacted else None
+        head_dim = getattr(self, "head_dim", None)
+        return project_qkv(layer, x, attention.num_heads, keep, head_dim=head_dim, owner=self)
 
     def kept_lens(self, x: Tensor, kv_lens: Tensor | None) -> Tensor | None:
         """``kv_lens`` for :class:`~fiak_ext.PriorAttention` once compacted, which needs it where ``x`` is short."""

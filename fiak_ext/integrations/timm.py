@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
@@ -56,7 +55,8 @@ class PriorAttentionOfViT(ConvertedAttention, Attention):
         """
         if attn_mask is not None or is_causal:
             raise ValueError(f"{type(self).__name__}: attn_mask must be None and is_causal False (got a mask)")
-        query, key, value, kv_lens = _project(self, x)
+        query, key, value = self.project_qkv(x, self.qkv)
+        kv_lens = self.kept_lens(x, None) if self.prior_attention.is_compacted else None
         output = self.prior_attention(self.q_norm(query), self.k_norm(key), value, kv_lens=kv_lens)
         output = self.norm(output.transpose(1, 2).flatten(2))
         if self.gate is not None:
@@ -117,23 +117,7 @@ class PriorWindowAttention(ConvertedAttention, WindowAttention):
             )
         bias: Tensor = super()._get_rel_pos_bias()
         bias = bias if mask is None else bias + mask.unsqueeze(1)
-        query, key, value, _ = _project(self, x)
+        query, key, value = self.project_qkv(x, self.qkv)
         output = self.prior_attention(query, key, value, bias=bias).transpose(1, 2).flatten(2)
         output = self.proj_drop(self.proj(output))
         return output
-
-
-def _project(
-    module: PriorAttentionOfViT | PriorWindowAttention, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query, key, value, and kv_lens; once compacted, key and value of the kept positions."""
-    if not module.prior_attention.is_compacted:
-        heads = module.qkv(x).unflatten(2, (3, module.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value, None
-    weight, bias = module.qkv.weight, module.qkv.bias
-    width = weight.size(0) // 3
-    query_bias, key_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    query = F.linear(x, weight[:width], query_bias).unflatten(2, (module.num_heads, -1)).transpose(1, 2)
-    key, value = module.project_kept(x, weight[width:], key_bias, parts=2).chunk(2, 1)
-    return query, key, value, module.kept_lens(x, None)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fiak_ext.conversion import ConvertedAttention, Padding, expect, register_attention
+from fiak_ext.projection import Weights
 
 __all__ = ["PriorMultiheadAttention", "PriorTransformerDecoderLayer"]
 
@@ -99,16 +99,9 @@ class PriorMultiheadAttention(ConvertedAttention, nn.MultiheadAttention):
         return (output if batched else output.squeeze(0)), None
 
     def _attend(self, x: Tensor, padding: Padding | None) -> Tensor:
-        batch, tokens, width = x.shape
-        weight, bias = self.in_proj_weight, self.in_proj_bias
         kv_lens = None if padding is None else padding.kv_lens
-        if not self.prior_attention.is_compacted:
-            heads = F.linear(x, weight, bias).view(batch, tokens, 3, self.num_heads, self.head_dim)
-            query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            query_bias, key_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-            query = F.linear(x, weight[:width], query_bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            key, value = self.project_kept(x, weight[width:], key_bias, parts=2).chunk(2, 1)
+        query, key, value = self.project_qkv(x, Weights(self.in_proj_weight, self.in_proj_bias))
+        if self.prior_attention.is_compacted:
             kv_lens = self.kept_lens(x, kv_lens)
         return self.prior_attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2)
 

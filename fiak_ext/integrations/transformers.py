@@ -27,10 +27,12 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from fiak_ext.conversion import ConvertedAttention, Padding, convert, expect, register_attention, roll
 from fiak_ext.modules import PriorAttention
+from fiak_ext.projection import Weights, register_linear
 
 __all__ = [
     "PriorBertSelfAttention",
@@ -145,6 +147,7 @@ def _expect_plain(
 
 AttentionInterface.register(_NAME, _attention)
 AttentionMaskInterface.register(_NAME, _mask)
+register_linear(Conv1D, lambda layer: Weights(layer.weight.t(), layer.bias))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,9 +301,14 @@ class _BertAttention(_HuggingFaceAttention):
             "dropout_p": module.dropout.p,
         }
 
+    @property
+    def head_dim(self) -> int:
+        size: int = self.attention_head_size  # type: ignore[assignment]
+        return size
+
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        key = self.project_kept(x, self.key.weight, self.key.bias)
-        return self._queries(self.query(x)), key, self.project_kept(x, self.value.weight, self.value.bias)
+        key = self.project_kept(x, self.key)
+        return self._queries(self.query(x)), key, self.project_kept(x, self.value)
 
 
 @register_attention(BertSelfAttention)
@@ -335,8 +343,8 @@ class PriorViTAttention(_HuggingFaceAttention, ViTAttention):
         }
 
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        key = self.project_kept(x, self.k_proj.weight, self.k_proj.bias)
-        return self._queries(self.q_proj(x)), key, self.project_kept(x, self.v_proj.weight, self.v_proj.bias)
+        key = self.project_kept(x, self.k_proj)
+        return self._queries(self.q_proj(x)), key, self.project_kept(x, self.v_proj)
 
     def _output(self, x: Tensor) -> Tensor:
         output: Tensor = self.o_proj(x)
@@ -347,7 +355,6 @@ class PriorViTAttention(_HuggingFaceAttention, ViTAttention):
 class PriorGPT2Attention(_HuggingFaceAttention, GPT2Attention):
     """GPT-2."""
 
-    embed_dim: int
     c_attn: nn.Module
     c_proj: nn.Module
     resid_dropout: nn.Module
@@ -365,13 +372,7 @@ class PriorGPT2Attention(_HuggingFaceAttention, GPT2Attention):
         }
 
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        # c_attn is a Conv1D, a linear layer with its weight transposed.
-        weight: Tensor = self.c_attn.weight.t()  # type: ignore[operator]
-        bias: Tensor = self.c_attn.bias  # type: ignore[assignment]
-        query = F.linear(x, weight[: self.embed_dim], bias[: self.embed_dim])
-        both = self.project_kept(x, weight[self.embed_dim :], bias[self.embed_dim :], parts=2)
-        key, value = both.chunk(2, 1)
-        return self._queries(query), key, value
+        return self.project_qkv(x, self.c_attn)
 
     def _output(self, x: Tensor) -> Tensor:
         output: Tensor = self.resid_dropout(self.c_proj(x.contiguous()))
@@ -405,8 +406,8 @@ class PriorLlamaAttention(_HuggingFaceAttention, LlamaAttention):
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         assert position_embeddings is not None
         query = self._queries(self.q_proj(x))
-        key = self.project_kept(x, self.k_proj.weight, self.k_proj.bias)
-        value = self.project_kept(x, self.v_proj.weight, self.v_proj.bias)
+        key = self.project_kept(x, self.k_proj)
+        value = self.project_kept(x, self.v_proj)
         cosine, sine = position_embeddings  # [1 | B, n, D]
         places = self.prior_attention.kept(x.size(1)).clamp(min=0)  # [key heads, K]; behind the last, anything will do
         query = query * cosine[:, None] + rotate_half(query) * sine[:, None]
