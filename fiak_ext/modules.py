@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fiak_ext.pattern import SparsePattern, check_size
+from fiak_ext.projection import project_qkv
 
 __all__ = ["MultiHeadSelfAttention", "PriorAttention"]
 
@@ -517,9 +518,8 @@ class PriorAttention(nn.Module):
             if dense and (prior is None or tuple(prior.shape) == self._prior_shape):
                 self._restore_prior()
             elif dense:
-                error_msgs.append(
-                    f"{prefix}prior: shape must be {self._prior_shape} (got {tuple(prior.shape)} in the checkpoint)"
-                )
+                got = None if prior is None else tuple(prior.shape)
+                error_msgs.append(f"{prefix}prior: shape must be {self._prior_shape} (got {got} in the checkpoint)")
                 return
             elif strict:
                 missing_keys += [prefix + name for name in _PATTERN_STATE if getattr(self, name) is not None]
@@ -627,18 +627,12 @@ class MultiHeadSelfAttention(nn.Module):
         batch, tokens, _ = x.shape
         if tokens > self.num_tokens:
             raise ValueError(f"MultiHeadSelfAttention: x must have at most {self.num_tokens} tokens (got {tokens})")
-        if not self.attention.is_compacted:
-            heads = (batch, tokens, 3, self.num_heads, self.head_dim)
-            query, key, value = self.qkv(x).view(heads).permute(2, 0, 3, 1, 4).unbind(0)
-        else:
+        keep = None
+        if self.attention.is_compacted:
+            keep = self.attention.kept(tokens)
             if tokens < self.num_tokens and kv_lens is None and not self.attention.is_causal:
                 kv_lens = torch.full((batch,), tokens, device=x.device)
-            width = self.num_heads * self.head_dim
-            weight, bias = self.qkv.weight, self.qkv.bias
-            query_bias, key_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-            query = F.linear(x, weight[:width], query_bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            keep = self.attention.kept(tokens).repeat(2, 1)
-            key, value = torch.ops.fiak.compact_linear(x, weight[width:], key_bias, keep).chunk(2, 1)
+        query, key, value = project_qkv(self.qkv, x, self.num_heads, keep, head_dim=self.head_dim, owner=self)
         return self.proj(self.attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
 
     def compact(self) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from counting import BytesMade
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from fiak_ext import SparsePattern, reference
+from fiak_ext import PriorAttention, SparsePattern, reference
 
 SIZES = [(1, 4, 7, 9), (3, 2, 5, 5), (1, 1, 1, 1), (2, 3, 0, 4), (1, 2, 4, 0), (1, 2, 300, 17)]
 
@@ -306,3 +310,143 @@ def test_a_plan_made_in_inference_mode_serves_training() -> None:
     torch.testing.assert_close(output.detach(), expected.clone())
     output.sum().backward()
     assert query.grad is not None
+
+
+# ---------------------------------------------------------------- patterns without a mask
+
+
+def window_mask(sizes: tuple[int, int], window: tuple[int, int], num_sinks: int, is_causal: bool) -> Tensor:
+    query, key = torch.arange(sizes[0])[:, None], torch.arange(sizes[1])
+    left, right = (10**6 if size == -1 else size for size in window)
+    mask = (key >= query - left) & (key <= query + right) | (key < num_sinks)
+    return mask & (key <= query) if is_causal else mask
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_sinks", [0, 2, 50])
+@pytest.mark.parametrize("window", [(0, 0), (3, 0), (2, 4), (-1, 0), (0, -1), (-1, -1), (100, 100)])
+@pytest.mark.parametrize("sizes", [(12, 12), (5, 17), (17, 5), (0, 3), (3, 0), (1, 1)])
+def test_from_window(sizes: tuple[int, int], window: tuple[int, int], num_sinks: int, is_causal: bool) -> None:
+    pattern = SparsePattern.from_window(3, *sizes, window_size=window, num_sinks=num_sinks, is_causal=is_causal)
+    mask = window_mask(sizes, window, num_sinks, is_causal).expand(3, -1, -1)
+    assert pattern == SparsePattern.from_mask(mask)
+    assert pattern.is_causal == bool((mask == mask.tril()).all())
+    _ = pattern.plan
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("sizes", [(12, 12), (13, 7), (5, 30), (1, 1)])
+@pytest.mark.parametrize("block_size", [(4, 4), (1, 3), (5, 1), (64, 64)])
+def test_from_blocks(block_size: tuple[int, int], sizes: tuple[int, int], groups: int | None, is_causal: bool) -> None:
+    counts = [-(-size // block) for size, block in zip(sizes, block_size, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    for density in (0.0, 0.4, 1.0):
+        blocks = torch.rand(*([] if groups is None else [groups]), 3, *counts, generator=generator) < density
+        mask = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
+        mask = mask[..., : sizes[0], : sizes[1]]
+        pattern = SparsePattern.from_blocks(blocks, block_size, *sizes, is_causal=is_causal)
+        assert pattern == SparsePattern.from_mask(mask.tril() if is_causal else mask)
+
+
+def sliding(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (query - key < 20 + 30 * head) & (key % 7 != batch)
+
+
+@pytest.mark.parametrize("sizes", [(128, 128), (200, 77), (48, 300)])
+@pytest.mark.parametrize(("batch", "heads"), [(None, None), (None, 3), (2, 3)])
+def test_from_block_mask(batch: int | None, heads: int | None, sizes: tuple[int, int]) -> None:
+    mask = create_mask(sliding, batch, heads, *sizes, device="cpu")
+    block_mask = create_block_mask(sliding, batch, heads, *sizes, device="cpu", BLOCK_SIZE=16)
+    assert SparsePattern.from_block_mask(block_mask) == SparsePattern.from_mask(mask)
+    if heads is None:
+        pattern = SparsePattern.from_block_mask(block_mask, num_heads=4)
+        assert pattern == SparsePattern.from_mask(mask.expand(-1, 4, -1, -1))
+    else:
+        with pytest.raises(ValueError, match=r"num_heads must be the mask's 3 \(got 4\)"):
+            SparsePattern.from_block_mask(block_mask, num_heads=4)
+
+
+def test_a_block_mask_with_the_mask_of_flex_attention() -> None:
+    """The same output as FlexAttention's."""
+    query, key, value = torch.randn(3, 2, 3, 64, 8).unbind(0)
+    block_mask = create_block_mask(sliding, 2, 3, 64, 64, device="cpu", BLOCK_SIZE=16)
+    output = SparsePattern.from_block_mask(block_mask).attend(query, key, value)
+    torch.testing.assert_close(output, flex_attention(query, key, value, block_mask=block_mask))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: SparsePattern.from_window(2, 4, window_size=(-2, 0)),
+            ValueError,
+            r"window_size\[0\] must be at least -1",
+        ),
+        (
+            lambda: SparsePattern.from_window(2, 4, window_size=(0, True)),
+            ValueError,
+            r"window_size\[1\] must be an integer",
+        ),
+        (lambda: SparsePattern.from_window(0, 4, window_size=(0, 0)), ValueError, r"num_heads must be at least 1"),
+        (lambda: SparsePattern.from_window(1, 4, window_size=(0, 0), num_sinks=-1), ValueError, r"num_sinks must be"),
+        (lambda: SparsePattern.from_blocks(torch.ones(2, 2, 2), (2, 2), 4), TypeError, r"blocks must be bool"),
+        (
+            lambda: SparsePattern.from_blocks(torch.ones(2, 2, 2, dtype=torch.bool), (2, 2), 5),
+            ValueError,
+            r"blocks must be \[heads, 3, 3\] or \[groups, heads, 3, 3\] \(got shape \(2, 2, 2\)\)",
+        ),
+        (
+            lambda: SparsePattern.from_blocks(torch.ones(2, 2, 2, dtype=torch.bool), (0, 2), 4),
+            ValueError,
+            r"block_size\[0\] must be at least 1 \(got 0\)",
+        ),
+    ],
+)
+def test_wrong_windows_and_blocks_are_named(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+# ---------------------------------------------------------------- costs
+
+
+@pytest.mark.parametrize("num_sinks", [0, 4])
+def test_causal_patterns_cost_what_they_hold(num_sinks: int) -> None:
+    """Bytes of all tensors made while a pattern is built, set, cropped, compacted, reported and used."""
+
+    def made(tokens: int) -> tuple[int, int, int]:
+        with BytesMade() as counter:
+            pattern = SparsePattern.from_window(2, tokens, window_size=(15, 0), num_sinks=num_sinks, is_causal=True)
+            attention = PriorAttention(2, tokens, kind="softmax", is_causal=True)
+            attention.set_pattern(pattern)
+            pattern.density_per_head(), pattern.empty_rows(), pattern.empty_columns()
+            pattern.crop(tokens - 1), pattern.rows(1, tokens), pattern.compact(), pattern.clone()
+            query = torch.randn(1, 2, tokens, 4)
+            attention(query, query, query)
+            attention.load_state_dict(attention.state_dict())
+            copy.deepcopy(attention), repr(attention)
+            attention.compact()
+        return counter.total, counter.largest, pattern.nnz
+
+    sizes = [made(tokens) for tokens in (2048, 4096, 8192, 16384)]
+    for (fewer, _, less), (more, largest, entries) in pairwise(sizes):
+        assert more / fewer < 1.05 * entries / less
+        assert largest < 20 * entries  # a mask of all pairs would be 1000 bytes an entry at the last size
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "fits"), [(0, 0, True), (0, 1, False), (5, 5, True), (5, 6, False), (7, 6, True), (7, 7, True)]
+)
+def test_a_causal_module_refuses_what_is_above_the_diagonal(row: int, column: int, fits: bool) -> None:
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0].fill_diagonal_(True)
+    mask[1, row, column] = True
+    pattern = SparsePattern.from_mask(mask)
+    assert pattern.is_causal == fits
+    attention = PriorAttention(2, 8, is_causal=True)
+    if fits:
+        attention.set_pattern(pattern)
+    else:
+        with pytest.raises(ValueError, match="no pair above the diagonal"):
+            attention.set_pattern(pattern)

@@ -44,7 +44,7 @@ def mask(seed: int = 0, tokens: int = TOKENS) -> Tensor:
     return kept
 
 
-def model_in(state: str, seed: int = 0, kind: Any = "fiak") -> nn.Sequential:
+def model_in(state: str, seed: int = 0, kind: Any = "fiak") -> Any:
     """Two layers of self-attention; the seed is that of the weights and of the pattern."""
     torch.manual_seed(seed)
     model = nn.Sequential(*(MultiHeadSelfAttention(DIM, HEADS, TOKENS, kind=kind) for _ in range(2)))
