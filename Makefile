@@ -55,7 +55,7 @@ lint: $(VENV)/installed-dev
 	ruff check
 	ruff format --check
 	clang-format --dry-run -Werror $(CXX_FILES)
-	shellcheck .ci/run benchmarks/gpu.sh
+	shellcheck .ci/run benchmarks/gpu.sh findings/*.sh
 	mypy
 
 format: $(VENV)/installed-dev

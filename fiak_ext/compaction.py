@@ -18,8 +18,8 @@ def compact(model: Model) -> Model:
     """Drops the key and value projections of positions that no query keeps, head by head.
 
     These are the keys that Algorithms 2 and 3 prune, and the columns that score pruning (Algorithm 1) happens to leave
-    empty. Outputs change by rounding only, gradients flow, and the model can be fine-tuned further with a new
-    optimizer; it cannot be pruned again.
+    empty. Outputs change by rounding only, parameters stay as they are, and the model can be fine-tuned further; it
+    cannot be pruned again.
 
     Args:
         model: holds :class:`~fiak_ext.MultiHeadSelfAttention` modules, or attention that ``convert`` has put priors
