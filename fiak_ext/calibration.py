@@ -7,24 +7,30 @@ priors without gradients; ``find_dead_rows`` finds what ``prune(..., dead_rows=.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias
+from itertools import count
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, distributed, nn
 
-from fiak_ext.modules import PriorAttention
+from fiak_ext.modules import Kind, Parameterization, PriorAttention
 
-__all__ = ["SoftEM", "all_attentions", "calibrate", "dense_attentions", "find_dead_rows"]
+__all__ = ["SoftEM", "all_attentions", "arguments_of", "calibrate", "dense_attentions", "find_dead_rows", "plain_names"]
 
 Measured: TypeAlias = Literal["posterior", "gradient"]
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
+Value = TypeVar("Value")
+Recorder: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any]], None]
 
-_CHUNK_BYTES = 1 << 26  # of float64 attention that a recorder holds at a time
+_CHUNK_BYTES = 1 << 19  # of float64 attention that a recorder holds at a time: it stays in the cache
 _NO_WEIGHT = math.log(torch.finfo(torch.float32).tiny)  # -87.3, a bias below its row's largest that hides a pair
 
 
+@torch.inference_mode(False)  # the modules keep what is made here
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -38,9 +44,10 @@ def calibrate(
     visible: inside the input's length, before the sample's padding where there are ``kv_lens`` (i too where the module
     has as many queries as keys, as in self-attention), and j <= i where causal. Where a bias is added to the scores,
     pairs are not visible either whose bias is so far below the largest of the row, by 88 or more in all heads, that
-    they have no weight in float32: Swin's -100 between the parts of a shifted window. The mean is accumulated in
-    float64, sample by sample, so that it does not depend on how samples are batched. With pattern groups, sample b of a
-    batch counts for group ``b % groups``, as in attention. Sets, on every module, ``posterior`` or ``saliency``
+    they have no weight in float32: Swin's -100 between the parts of a shifted window. The attention of a sample is
+    computed in float64 and added to a sum in float32, sample by sample, so that the mean does not depend on how samples
+    are batched; the sums become the results, and nothing of their size is held beside them. With pattern groups, sample
+    b of a batch counts for group ``b % groups``, as in attention. Sets, on every module, ``posterior`` or ``saliency``
     (float32, ``[groups, heads, N, M]``, 0 where never visible) and ``reached`` (int64, the same shape: the samples
     behind each mean). An earlier calibration of the same importance is replaced.
 
@@ -51,20 +58,24 @@ def calibrate(
 
     Under data parallelism, with ``torch.distributed`` initialised, every rank calls this with its share of the data,
     which may be none at all. Sums and counts are reduced over the ranks, so that all get what one process gets from all
-    data (to the rounding of a sum in float64). Pass the model itself, not its ``DistributedDataParallel``.
+    data (to the rounding of the sums). Pass the model itself, not its ``DistributedDataParallel``. Compiled models, and
+    compiled parts of models, run eagerly here.
 
     Args:
         model: holds at least one ``PriorAttention`` of any kind, and no pruned one.
-        batches: the inputs; a few batches of typical ones suffice.
+        batches: the inputs: a list of batches (of one: ``[batch]``), a data loader or another iterable; a few batches
+            of typical ones suffice.
         importance: what to measure.
-        forward: called as ``forward(model, batch)``. The default passes a mapping as keyword arguments, of a tuple or
-            list (a data loader's inputs and targets) the first item, and anything else as it is. With ``"gradient"`` it
-            returns the loss, summed over the samples of the batch (a mean is as good if all batches have one size).
+        forward: called as ``forward(model, batch)``. The default takes of a tuple or list (a data loader's inputs and
+            targets) the first item, and passes a mapping as keyword arguments and anything else as it is. With
+            ``"gradient"`` it returns the loss, summed over the samples of the batch (a mean is as good if all batches
+            have one size).
 
     Raises:
-        ValueError: an unknown importance, no ``PriorAttention`` or a pruned one, no batches, a ``PriorAttention`` that
-            no batch ran through, or a forward that returns no loss where one is needed. Whatever is raised, earlier
-            calibrations, modes, recorders and priors are left as they were.
+        ValueError: an unknown importance, no ``PriorAttention`` or a pruned one, no batches, one batch in the place of
+            several (a Tensor, a mapping, inputs and targets), a ``PriorAttention`` that no batch ran through, or a
+            forward that returns no loss where one is needed. Whatever is raised, earlier calibrations, modes, recorders
+            and priors are left as they were.
 
     Source: the posterior of Section 2.1 averaged over data. For a pretrained model, whose uniform prior says nothing,
     it is the importance to rank by without any training. The saliency is the first-order term of the loss in log w, as
@@ -73,27 +84,34 @@ def calibrate(
     if importance not in ("posterior", "gradient"):
         raise ValueError(f"calibrate: importance must be 'posterior' or 'gradient' (got {importance!r})")
     attentions = dense_attentions("calibrate", model)
+    batches = _iterable(batches)
     run = _run_batch if forward is None else forward
-    means: dict[str, _Mean] = {}
-    seen = 0
+    means: Mapping[str, _Mean]
+    stand_ins: list[Tensor] = []
+    seen, first = 0, None
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_evaluating(model))
         if importance == "posterior":
             stack.enter_context(torch.no_grad())
-            means = {name: _MeanPosterior(attention) for name, attention in attentions.items()}
+            means = {name: _MeanPosterior(attention, torch.float32) for name, attention in attentions.items()}
         else:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_with_priors(attentions.values()))
-            means = {name: _MeanSaliency(attention) for name, attention in attentions.items()}
+            saliencies = {name: _MeanSaliency(attention, torch.float32) for name, attention in attentions.items()}
+            stand_ins = stack.enter_context(_stand_ins(saliencies.values()))
+            means = saliencies
         stack.enter_context(_recording(attentions, means))
         for batch in batches:
+            if forward is None:
+                first = _form(batch) if first is None else first
+                _expect_alike(first, batch)
             result = run(model, batch)
             seen += 1
             if importance == "gradient":
-                _add_gradients(list(means.values()), result)
+                _checked_loss(result).backward(inputs=stand_ins)
+            del result
     totals = [torch.tensor(seen, device=next(iter(means.values())).calls.device)]
-    for mean in means.values():
-        totals += [mean.calls, mean.total, mean.samples]
+    totals += [mean.calls for mean in means.values()]
     _reduce(totals)
     if not totals[0]:
         raise ValueError("calibrate: batches must hold at least one batch (got none)")
@@ -117,7 +135,7 @@ class SoftEM:
     it is averaged; that of a GMM prior is also averaged over the queries). Pairs that these never made visible keep
     their pi. pi is the softmax of the logits, or ``|pi|`` of ``"clamp"``. Until :meth:`close`, or the end of a
     ``with`` block, the priors need no gradient, so that an optimizer leaves them alone, and every forward pass in
-    training mode computes its attention a second time, in float64::
+    training mode computes its attention a second time, in float64 (compiled models too)::
 
         with SoftEM(model, momentum=0.05) as em:
             for batch in batches:
@@ -149,7 +167,8 @@ class SoftEM:
             raise ValueError(f"SoftEM: momentum must be above 0 and at most 1 (got {momentum})")
         self.momentum = momentum
         self._means = {
-            name: _MeanPosterior(attention, only_training=True) for name, attention in self._attentions.items()
+            name: _MeanPosterior(attention, torch.float64, only_training=True)
+            for name, attention in self._attentions.items()
         }
         self._stack = ExitStack()
         self._stack.enter_context(_recording(self._attentions, self._means))
@@ -172,7 +191,7 @@ class SoftEM:
         Raises:
             RuntimeError: a ``PriorAttention`` that no forward pass in training mode ran through since then.
         """
-        _reduce([tensor for mean in self._means.values() for tensor in (mean.calls, mean.total, mean.samples)])
+        _reduce([mean.calls for mean in self._means.values()])
         idle = [name for name, mean in self._means.items() if not mean.calls]
         if idle:
             raise RuntimeError(
@@ -180,6 +199,7 @@ class SoftEM:
                 f"(none ran through {', '.join(map(repr, idle))})"
             )
         for name, attention in self._attentions.items():
+            self._means[name].reduce()
             _move_prior(attention, self._means[name], self.momentum)
             self._means[name].clear()
 
@@ -232,7 +252,7 @@ def find_dead_rows(model: nn.Module, batch: Any, *, forward: Forward | None = No
     """
     attentions = dense_attentions("find_dead_rows", model)
     run = _run_batch if forward is None else forward
-    counts = {name: _Mean(attention) for name, attention in attentions.items()}
+    present = {name: _Rows(attention) for name, attention in attentions.items()}
     probes: list[tuple[str, Tensor, Tensor]] = []  # name, a zero that was added to the output, the first rows
 
     def probe(name: str) -> Callable[..., Tensor]:
@@ -246,9 +266,10 @@ def find_dead_rows(model: nn.Module, batch: Any, *, forward: Forward | None = No
         return add
 
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_evaluating(model))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_recording(attentions, counts))
+        stack.enter_context(_recording(attentions, present))
         for name, attention in attentions.items():
             stack.callback(attention.register_forward_hook(probe(name), with_kwargs=True).remove)
         outputs = [output for output in _tensors(run(model, batch)) if output.requires_grad]
@@ -262,15 +283,15 @@ def find_dead_rows(model: nn.Module, batch: Any, *, forward: Forward | None = No
         outputs, [zero for _, zero, _ in probes], weights, allow_unused=True
     )
 
-    alive = {name: mean.samples.new_zeros(mean.heads_shape[:3], dtype=torch.bool) for name, mean in counts.items()}
+    alive = {name: torch.zeros_like(rows.seen).expand(rows.heads_shape).clone() for name, rows in present.items()}
     for (name, _, first), gradient in zip(probes, gradients, strict=True):
         if gradient is None:
             continue
         groups = attentions[name].groups
         for sample, start in enumerate(first.tolist()):
-            rows = (gradient[sample] != 0).any(-1)
-            alive[name][sample % groups, :, start : start + rows.size(1)] |= rows
-    return {name: (mean.samples > 0).any(-1) & ~alive[name] for name, mean in counts.items()}
+            reached = (gradient[sample] != 0).any(-1)
+            alive[name][sample % groups, :, start : start + reached.size(1)] |= reached
+    return {name: rows.seen & ~alive[name] for name, rows in present.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,6 +305,14 @@ class _Place(NamedTuple):
     start: int  # row of the first query
     queries: int  # that are not padding
     keys: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.queries)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.keys)
 
 
 def _places(attention: PriorAttention, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> list[_Place]:
@@ -300,97 +329,235 @@ def _places(attention: PriorAttention, query: Tensor, key: Tensor, options: Mapp
     return places
 
 
-class _Mean:
-    """Sum over samples of something that every pair has, and the number of samples; called as a module's recorder."""
+def _shown(bias: Tensor | None) -> Tensor | None:
+    """bool [1 | groups, 1, N, M]: the pairs that an added bias leaves a weight, in any head; None: all of them."""
+    return None if bias is None else (bias - bias.amax(-1, keepdim=True) > _NO_WEIGHT).any(1, keepdim=True)
 
-    def __init__(self, attention: PriorAttention, only_training: bool = False) -> None:
+
+class _Rows:
+    """The rows of attention that some sample has, with a key to see; called as a module's recorder.
+
+    Attributes:
+        seen: bool [groups, 1, N].
+    """
+
+    def __init__(self, attention: PriorAttention) -> None:
         self.attention = attention
-        self.only_training = only_training
-        self.heads_shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
-        device = attention.eligible().device
-        self.total = torch.zeros(self.heads_shape, dtype=torch.float64, device=device)
-        self.samples = torch.zeros(attention.groups, 1, *self.heads_shape[2:], dtype=torch.int64, device=device)
-        self.calls = torch.zeros((), dtype=torch.int64, device=device)
+        self.heads_shape = (attention.groups, attention.num_heads, attention.num_queries)
+        self.seen = torch.zeros(attention.groups, 1, attention.num_queries, dtype=torch.bool, device=attention._device)
 
     @torch.no_grad()
     def __call__(self, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> None:
+        shown = _shown(options["bias"])
+        for place in _places(self.attention, query, key, options):
+            if shown is not None:
+                visible = shown[place.group % shown.size(0), :, place.rows, place.columns].any(-1)
+                self.seen[place.group, :, place.rows] |= visible
+            elif place.keys > 0:
+                self.seen[place.group, :, place.rows] = True
+
+
+_means: WeakValueDictionary[int, _Mean] = WeakValueDictionary()
+_numbers = count()
+
+
+@torch.library.custom_op(
+    "fiak_ext::record",
+    mutates_args=("calls",),
+    schema="(int number, Tensor(a!) calls, Tensor query, Tensor key, Tensor? kv_lens, Tensor? query_offsets, "
+    "Tensor? bias) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def _record(number: int, calls: Tensor, query: Tensor, key: Tensor, *options: Tensor | None) -> None:
+    """What a recorder does within compiled code, which neither looks into it nor drops it, as it changes ``calls``."""
+    _means[number].record(query, key, dict(zip(("kv_lens", "query_offsets", "bias"), options, strict=True)))
+    calls += 1
+
+
+class _Mean:
+    """Sum over samples of something that every pair has, and the number of samples; called as a module's recorder.
+
+    Attributes:
+        total: [groups, heads, N, M], of the dtype that is asked for.
+        samples: int64 [groups, 1, N, M], causality left out.
+        calls: int64 [].
+    """
+
+    def __init__(self, attention: PriorAttention, dtype: torch.dtype, only_training: bool = False) -> None:
+        self.attention = attention
+        self.only_training = only_training
+        self.heads_shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
+        device = attention._device
+        self.total = torch.zeros(self.heads_shape, dtype=dtype, device=device)
+        self.samples = torch.zeros(attention.groups, 1, *self.heads_shape[2:], dtype=torch.int64, device=device)
+        self.calls = torch.zeros((), dtype=torch.int64, device=device)
+        self.number = next(_numbers)
+        _means[self.number] = self
+
+    def __call__(self, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> None:
         if self.only_training and not self.attention.training:
             return
-        self.calls += 1
-        bias = options["bias"]
-        shown = None if bias is None else (bias - bias.amax(-1, keepdim=True) > _NO_WEIGHT).any(1, keepdim=True)
-        for sample, place in enumerate(_places(self.attention, query, key, options)):
-            self.add(query[sample, :, : place.queries], key[sample, :, : place.keys], place, options)
-            rows, columns = slice(place.start, place.start + place.queries), slice(place.keys)
-            seen = 1 if shown is None else shown[place.group % shown.size(0), :, rows, columns]
-            self.samples[place.group, :, rows, columns] += seen
+        if torch.compiler.is_compiling():
+            bias = options["bias"]
+            bias = None if bias is None else bias.detach()
+            arguments = (query.detach(), key.detach(), options["kv_lens"], options["query_offsets"], bias)
+            torch.ops.fiak_ext.record(self.number, self.calls, *arguments)
+        else:
+            self.record(query, key, options)
+            self.calls += 1
 
-    def add(self, query: Tensor, key: Tensor, place: _Place, options: Mapping[str, Any]) -> None:
+    @torch.no_grad()
+    def record(self, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> None:
+        """Adds the samples of a batch, in their order."""
+        places = _places(self.attention, query, key, options)
+        shown = _shown(options["bias"])
+        for place, times in Counter(places).items():
+            seen = 1 if shown is None else shown[place.group % shown.size(0), :, place.rows, place.columns]
+            self.samples[place.group, :, place.rows, place.columns] += seen * times
+        for sample, place in enumerate(places):
+            if place.queries > 0 and place.keys > 0:
+                self.add(query[sample, :, : place.queries], key[sample, :, : place.keys], place, options["bias"])
+
+    def add(self, query: Tensor, key: Tensor, place: _Place, bias: Tensor | None) -> None:
         """Adds what the queries [heads, n, D] and keys [key heads, m, D] of one sample give."""
 
     def clear(self) -> None:
         for tensor in (self.total, self.samples, self.calls):
             tensor.zero_()
 
+    def reduce(self) -> None:
+        """Sums over all ranks; after this, no samples are added."""
+        total = self.total.double()
+        _reduce([total, self.samples])
+        self.total.copy_(total)
+
     def visible_samples(self) -> Tensor:
         """int64 [groups, heads, N, M]: the samples in which each pair is visible."""
-        return (self.samples * self.attention.eligible()).expand(self.heads_shape)
+        return (self.samples.tril() if self.attention.is_causal else self.samples).expand(self.heads_shape)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """The mean, float32, and ``reached``, as ``calibrate`` sets them."""
-        return (self.total / self.samples.clamp(min=1)).float(), self.visible_samples()
+        """The mean, float32, and ``reached``, as ``calibrate`` sets them, in the place of the sums."""
+        self.reduce()
+        mean = self.total.div_(self.samples.clamp(min=1))
+        if self.attention.is_causal:
+            self.samples.tril_()
+        return mean, self.samples.expand(self.heads_shape)
 
 
 class _MeanPosterior(_Mean):
     """Of the attention ``a_ij`` of Eq. 12."""
 
-    def add(self, query: Tensor, key: Tensor, place: _Place, options: Mapping[str, Any]) -> None:
+    def add(self, query: Tensor, key: Tensor, place: _Place, bias: Tensor | None) -> None:
         attention = self.attention
-        heads, head_dim = query.size(0), query.size(2)
-        keys = key.double().repeat_interleave(heads // key.size(0), dim=0)
-        weight = None if attention.prior is None else attention.weight()[place.group]
-        bias = options["bias"]
+        heads, queries, head_dim = query.shape
         scale = head_dim**-0.5 if attention.scale is None else attention.scale
-        eligible = attention.eligible()
-        start, columns = place.start, slice(place.keys)
-        for part in query.split(max(1, _CHUNK_BYTES // (8 * heads * max(1, place.keys))), dim=1):
-            rows = slice(start, start + part.size(1))
-            start = rows.stop
-            score = part.double() @ keys.mT * scale
-            if attention.score == "gaussian":  # |q|^2 cancels in the normalisation
-                score -= scale / 2 * keys.square().sum(-1)[:, None]
+        keys = key.double()
+        length = None if attention.score == "dot" else scale / 2 * keys.square().sum(-1)[:, None]
+        chunk = max(1, _CHUNK_BYTES // (8 * heads * place.keys))
+        for first in range(0, queries, chunk):
+            part = query[:, first : first + chunk].double()
+            rows = slice(place.start + first, place.start + first + part.size(1))
+            # What is behind the last row is hidden from all of them.
+            columns = slice(min(place.keys, rows.stop) if attention.is_causal else place.keys)
+            score = part.reshape(key.size(0), -1, head_dim) @ keys[:, columns].mT
+            score *= scale
+            if length is not None:  # |q|^2 cancels in the normalisation
+                score -= length[..., columns]
+            score = score.view(heads, -1, columns.stop)
             if bias is not None:
                 score += bias[place.group % bias.size(0), :, rows, columns]
-            support = eligible[rows, columns].expand_as(score)
-            if weight is not None:
-                prior = (weight if weight.size(1) == 1 else weight[:, rows])[..., columns].double()
-                score += prior.log()
-                support = support & (prior > 0)
-            posterior = score.masked_fill(~support, -math.inf).softmax(-1).masked_fill(~support, 0)
-            self.total[place.group, :, rows, columns] += posterior
+            if attention.prior is not None:
+                score += _log_weight(attention, place.group, rows, columns)
+            if attention.is_causal:
+                row, column = (torch.arange(x.stop, device=score.device) for x in (rows, columns))
+                score.masked_fill_(column > row[rows, None], -math.inf)
+            largest = score.amax(-1, keepdim=True)
+            score -= largest.masked_fill_(largest == -math.inf, 0)
+            total = score.exp_().sum(-1, keepdim=True)
+            score /= total.masked_fill_(total == 0, 1)  # a row without support
+            self.total[place.group, :, rows, columns] += score
+
+
+def _log_weight(attention: PriorAttention, group: int, rows: slice, columns: slice) -> Tensor:
+    """float64 [heads, 1 | rows, columns]: the logarithm of the weights, up to a term for each row, -inf for 0."""
+    assert attention.prior is not None
+    prior = attention.prior[group, :, slice(1) if attention.kind == "gmm" else rows, columns].double()
+    return prior.abs().clamp(max=1).log() if attention.parameterization == "clamp" else prior
 
 
 class _MeanSaliency(_Mean):
-    """Of ``-dL/dlog w``; the recorder only counts samples, :func:`_add_gradients` adds the sums over a batch."""
+    """Of ``-dL/dlog w``; the recorder only counts samples, backward adds the sums over a batch by :meth:`take`."""
+
+    @torch.no_grad()
+    def take(self, prior: Tensor) -> None:
+        """Adds the gradient of the prior, as soon as it is there, so that one layer's is held at a time."""
+        assert prior.grad is not None
+        # The gradient of the logits of a softmax is that of log w, whose sum over a row is 0.
+        gradient, prior.grad = prior.grad, None
+        if self.attention.parameterization == "clamp":
+            gradient *= prior
+        self.total -= gradient
 
 
-@torch.no_grad()
-def _add_gradients(means: list[_Mean], loss: object) -> None:
+def _checked_loss(loss: object) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"calibrate: forward must return the loss, a Tensor of one element with gradient (got {what})")
-    priors = [mean.attention.prior for mean in means]
-    for mean, prior, gradient in zip(
-        means,
-        priors,
-        torch.autograd.grad(loss, [prior for prior in priors if prior is not None], allow_unused=True),
-        strict=True,
-    ):
-        if gradient is None or prior is None:
-            continue
-        # The gradient of the logits of a softmax is that of log w, whose sum over a row is 0.
-        factor = prior if mean.attention.parameterization == "clamp" else 1.0
-        mean.total -= (gradient.double() * factor).expand(mean.heads_shape)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """What a batch calls a model with, positional and by name.
+
+    A mapping goes in as keyword arguments, of a tuple or list the first item, anything else as it is.
+    """
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0]
+    return ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
+
+
+def _run_batch(model: nn.Module, batch: Any) -> object:
+    args, kwargs = arguments_of(batch)
+    return model(*args, **kwargs)
+
+
+def _iterable(batches: Any) -> Iterable[Any]:
+    """Refuses one batch in the place of many."""
+    one = isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable)
+    if one or (isinstance(batches, tuple) and any(isinstance(item, Tensor) for item in batches)):
+        raise ValueError(
+            "calibrate: batches must be a list or another iterable of batches, [batch] if it is one "
+            f"(got {_text(_form(batches))})"
+        )
+    return batches
+
+
+def _form(batch: Any) -> tuple[Any, ...]:
+    """What batches of one data set have in common."""
+    if isinstance(batch, Tensor):
+        return type(batch), batch.dim(), batch.dtype.is_floating_point
+    return (type(batch),)
+
+
+def _expect_alike(first: tuple[Any, ...], batch: Any) -> None:
+    """Refuses inputs and labels of one batch in the place of two batches, as far as they can be told apart."""
+    if (form := _form(batch)) != first:
+        raise ValueError(
+            "calibrate: batches must be alike, and one batch with inputs and labels is [(inputs, labels)] "
+            f"(got {_text(form)} after {_text(first)})"
+        )
+
+
+def _text(form: tuple[Any, ...]) -> str:
+    kind, *rest = form
+    if not rest:
+        return f"a {kind.__name__}"
+    dim, is_floating_point = rest
+    return f"a Tensor of {'floating-point numbers' if is_floating_point else 'integers'} with {dim} dimensions"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,11 +565,11 @@ def _add_gradients(means: list[_Mean], loss: object) -> None:
 
 
 def all_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
-    """The model's attention modules by name, refused where there is none."""
+    """The model's attention modules by their :func:`plain_names`, refused where there is none."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
     if not found:
         raise ValueError(f"{op}: model must hold a PriorAttention (got {type(model).__name__} without one)")
-    return found
+    return plain_names(found)
 
 
 def dense_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
@@ -414,11 +581,9 @@ def dense_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
     return found
 
 
-def _run_batch(model: nn.Module, batch: Any) -> object:
-    """A mapping goes in as keyword arguments, of a tuple or list the first item, anything else as it is."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+def plain_names(named: Mapping[str, Value]) -> dict[str, Value]:
+    """Things by the names of modules, without what ``torch.compile`` adds to these."""
+    return {".".join(part for part in name.split(".") if part != "_orig_mod"): value for name, value in named.items()}
 
 
 def _reduce(tensors: list[Tensor]) -> None:
@@ -453,7 +618,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(attentions: Mapping[str, PriorAttention], recorders: Mapping[str, _Mean]) -> Iterator[None]:
+def _recording(attentions: Mapping[str, PriorAttention], recorders: Mapping[str, Recorder]) -> Iterator[None]:
     """Sets every module's recorder, and what it was again afterwards."""
     earlier = {name: attention.recorder for name, attention in attentions.items()}
     for name, attention in attentions.items():
@@ -481,18 +646,24 @@ def _requiring_grad(attentions: Iterable[PriorAttention], needed: bool) -> Itera
 
 
 @contextmanager
-def _with_priors(attentions: Iterable[PriorAttention]) -> Iterator[None]:
-    """Priors that need gradients, uniform ones where there are none; all as it was again afterwards."""
-    attentions = list(attentions)
-    plain = [(attention, attention.parameterization) for attention in attentions if attention.prior is None]
-    for attention, _ in plain:
-        shape = (attention.groups, attention.num_heads, attention.num_queries, attention.num_keys)
-        attention.kind, attention.parameterization = "fiak", "softmax"
-        attention.prior = nn.Parameter(torch.zeros(shape, device=attention.eligible().device))
+def _stand_ins(means: Iterable[_MeanSaliency]) -> Iterator[list[Tensor]]:
+    """Priors whose gradients go to the means, uniform ones where there are none; all as it was again afterwards.
+
+    The priors themselves, their gradients and hooks are not touched.
+    """
+    earlier: list[tuple[PriorAttention, Kind, Parameterization, nn.Parameter | None]] = []
+    stand_ins: list[Tensor] = []
     try:
-        with _requiring_grad(attentions, True):
-            yield
+        for mean in means:
+            attention, prior = mean.attention, mean.attention.prior
+            earlier.append((attention, attention.kind, attention.parameterization, prior))
+            if prior is None:
+                attention.kind, attention.parameterization = "fiak", "softmax"
+            uniform = torch.zeros((), device=attention._device).expand(mean.heads_shape)
+            attention.prior = nn.Parameter(uniform if prior is None else prior.detach())
+            attention.prior.register_post_accumulate_grad_hook(mean.take)
+            stand_ins.append(attention.prior)
+        yield stand_ins
     finally:
-        for attention, parameterization in plain:
-            attention.kind, attention.parameterization = "softmax", parameterization
-            attention.prior = None
+        for attention, kind, parameterization, prior in earlier:
+            attention.kind, attention.parameterization, attention.prior = kind, parameterization, prior

@@ -29,6 +29,7 @@ without (fake, meta) count as hiding nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from torch.utils.hooks import RemovableHandle
 
+from fiak_ext.calibration import plain_names
 from fiak_ext.conversion import ConvertedAttention
 from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
 from fiak_ext.pattern import SparsePattern
@@ -532,7 +534,7 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
         NotImplementedError: an operation that torch counts and that has no count in the ``table1`` convention.
     """
     names: dict[PriorAttention, str] = {}
-    for name, module in model.named_modules():  # parents come first
+    for name, module in plain_names(dict(model.named_modules())).items():  # parents come first
         if isinstance(module, MultiHeadSelfAttention):
             names[module.attention] = name
         elif isinstance(module, ConvertedAttention):
@@ -552,6 +554,9 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
         for module in model.modules():
             for handle in run.watch(module):
                 stack.callback(handle.remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())  # of hooks on compiled modules, which do no harm here
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         stack.enter_context(run.counter)
         try:
             model.eval()
@@ -593,7 +598,8 @@ def pair_flops(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]
 
     training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
-        for name, module in model.named_modules():
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, module in plain_names(dict(model.named_modules())).items():
             if isinstance(module, PriorAttention):
                 costs[name] = torch.zeros(module.groups, module.num_queries, module.num_keys, dtype=torch.int64)
                 handle = module.register_forward_pre_hook(count(name), with_kwargs=True)

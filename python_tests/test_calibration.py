@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from fiak_ext import (
     calibrate,
     calibration,
     find_dead_rows,
+    flops,
     param_groups,
     prune,
 )
@@ -268,6 +269,153 @@ def test_default_forward() -> None:
         assert other is not None and torch.equal(other, first)
 
 
+@pytest.mark.parametrize(
+    ("batches", "got"),
+    [
+        (torch.zeros(2, 1, 3, 4), "a Tensor of floating-point numbers with 4 dimensions"),
+        ({"x": torch.zeros(2, 1, 3, 4)}, "a dict"),
+        ((torch.zeros(2, 1, 3, 4), torch.zeros(2)), "a tuple"),
+        (({"x": torch.zeros(2, 1, 3, 4)}, torch.zeros(2)), "a tuple"),
+        (3, "a int"),
+    ],
+)
+def test_one_batch_in_the_place_of_several(batches: Any, got: str) -> None:
+    attention = PriorAttention(1, 3)
+    with pytest.raises(ValueError, match=rf"calibrate: batches must be a list or another iterable.*\(got {got}\)"):
+        calibrate(attention, batches)
+    assert attention.posterior is None and attention.recorder is None
+
+
+def test_one_batch_of_inputs_and_labels_in_the_place_of_two_batches() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = PriorAttention(1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.reshape(-1, 1, 3, 4).float()  # takes anything of the size
+            output: Tensor = self.attention(x, x, x)
+            return output
+
+    model, inputs = Model(), torch.randn(2, 1, 3, 4)
+    for labels in (torch.zeros(24), torch.zeros(2, 1, 3, 4, dtype=torch.int64), torch.zeros(12)):
+        with pytest.raises(ValueError, match=r"one batch with inputs and labels is \[.inputs, labels.\] .got a Tensor"):
+            calibrate(model, [inputs, labels])
+        with pytest.raises(ValueError, match=r"got a Tensor of .* after a dict"):
+            calibrate(model, [{"x": inputs}, labels])
+        assert model.attention.posterior is None
+    calibrate(model, [inputs], forward=lambda module, batch: module(batch))
+    first = model.attention.posterior
+    calibrate(model, [({"x": inputs}, torch.zeros(2))])
+    assert first is not None and model.attention.posterior is not None
+    assert torch.equal(model.attention.posterior, first)
+
+
+# ---------------------------------------------------------------- compiled models
+
+
+def whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
+
+
+def unbroken(model: nn.Module) -> nn.Module:
+    return torch.compile(model, fullgraph=True)  # type: ignore[return-value]
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(fullgraph=True, backend="aot_eager")
+    return model
+
+
+def in_parts(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if type(module).__name__ == "TransformerBlock":
+            module.compile(backend="aot_eager", dynamic=True)
+    return model
+
+
+COMPILED = pytest.mark.parametrize("compiled", [whole, unbroken, in_place, in_parts])
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def attentions_of(model: nn.Module) -> list[PriorAttention]:
+    return [module for module in model.modules() if isinstance(module, PriorAttention)]
+
+
+@COMPILED
+def test_compiled_models_are_measured_as_eager_ones(compiled: Any, fresh_compiler: None) -> None:
+    torch.manual_seed(0)
+    eager = VisionTransformer(8, 4, 1, 3, dim=8, depth=2, num_heads=2)
+    model = compiled(copy.deepcopy(eager))
+    images, labels = torch.randn(6, 1, 8, 8), torch.randint(3, (6,))
+    model(images)
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    for each in (eager, model):
+        calibrate(each, batches)
+        calibrate(each, batches, importance="gradient", forward=lambda module, batch: module(batch[0]).square().sum())
+    for one, other in zip(attentions_of(eager), attentions_of(model), strict=True):
+        for name in ("posterior", "saliency", "reached"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    dead, expected_dead = find_dead_rows(model, images), find_dead_rows(eager, images)
+    assert list(dead) == list(expected_dead) == ["blocks.0.attention.attention", "blocks.1.attention.attention"]
+    assert all(torch.equal(dead[name], rows) for name, rows in expected_dead.items())
+    assert flops.model_report(model, images).to_dict() == flops.model_report(eager, images).to_dict()
+    arguments: dict[str, Any] = {"scope": "global", "importance": "posterior", "example": images}
+    reports = [prune(each, target_flops=0.95, dead_rows=dead, **arguments) for each in (eager, model)]
+    assert reports[0] == reports[1]
+    assert flops.model_report(model, images).to_dict() == flops.model_report(eager, images).to_dict()
+    torch.testing.assert_close(model.eval()(images), eager.eval()(images))
+
+
+@COMPILED
+def test_soft_em_of_compiled_models(compiled: Any, fresh_compiler: None) -> None:
+    torch.manual_seed(0)
+    eager = VisionTransformer(8, 4, 1, 3, dim=8, depth=2, num_heads=2)
+    model = compiled(copy.deepcopy(eager))
+    images = torch.randn(6, 1, 8, 8)
+    for each in (eager, model):
+        with SoftEM(each, momentum=0.5) as em:
+            for batch in images.split(3):
+                each(batch).sum().backward()
+                em.step()
+        with SoftEM(each, momentum=0.5) as em:  # another one, after the first
+            each(images)
+            em.step()
+    for one, other in zip(attentions_of(eager), attentions_of(model), strict=True):
+        assert one.prior is not None and other.prior is not None and one.prior.std() > 0
+        torch.testing.assert_close(other.prior, one.prior, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("importance", ["posterior", "gradient"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_memory_is_the_results_and_less_than_the_sums_of_a_layer(kind: Any, importance: Any) -> None:
+    heads, tokens, depth = 2, 256, 6
+    model = Recorded(*[PriorAttention(heads, tokens, kind=kind, is_causal=True) for _ in range(depth)])
+    batches = batches_of(PriorAttention(heads, tokens), [2, 1], dim=2)
+    pairs = heads * tokens * tokens
+    results = depth * (4 * pairs + 8 * pairs // heads)
+    sums = 8 * pairs + 8 * pairs // heads
+    forward = flops.peak_memory(lambda: model(**batches[0]))
+    if importance == "gradient":
+        # Backward holds what autograd saves in all layers and one gradient: measured on uniform priors.
+        twin = Recorded(*[PriorAttention(heads, tokens, is_causal=True) for _ in range(depth)])
+        with torch.enable_grad():
+            forward = flops.peak_memory(lambda: loss_of(twin, batches[0])) + 4 * pairs
+    chunks = 3 * calibration._CHUNK_BYTES
+    peak = flops.peak_memory(lambda: calibrate(model, batches, importance=importance, forward=FORWARDS[importance]))
+    assert peak <= results + max(sums, forward) + chunks
+
+
 def test_leaves_modes_hooks_and_gradients_as_they_were() -> None:
     attention = PriorAttention(1, 3, dropout_p=0.5)
     model = Recorded(attention).train()
@@ -334,6 +482,9 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     factors = [torch.linspace(-1, 1, output[0].numel()).view(output[0].shape) for output in outputs]
     terms = [(output * factor).square().sum() for output, factor in zip(outputs, factors, strict=True)]
     return torch.stack(terms).sum()
+
+
+FORWARDS: dict[str, Any] = {"posterior": None, "gradient": loss_of}
 
 
 def saliency(attention: PriorAttention) -> Tensor:
