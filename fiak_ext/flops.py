@@ -9,8 +9,9 @@ Two conventions are in use, and never mixed. Both leave out softmax, scale, norm
     2 for every multiply-add (``torch.utils.flop_counter``).
 
 A :class:`Work` gives both. Importing this module registers formulas with ``torch.utils.flop_counter``, so that
-``FlopCounterMode`` gives the executed count, in the ``torch`` convention, of every op of ``torch.ops.fiak``. In
-multiply-adds, for each batch element and query head:
+``FlopCounterMode`` gives the executed count, in the ``torch`` convention, of every op of ``torch.ops.fiak``, and of
+torch's fused CPU attention what torch itself counts from 2.15 on. In multiply-adds, for each batch element and query
+head:
 
 * ``prior_attention``: ``D + Dv`` for each pair that neither ``is_causal`` nor ``kv_lens`` hides, whatever its weight.
 * ``csr_attention``: ``D + Dv`` for each entry of the pattern that ``kv_lens`` does not hide.
@@ -39,7 +40,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop,
+    sdpa_flop,
+)
 from torch.utils.hooks import RemovableHandle
 
 from fiak_ext.calibration import plain_names
@@ -408,6 +415,12 @@ def _register() -> None:
 
     for op, formula in {**{op: in_torch(forward) for op, forward in _FORWARD.items()}, **_BACKWARD}.items():
         register_flop_formula(getattr(torch.ops.fiak, op), get_raw=True)(_by_name(op, formula))
+    # torch before 2.15 counts fused attention on every device but the CPU.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for aten, torchs in ((fused, sdpa_flop), (fused_backward, sdpa_backward_flop)):
+        if aten not in flop_registry:
+            register_flop_formula(aten, get_raw=True)(torchs)  # they are wrapped to take raw tensors
 
 
 _register()
@@ -727,7 +740,7 @@ _FUSED_ATTENTION = (
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> Work:
-    """All pairs, as torch counts fused attention, also the one of the CPU, which torch leaves out."""
+    """All pairs, as torch counts fused attention."""
     rows = query.shape[0] * query.shape[1] * query.shape[2]
     return _core(rows * key.shape[2], rows, query.shape[3], value.shape[3])
 
