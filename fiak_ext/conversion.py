@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,9 @@ from fiak_ext.projection import Projection, project_kept, project_qkv
 __all__ = [
     "ConvertedAttention",
     "Padding",
+    "PatchGrid",
     "convert",
+    "convert_with",
     "expect",
     "from_pretrained",
     "register_attention",
@@ -131,6 +134,28 @@ class ConvertedAttention(nn.Module):
         return kv_lens
 
 
+class PatchGrid(nn.Module):
+    """Base of the classes that patch embeddings get by :func:`convert`: they know what grid the priors are for.
+
+    Attributes:
+        grid: rows and columns of patches; :func:`resize_priors` sets it.
+    """
+
+    grid: tuple[int, int]
+
+    def expect_grid(self, got: tuple[int, int]) -> None:
+        """Refuses images whose patches would meet the rows and columns of others.
+
+        Raises:
+            ValueError: another grid, also one of as many patches.
+        """
+        if got != self.grid:
+            raise ValueError(
+                f"{type(self).__name__}: images must have {self.grid[0]} x {self.grid[1]} patches, as the priors have "
+                f"(got {got[0]} x {got[1]}); before pruning, resize_priors fits priors to another size"
+            )
+
+
 _ADAPTERS: dict[type[nn.Module], type[ConvertedAttention]] = {}
 
 
@@ -184,9 +209,32 @@ def convert(
 
     Raises:
         ValueError: attention that is not supported, named with its place and class; a model without attention;
-            ``num_tokens`` or ``is_causal`` where the model says otherwise, or no ``num_tokens`` where it must be given.
-            The model is then left as it was.
+            ``num_tokens`` that is no integer of at least 1; ``num_tokens`` or ``is_causal`` where the model says
+            otherwise, or no ``num_tokens`` where it must be given. The model is then left as it was.
     """
+    return convert_with(
+        PriorAttention,
+        model,
+        num_tokens=num_tokens,
+        kind=kind,
+        parameterization=parameterization,
+        score=score,
+        is_causal=is_causal,
+    )
+
+
+def convert_with(
+    make: Callable[..., PriorAttention],
+    model: Model,
+    *,
+    num_tokens: int | None,
+    is_causal: bool | None,
+    **chosen: Any,
+) -> Model:
+    """:func:`convert` with the attention that ``make`` gives for the arguments of :class:`~fiak_ext.PriorAttention`."""
+    if num_tokens is not None and not _is_size(num_tokens):
+        raise ValueError(f"convert: num_tokens must be an integer of at least 1 (got {num_tokens!r})")
+    num_tokens = None if num_tokens is None else int(num_tokens)  # numpy's integers are not for config.json
     _import_integrations(model)
     search = _Search()
     search.visit(model, "", ())
@@ -201,13 +249,12 @@ def convert(
     if search.refused:
         places = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in search.refused.items())
         raise ValueError(f"convert: attention must be of a supported kind (got {places})")
-    chosen: dict[str, Any] = {"kind": kind, "parameterization": parameterization, "score": score}
     priors = {}
     for name, arguments in known.items():
         module = search.supported[name].module
         _settle(arguments, "num_queries", "num_tokens", num_tokens, f"{name or 'the model'}, {type(module).__name__}")
         _settle(arguments, "is_causal", "is_causal", is_causal, f"{name or 'the model'}, {type(module).__name__}")
-        priors[name] = _like(PriorAttention(**arguments, **chosen), module)
+        priors[name] = _like(make(**arguments, **chosen), module)
     # Everything that can be wrong has been refused by now: an error leaves the model as it was.
     for name, prior_attention in priors.items():
         module, adapter = search.supported[name].module, search.supported[name].adapter
@@ -218,23 +265,26 @@ def convert(
     return model
 
 
-def from_pretrained(folder: str | Path) -> Any:
+def from_pretrained(folder: str | Path, variant: str | None = None) -> Any:
     """Loads a converted Hugging Face model, dense, pruned or compacted, from where its ``save_pretrained`` saved it.
 
     ``save_pretrained`` writes how the model was converted to ``config.json``, as ``fiak``, and priors and patterns to
-    the safetensors files, which are all that is read: nothing is unpickled. For other models, convert a new one in the
-    same way and load the ``state_dict``.
+    the safetensors files of the weights, which are all that is read: nothing is unpickled. transformers' own
+    ``from_pretrained`` refuses such a folder. For other models, convert a new one in the same way and load the
+    ``state_dict``.
 
     Args:
         folder: on this machine.
+        variant: of the files, as ``save_pretrained(folder, variant=...)`` wrote them.
 
     Raises:
-        ValueError: a folder without such a model, or a configuration, names or sizes that do not belong together.
+        ValueError: a folder without such a model, or a configuration, names or sizes that do not belong together;
+            sizes are compared before anything of these sizes is made.
         RuntimeError: patterns that are not well-formed.
         ModuleNotFoundError: transformers is not installed.
     """
     integration = importlib.import_module("fiak_ext.integrations.transformers")
-    return integration.from_pretrained(folder)
+    return integration.from_pretrained(folder, variant)
 
 
 @torch.inference_mode(False)  # what is made here is trained later
@@ -284,6 +334,9 @@ def resize_priors(
             if prior.size(2) > 1:
                 resized = _resize(resized.mT, grid, new_grid, num_prefix_tokens).mT
             attention.prior = nn.Parameter(resized.contiguous(), requires_grad=prior.requires_grad)
+    for module in model.modules():
+        if isinstance(module, PatchGrid):
+            module.grid = (new_grid[0], new_grid[1])
     return model
 
 
@@ -336,6 +389,10 @@ def _import_integrations(model: nn.Module) -> None:
     classes = {base for module in model.modules() for base in type(module).__mro__}
     for library in sorted({base.__module__.partition(".")[0] for base in classes} & set(_INTEGRATIONS)):
         importlib.import_module(f"fiak_ext.integrations.{_INTEGRATIONS[library]}")
+
+
+def _is_size(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
 def _settle(arguments: dict[str, Any], key: str, name: str, given: Any, place: str) -> None:

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from converted import BATCH, CASES, HEADS, VOCABULARY, Case, priors, token_ids
+from converted import BATCH, CASES, HEADS, VOCABULARY, Case, images, priors, token_ids
 from torch import Tensor
 
-from fiak_ext import compact, convert, prune
+from fiak_ext import compact, convert, prune, resize_priors
 
 TEXT = [CASES[name] for name in ("bert", "roberta", "gpt2", "llama")]
 CAUSAL = [case for case in TEXT if case.is_causal]
+ALL = [*TEXT, CASES["vit"]]
+every_case = pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+every_state = pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
 every_text = pytest.mark.parametrize("case", TEXT, ids=lambda case: case.name)
 every_causal = pytest.mark.parametrize("case", CAUSAL, ids=lambda case: case.name)
 
@@ -186,3 +189,238 @@ def test_prune_by_priors_after_a_training_step(case: Case) -> None:
     report = prune(converted, 0.5)
     assert report.pairs == 2 * HEADS * (36 if case.is_causal else 64)
     assert bool(converted(token_ids(8))[0].isfinite().all())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the library is told after conversion
+
+
+def with_own_attention(case: Case, state: str) -> Any:
+    """A converted model whose attention is not plain softmax attention, dense or not."""
+    model = in_state(case, state)
+    for attention in priors(model):
+        if attention.prior is not None:
+            torch.nn.init.normal_(attention.prior)
+    return model
+
+
+def give_a_new_configuration(model: Any) -> None:
+    """A configuration as that of the original, in the model only, which is what chooses the mask."""
+    import copy
+
+    base = getattr(model, model.base_model_prefix, model)
+    base.config = copy.deepcopy(base.config)
+    base.config._attn_implementation = "sdpa"
+
+
+def set_config(name: str) -> Any:
+    return lambda model: setattr(model.config, "_attn_implementation", name)
+
+
+OTHER_ATTENTION = {
+    "set_attn_implementation sdpa": lambda model: model.set_attn_implementation("sdpa"),
+    "set_attn_implementation eager": lambda model: model.set_attn_implementation("eager"),
+    "config sdpa": set_config("sdpa"),
+    "config eager": set_config("eager"),
+    "config flash": set_config("flash_attention_2"),
+    "config flex": set_config("flex_attention"),
+    "another config": give_a_new_configuration,
+}
+
+
+@pytest.mark.parametrize("way", OTHER_ATTENTION)
+@every_state
+@every_case
+@torch.no_grad()
+def test_another_attention_implementation_is_refused_or_changes_nothing(case: Case, state: str, way: str) -> None:
+    model = with_own_attention(case, state)
+    expected = case.run(model, case.inputs())
+    try:
+        OTHER_ATTENTION[way](model)
+        output = case.run(model, case.inputs())
+    except (ValueError, RuntimeError) as error:
+        assert "implementation" in str(error) or "attention_mask" in str(error)
+    else:
+        torch.testing.assert_close(output, expected)
+    if way != "another config":
+        model.set_attn_implementation("fiak")
+        assert torch.equal(case.run(model, case.inputs()), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@every_causal
+@torch.no_grad()
+def test_another_mask_with_padding_or_a_cache_is_refused(case: Case, attention: str) -> None:
+    """The model makes the mask by its own configuration, and gives it to attention that has kept the right one."""
+    import copy
+
+    ids, (_, mask) = token_ids(8), lengths_and_mask(left=True)
+    for state in ("dense", "pruned", "compacted"):
+        model = with_own_attention(case, state)
+        base = getattr(model, model.base_model_prefix)
+        base.config = copy.deepcopy(base.config)
+        base.config._attn_implementation = attention
+        with pytest.raises(ValueError, match="attention_mask must be"):
+            model(ids, attention_mask=mask, use_cache=False)
+        base.config._attn_implementation = "fiak"
+        cache = cache_of(model(ids[:, :7], use_cache=True))
+        base.config._attn_implementation = attention
+        with pytest.raises(ValueError, match="attention_mask must"):
+            model(ids[:, 7:], past_key_values=cache)
+
+
+def test_attention_implementations_before_conversion_do_not_matter() -> None:
+    from transformers import LlamaForCausalLM
+
+    case = CASES["llama"]
+    config = case.model().config
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config).double().eval()
+    expected = case.run(model, case.inputs())
+    torch.testing.assert_close(case.run(convert(model, num_tokens=8), case.inputs()), expected)
+
+
+@every_state
+@every_case
+def test_output_attentions_is_refused(case: Case, state: str) -> None:
+    model = with_own_attention(case, state)
+    with pytest.raises(ValueError, match=r"output_attentions must be False, .*got True"):
+        model(**case.inputs(), output_attentions=True)
+    hidden = model(**case.inputs(), output_attentions=False, output_hidden_states=True).hidden_states
+    assert len(hidden) == 3
+    with pytest.raises(ValueError, match="output_attentions"):  # transformers' own: the name is not "eager"
+        model.config.output_attentions = True
+    if case.is_causal:
+        with pytest.raises(ValueError, match="output_attentions must be False"):
+            model.generate(token_ids(4), max_new_tokens=1, output_attentions=True, return_dict_in_generate=True)
+
+
+@every_case
+def test_output_attentions_of_the_configuration_is_refused(case: Case) -> None:
+    original = case.model()
+    original.set_attn_implementation("eager")
+    original.config.output_attentions = True
+    assert len(original(**case.inputs()).attentions) == 2
+    model = convert(original, num_tokens=case.num_tokens)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(**case.inputs())
+    model.config.output_attentions = False
+    case.run(model, case.inputs())
+
+
+@every_state
+@every_case
+def test_arguments_that_attention_does_not_use_are_refused(case: Case, state: str) -> None:
+    model = with_own_attention(case, state)
+    expected = model(**case.inputs())[0]
+    harmless = {"num_items_in_batch": torch.tensor(3), "output_router_logits": False, "cu_seq_lens_q": None}
+    assert torch.equal(model(**case.inputs(), **harmless)[0], expected)
+    for name, value in {
+        "cu_seq_lens_q": torch.tensor([0, 8]),
+        "max_length_k": 8,
+        "seq_idx": torch.zeros(3, 8),
+        "softcap": 30.0,
+        "some_new_argument": False,
+        "is_causal": not case.is_causal,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            model(**case.inputs(), **{name: value})
+
+
+@every_state
+def test_what_changes_after_conversion_is_refused_in_every_state(state: str) -> None:
+    for case in ALL:
+        model = with_own_attention(case, state)
+        for module in model.modules():
+            if hasattr(module, "prior_attention"):
+                module.scaling = 1.0
+        with pytest.raises(ValueError, match=r"scaling must be 0.5, as at conversion \(got 1.0\)"):
+            case.run(model, case.inputs())
+
+
+def cache_of(output: Any) -> Any:
+    """By the name that the installed transformers gives it: ``cache`` from 5.24 on."""
+    return output.cache if "cache" in output else output.past_key_values
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@every_state
+@every_causal
+@torch.no_grad()
+def test_both_names_of_the_cache_work(case: Case, state: str, name: str) -> None:
+    model = with_own_attention(case, state)
+    ids = token_ids(8)
+    full = model(ids, use_cache=False).logits
+
+    def rename(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        values = [kwargs.pop(key) for key in ("cache", "past_key_values") if key in kwargs]
+        return args, {**kwargs, name: values[0]}
+
+    for module in model.modules():
+        if hasattr(module, "prior_attention"):
+            module.register_forward_pre_hook(rename, with_kwargs=True)
+    first = model(ids[:, :5], use_cache=True)
+    parts, cache = [first.logits], cache_of(first)
+    for place in range(5, 8):
+        output = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+        parts.append(output.logits)
+        cache = cache_of(output)
+    torch.testing.assert_close(torch.cat(parts, 1), full)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images of another size
+
+
+def pixels(height: int, width: int) -> Tensor:
+    return torch.randn((BATCH, 3, height, width), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@every_state
+@torch.no_grad()
+def test_images_of_another_grid_are_refused(state: str) -> None:
+    """4 x 4 patches at conversion. 17 pixels are 4 patches of 4, with a pixel left over."""
+    model = with_own_attention(CASES["vit"], state)
+    for height, width in ((32, 8), (8, 32), (64, 4), (8, 8), (12, 16), (16, 12), (32, 32)):
+        grid = f"{height // 4} x {width // 4}"
+        with pytest.raises(ValueError, match=f"images must have 4 x 4 patches, as the priors have .got {grid}"):
+            model(pixels(height, width), interpolate_pos_encoding=True)
+    expected = model(pixels(16, 16))[0]
+    assert torch.equal(model(pixels(16, 16), interpolate_pos_encoding=True)[0], expected)
+    assert model(pixels(17, 18), interpolate_pos_encoding=True)[0].shape == expected.shape
+
+
+@every_state
+def test_patches_that_are_missing_or_moved_are_refused(state: str) -> None:
+    model = with_own_attention(CASES["vit"], state)
+    attention, tokens = model.layers[0].attention, torch.randn((BATCH, 17, 16), dtype=torch.float64)
+    assert attention(tokens)[0].shape == tokens.shape
+    with pytest.raises(ValueError, match=r"hidden_states must have 17 tokens, .*got 16"):
+        attention(tokens[:, 1:])
+    mask = torch.ones(BATCH, 17)
+    mask[1, 0] = 0
+    with pytest.raises(ValueError, match="attention_mask must hide patches at the end only"):
+        model(images(16), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_resized_priors_take_images_of_the_new_grid() -> None:
+    original, model = CASES["vit"].model(), resize_priors(CASES["vit"].converted(), (4, 4), (2, 6))
+    x = pixels(8, 24)
+    expected = original(x, interpolate_pos_encoding=True)[0]
+    torch.testing.assert_close(model(x, interpolate_pos_encoding=True)[0], expected)  # the priors are uniform
+    for size in ((16, 16), (24, 8), (16, 12)):
+        with pytest.raises(ValueError, match="images must have 2 x 6 patches"):
+            model(pixels(*size), interpolate_pos_encoding=True)
+
+
+@every_text
+def test_num_tokens_must_be_a_size(case: Case) -> None:
+    values: list[Any] = [1.5, 8.0, "16", True, 0, -1, [8]]
+    for value in values:
+        model = case.model()
+        with pytest.raises(ValueError, match=r"convert: num_tokens must be an integer of at least 1 \(got"):
+            convert(model, num_tokens=value)
+        assert not priors(model)
+    size: Any = torch.tensor(8).numpy()[()]
+    assert priors(convert(case.model(), num_tokens=size))[0].num_keys == 8

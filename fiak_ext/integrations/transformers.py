@@ -3,13 +3,19 @@
 Conversion sets the attention implementation ``"fiak"``, which is registered with transformers' attention interface and
 its mask interface. The mask that models pass on to their attention is then an int64 tensor ``[B, 1, 1, 2 | 3]``: the
 number of visible keys, the position of the first query (not 0 with cached keys), and, if any element is padded on the
-left, the place of its first visible key.
+left, the place of its first visible key. The configuration says to the library's code which implementation and which
+mask to take, so converted attention refuses any other name in it, whatever has put it there.
+
+A folder that ``save_pretrained`` has written is refused by transformers' own ``from_pretrained``, in any process: its
+configuration asks for a fusion of modules (``fusion_config``) that transformers does not know, whose name says what to
+call instead. Unknown weights alone would not do: transformers would leave them out and give the dense model.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +32,20 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
-from transformers.models.vit.modeling_vit import ViTAttention, ViTModel
+from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from fiak_ext.conversion import ConvertedAttention, Padding, convert, expect, register_attention, roll
+from fiak_ext.conversion import (
+    ConvertedAttention,
+    Padding,
+    PatchGrid,
+    convert,
+    convert_with,
+    expect,
+    register_attention,
+    roll,
+)
 from fiak_ext.modules import PriorAttention
 from fiak_ext.projection import Weights, register_linear
 
@@ -40,10 +55,22 @@ __all__ = [
     "PriorLlamaAttention",
     "PriorRobertaSelfAttention",
     "PriorViTAttention",
+    "PriorViTEmbeddings",
     "from_pretrained",
 ]
 
 _NAME = "fiak"
+_REFUSAL = "fiak: load this checkpoint with fiak_ext.from_pretrained"
+
+# Arguments of models that reach their attention and change nothing there.
+_HARMLESS = {
+    "num_items_in_batch",  # of the loss
+    "output_hidden_states",  # which hooks around the layers collect
+    "output_router_logits",
+    "position_ids",  # which are in the position embeddings, and in the mask where they restart
+    "return_dict",
+    "use_cache",  # the cache itself says whether there is one
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,20 +90,14 @@ def _attention(
     """The attention implementation ``"fiak"``: ``[B, heads, n, D]`` to ``[B, n, heads, D]``, and no weights."""
     if not isinstance(module, _HuggingFaceAttention):
         raise ValueError(f"fiak: module must be one that convert put priors into (got {type(module).__name__})")
+    module.refuse_unknown(kwargs)
     attention = module.prior_attention
-    for name in ("position_bias", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"fiak: {name} must be None (got {type(kwargs[name]).__name__})")
-    if scaling != attention.scale:
-        raise ValueError(f"fiak: scaling must be {attention.scale}, as at conversion (got {scaling})")
-    if module.training and dropout != attention.dropout_p:
-        raise ValueError(f"fiak: dropout must be {attention.dropout_p}, as at conversion (got {dropout})")
     kv_lens = query_offsets = query_shifts = None
     if attention_mask is None:
         if attention.is_causal and key.size(2) != query.size(2):
             raise ValueError(f"fiak: attention_mask must say where {query.size(2)} queries of {key.size(2)} keys are")
     else:
-        kv_lens, query_offsets, first = _unpack(attention_mask)
+        kv_lens, query_offsets, first = module.unpack(attention_mask)
         if first is not None:
             key, value = roll(key, first, 2), roll(value, first, 2)
             query_shifts = (first - query_offsets).clamp(min=0, max=query.size(2))
@@ -120,16 +141,6 @@ def _mask(
     return torch.stack(columns, -1)[:, None, None]
 
 
-def _unpack(mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    if mask.dtype != torch.int64 or mask.dim() != 4 or mask.size(-1) not in (2, 3):
-        raise ValueError(
-            f"fiak: attention_mask must be [batch, keys], 1 where a token is visible (got {mask.dtype}, "
-            f"shape {tuple(mask.shape)})"
-        )
-    kv_lens, query_offsets, *first = mask[:, 0, 0].unbind(-1)
-    return kv_lens, query_offsets, first[0] if first else None
-
-
 def _expect_plain(
     mask_function: Callable[..., Tensor], batch: int, queries: int, keys: int, offset: int | Tensor, device: Any
 ) -> None:
@@ -154,7 +165,7 @@ register_linear(Conv1D, lambda layer: Weights(layer.weight.t(), layer.bias))
 # Loading
 
 
-def from_pretrained(folder: str | Path) -> PreTrainedModel:
+def from_pretrained(folder: str | Path, variant: str | None = None) -> PreTrainedModel:
     """See :func:`fiak_ext.from_pretrained`."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -167,16 +178,24 @@ def from_pretrained(folder: str | Path) -> PreTrainedModel:
             f"from_pretrained: config.json must hold 'fiak' with {', '.join(sorted(names))}, as converted models save "
             f"it (got {arguments!r})"
         )
+    if _REFUSAL in (fusions := getattr(config, "fusion_config", None) or {}):
+        config.fusion_config = {name: options for name, options in fusions.items() if name != _REFUSAL}
     architecture = (config.architectures or ["none"])[0]
     found = getattr(transformers, architecture, None)
     model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
     if model_class is None:
         raise ValueError(f"from_pretrained: architectures must name a model of transformers (got {architecture!r})")
+    files = _weight_files(folder, variant)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report what belongs to the priors as unexpected
     try:
         model, report = model_class.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            variant=variant,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     finally:
         logging.set_verbosity(level)
@@ -186,34 +205,109 @@ def from_pretrained(folder: str | Path) -> PreTrainedModel:
             f"from_pretrained: weights must be those of {architecture} (got none for "
             f"{sorted(report['missing_keys'])}, and {sorted(unknown)} in addition)"
         )
-    convert(model, **arguments)
-    _load_priors(model, folder)
+    convert_with(_without_prior, model, **arguments)
+    _load_priors(model, files)
     return model
 
 
-def _load_priors(model: PreTrainedModel, folder: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as content:
-            tensors |= {name: content.get_tensor(name) for name in content.keys() if ".prior_attention." in name}
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that transformers loads the weights from, by the same rule."""
+    middle = "" if variant is None else f".{variant}"
+    if Path(middle).name != middle:
+        raise ValueError(f"from_pretrained: variant must be a part of the name of files (got {variant!r})")
+    single, index = folder / f"model{middle}.safetensors", folder / f"model.safetensors.index{middle}.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"from_pretrained: folder must hold {single.name} or {index.name} (got {str(folder)!r})")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"from_pretrained: {index.name} must name files of its folder (got {outside})")
+    return [folder / name for name in names]
+
+
+def _without_prior(*, num_queries: int, **arguments: Any) -> PriorAttention:
+    """Attention whose prior, if it has one, comes from a file: nothing is allocated before its size is known there."""
+    attention = PriorAttention(num_queries=1, **arguments)
+    attention.num_queries = attention.num_keys = num_queries
+    attention.prior = None
+    return attention
+
+
+def _load_priors(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
     own = [
         f"{name}.{suffix}"
-        for name, module in model.named_modules()
-        if isinstance(module, PriorAttention)
+        for name in attentions
         for suffix in ("prior", "pattern_crow_indices", "pattern_col_indices", "keep")
     ]
     # transformers saves some models by other names than their modules have now.
     saved = revert_weight_conversion(model, {name: torch.tensor(place) for place, name in enumerate(own)})
     name_in_model = {name: own[int(place)] for name, place in saved.items()}
-    if unknown := sorted(set(tensors) - set(name_in_model)):
-        raise ValueError(f"from_pretrained: priors must be those of the model's attention (got {unknown} in addition)")
-    result = model.load_state_dict({name_in_model[name]: tensor for name, tensor in tensors.items()}, strict=False)
-    if missing := [name for name in result.missing_keys if ".prior_attention." in name]:
+    found: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    unknown: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():
+                if name in name_in_model:
+                    found[name] = file
+                    shapes[name_in_model[name]] = tuple(content.get_slice(name).get_shape())
+                elif ".prior_attention." in name:
+                    unknown.append(name)
+    for name, attention in attentions.items():
+        _expect_sizes(name, attention, shapes)
+        if f"{name}.prior" in shapes:
+            attention._restore_prior()
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            tensors |= {name_in_model[name]: content.get_tensor(name) for name, place in found.items() if place == file}
+    unknown += model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(
+            f"from_pretrained: priors must be those of the model's attention (got {sorted(unknown)} in addition)"
+        )
+    missing = [
+        f"{name}.prior"
+        for name, attention in attentions.items()
+        if attention.prior is None and attention.kind != "softmax" and not attention.is_pruned
+    ]
+    if missing:
         raise ValueError(f"from_pretrained: priors must be there for all attention (got none for {missing})")
+
+
+def _expect_sizes(name: str, attention: PriorAttention, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the sizes in the files with those of the configuration, before anything of these sizes is made."""
+    rows = attention.groups * attention.num_queries
+    prior, crow = shapes.get(f"{name}.prior"), shapes.get(f"{name}.pattern_crow_indices")
+    if prior is not None:
+        queries = attention.num_queries if attention.kind == "fiak" else 1
+        expected = (attention.groups, attention.num_heads, queries, attention.num_keys)
+        if attention.kind == "softmax" or prior != expected:
+            raise ValueError(
+                "from_pretrained: sizes must be those of config.json, "
+                f"{'none' if attention.kind == 'softmax' else expected} for {name}.prior (got {prior})"
+            )
+    if crow is not None and crow not in ((rows + 1,), (attention.num_heads * rows + 1,)):
+        raise ValueError(
+            f"from_pretrained: sizes must be those of config.json (got {name}.pattern: SparsePattern: crow_indices "
+            f"must have {attention.num_heads * rows + 1} elements, got shape {crow})"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention classes
+
+
+# transformers 5.24 renamed the argument, and warns where it gets the old name.
+_CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
+
+
+def _refuse_weights(module: nn.Module, args: tuple[Any, ...], arguments: Mapping[str, Any]) -> None:
+    """Called before models and their attention: no weights can be given away."""
+    if arguments.get("output_attentions", getattr(module.config, "output_attentions", None)):
+        raise ValueError("fiak: output_attentions must be False, as sparse attention keeps no weights (got True)")
 
 
 class _HuggingFaceAttention(ConvertedAttention):
@@ -232,6 +326,9 @@ class _HuggingFaceAttention(ConvertedAttention):
                 own._attn_implementation = _NAME
                 if isinstance(module, PreTrainedModel):
                     own.fiak = dict(arguments)
+                    own.fusion_config = {**(getattr(config, "fusion_config", None) or {}), _REFUSAL: True}
+                    # Some models do not pass the argument on to their attention.
+                    module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
                 module.config = own
 
     @property
@@ -244,19 +341,78 @@ class _HuggingFaceAttention(ConvertedAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As the library's; its second result, the weights, is None."""
-        if self.prior_attention.is_compacted and past_key_values is None:
+        """As the library's; its second result, the weights, is None.
+
+        Args:
+            hidden_states: ``[B, n, dim]``.
+            attention_mask: as this file begins with.
+            position_embeddings: of Llama.
+            cache, past_key_values: names of transformers 5.24 and before for the same: earlier keys and values.
+            **kwargs: anything else must be None, or be known to change nothing here.
+
+        Raises:
+            ValueError: attention that would have to be another than at conversion.
+        """
+        self._expect_unchanged()
+        self.refuse_unknown(kwargs)
+        cache = past_key_values if cache is None else cache
+        if self.prior_attention.is_compacted and cache is None:
             return self._compacted_forward(hidden_states, attention_mask, position_embeddings), None
+        arguments: dict[str, Any] = {"attention_mask": attention_mask}
         if position_embeddings is not None:
-            kwargs["position_embeddings"] = position_embeddings
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
-        output: tuple[Tensor, None] = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+            arguments["position_embeddings"] = position_embeddings
+        if cache is not None:
+            arguments[_CACHE] = cache
+        output: tuple[Tensor, None] = super().forward(hidden_states, **arguments)
         return output
+
+    def _expect_unchanged(self) -> None:
+        name = self.config._attn_implementation
+        if name != _NAME:
+            raise ValueError(
+                f"fiak: the attention implementation of a converted model must stay {_NAME!r} (got {name!r}; "
+                f"set_attn_implementation({_NAME!r}) sets it back)"
+            )
+        known, attention = self.prior_arguments(self, ()), self.prior_attention
+        if known["scale"] != attention.scale:
+            raise ValueError(f"fiak: scaling must be {attention.scale}, as at conversion (got {known['scale']})")
+        if self.training and known["dropout_p"] != attention.dropout_p:
+            raise ValueError(
+                f"fiak: dropout must be {attention.dropout_p}, as at conversion (got {known['dropout_p']})"
+            )
+
+    def refuse_unknown(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses arguments that ask for something that converted attention does not do.
+
+        Raises:
+            ValueError: an argument that is not None and not known to be harmless.
+        """
+        _refuse_weights(self, (), arguments)
+        causal = self.prior_attention.is_causal
+        for name, value in arguments.items():
+            if name == "is_causal" and value is not None and bool(value) != causal:
+                raise ValueError(f"fiak: is_causal must be {causal}, as at conversion (got {value})")
+            if value is not None and name not in {*_HARMLESS, "is_causal", "output_attentions"}:
+                raise ValueError(
+                    f"fiak: {name} must be None, as converted attention does not use it (got {type(value).__name__})"
+                )
+
+    def unpack(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``kv_lens``, ``query_offsets`` and the places of the first visible keys of the mask ``"fiak"``.
+
+        Raises:
+            ValueError: another mask.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.dim() != 4 or mask.size(-1) not in (2, 3):
+            got = f"{mask.dtype}, shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"fiak: attention_mask must be [batch, keys], 1 where a token is visible (got {got})")
+        kv_lens, query_offsets, *first = mask[:, 0, 0].unbind(-1)
+        return kv_lens, query_offsets, first[0] if first else None
 
     def _compacted_forward(
         self, x: Tensor, attention_mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None
@@ -264,7 +420,7 @@ class _HuggingFaceAttention(ConvertedAttention):
         """Projects the kept keys only. A cache takes all keys: with one, attention alone is compacted."""
         kv_lens = first = None
         if attention_mask is not None:
-            kv_lens, _, first = _unpack(attention_mask)
+            kv_lens, _, first = self.unpack(attention_mask)
         if first is not None:
             x = roll(x, first, 1)
             if position_embeddings is not None:
@@ -323,7 +479,7 @@ class PriorRobertaSelfAttention(_BertAttention, RobertaSelfAttention):
 
 @register_attention(ViTAttention)
 class PriorViTAttention(_HuggingFaceAttention, ViTAttention):
-    """ViT."""
+    """ViT. Tokens are patches, so there are as many as the image has, each in its place."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -342,12 +498,57 @@ class PriorViTAttention(_HuggingFaceAttention, ViTAttention):
             "dropout_p": module.attention_dropout,
         }
 
+    @classmethod
+    def finish(cls, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        super().finish(model, arguments)
+        for module in model.modules():
+            if type(module) is ViTEmbeddings:
+                embeddings: Any = module
+                embeddings.__class__ = PriorViTEmbeddings
+                embeddings.grid = embeddings.grid_of(embeddings.image_size)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        tokens = self.prior_attention.num_queries
+        if hidden_states.size(1) != tokens:
+            raise ValueError(
+                f"{type(self).__name__}: hidden_states must have {tokens} tokens, those of the image size that the "
+                f"priors are for (got {hidden_states.size(1)}); resize_priors fits priors to another size"
+            )
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def unpack(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        kv_lens, query_offsets, first = super().unpack(mask)
+        if first is not None:
+            raise ValueError(f"{type(self).__name__}: attention_mask must hide patches at the end only, if any")
+        return kv_lens, query_offsets, first
+
     def _project(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         key = self.project_kept(x, self.k_proj)
         return self._queries(self.q_proj(x)), key, self.project_kept(x, self.v_proj)
 
     def _output(self, x: Tensor) -> Tensor:
         output: Tensor = self.o_proj(x)
+        return output
+
+
+class PriorViTEmbeddings(PatchGrid, ViTEmbeddings):
+    """ViT's embeddings, for images of the grid of patches that the priors are for."""
+
+    patch_embeddings: Any
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the patches of images of ``size``, height and width."""
+        height, width = self.patch_embeddings.patch_size
+        return size[0] // height, size[1] // width
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the library's.
+
+        Raises:
+            ValueError: images of another grid of patches.
+        """
+        self.expect_grid(self.grid_of(pixel_values.shape[-2:]))
+        output: Tensor = super().forward(pixel_values, *args, **kwargs)
         return output
 
 
