@@ -481,19 +481,38 @@ void KernelTest::SetUp() {
   if (!machine_has(isa())) GTEST_SKIP() << "hardware: no " << cpu::isa_name(isa());
 }
 
-void KernelChecks::matches_scalar_float64(const Problem& problem, const std::string& what) const {
-  Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
-  problem.backward(scalar(), threads(1), exact);
-  Results yardstick = problem.forward(scalar(), dtype(), threads(1));
-  Results actual = problem.forward(kernels(), dtype(), threads(1));
-  expect_close(actual.output, exact.output, yardstick.output, "output of " + what);
+KernelChecks::Reference KernelChecks::reference_of(const Problem& problem) const {
+  Reference reference;
+  reference.exact = problem.forward(scalar(), DType::kFloat64, threads(1));
+  problem.backward(scalar(), threads(1), reference.exact);
+  reference.saved = problem.forward(scalar(), dtype(), threads(1));
+  reference.yardstick = reference.saved;
+  problem.backward(scalar(), threads(1), reference.yardstick);
+  return reference;
+}
+
+void KernelChecks::matches(const Reference& reference, const Problem& problem, int64_t thread_count,
+                           const std::string& what) const {
+  Results actual = problem.forward(kernels(), dtype(), threads(thread_count));
   // From here on the same saved results, so that only the backward kernels differ.
-  Results grads = yardstick;
-  problem.backward(scalar(), threads(1), yardstick);
-  problem.backward(kernels(), threads(1), grads);
+  Results grads = reference.saved;
+  problem.backward(kernels(), threads(thread_count), grads);
   grads.output = actual.output;
   grads.logsumexp = actual.logsumexp;
-  expect_all_close(grads, exact, yardstick, what);
+  expect_all_close(grads, reference.exact, reference.yardstick, what);
+}
+
+void KernelChecks::matches_scalar_float64(const Problem& problem, const std::string& what) const {
+  matches(reference_of(problem), problem, 1, what);
+}
+
+void KernelChecks::forward_matches_scalar_float64(const Problem& problem, const std::string& what) const {
+  const Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
+  const Results yardstick = problem.forward(scalar(), dtype(), threads(1));
+  const Results actual = problem.forward(kernels(), dtype(), threads(2));
+  expect_close(actual.output, exact.output, yardstick.output, "output of " + what);
+  expect_close(actual.logsumexp, exact.logsumexp, yardstick.logsumexp, "logsumexp of " + what);
+  actual.output.expect_gaps_untouched("output of " + what);
 }
 
 void KernelChecks::matches_scalar_float64(MakeProblem make, int rounds) const {

@@ -100,8 +100,16 @@ class KernelChecks {
   virtual bool only_support_gets_nan() const { return false; }
   static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
 
+  /// What a problem's results are compared with: those of float64, and the scalar kernel's in the same dtype, which has
+  /// `saved` from its forward pass.
+  struct Reference {
+    Results exact, yardstick, saved;
+  };
+  Reference reference_of(const Problem& problem) const;
   /// Within the error bound of float64, in all results.
   void matches_scalar_float64(const Problem& problem, const std::string& what) const;
+  void matches(const Reference& reference, const Problem& problem, int64_t thread_count, const std::string& what) const;
+  void forward_matches_scalar_float64(const Problem& problem, const std::string& what) const;
   void matches_scalar_float64(MakeProblem make, int rounds = 150) const;
   void gives_the_same_bits_on_any_number_of_threads(MakeProblem make, int rounds = 40) const;
   void leaves_out_unwanted_gradients(MakeProblem make, int rounds = 10) const;

@@ -12,4 +12,6 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
   with_element_type(args.dtype, [&](auto x) { cpu::compact_linear_backward<decltype(x)>(args, grads, parallel); });
 }
 
+void compact_linear_blocks(const CompactLinearArgs&, BlockCounts&) {}
+
 }  // namespace fiak::cpu::scalar

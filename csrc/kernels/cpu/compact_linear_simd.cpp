@@ -197,12 +197,29 @@ class VectorProduct {
   float *panel_, *rows_;
 };
 
+/// Heads whose packed weights, of `weight_floats` each, are kept.
+int64_t heads_at_once(const CompactLinearArgs& args, int64_t weight_floats) {
+  return larger(1, smaller(args.heads, kWeightBytes / larger(1, weight_floats * 4)));
+}
+
+template <class Product>
+void count_blocks(const CompactLinearArgs& args, BlockCounts& blocks) {
+  blocks.add(args.heads, heads_at_once(args, carved(Product::weight_floats(args)) / 4));
+  blocks.add(args.kept, kBlockRows);
+  blocks.add(args.kept, kTileRows);
+  for (const int64_t size : {args.head_size, args.in_features}) {
+    blocks.add(size, kTileWidth);
+    blocks.add(size, kTileRows);
+    blocks.add(size, kLanes);
+  }
+}
+
 template <class Product>
 void forward(const CompactLinearArgs& args, const Output& output, const Parallel& parallel) {
   // A few heads at a time, whose packed weights stay in the cache, for one batch element after the other, whose rows
   // then come from there for all but the first of them.
   const int64_t weight_floats = carved(Product::weight_floats(args)) / 4;
-  const int64_t at_once = larger(1, smaller(args.heads, kWeightBytes / larger(1, weight_floats * 4)));
+  const int64_t at_once = heads_at_once(args, weight_floats);
   parallel_range(parallel, args.heads * args.batch, [&](int64_t begin, int64_t end) {
     const int64_t head_size = padded(args.head_size), width = tile_columns(args.head_size);
     Carver scratch{static_cast<char*>(thread_scratch(carved(at_once * weight_floats) + Product::bytes(args) +
@@ -363,6 +380,14 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
 void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
   if (kHasPairs && args.dtype == DType::kBFloat16) return backward<kHasPairs>(args, grads, parallel);
   backward<false>(args, grads, parallel);
+}
+
+void compact_linear_blocks(const CompactLinearArgs& args, BlockCounts& blocks) {
+#if defined(FIAK_ISA_AMX_BF16)
+  if (args.dtype == DType::kBFloat16) return count_blocks<TileProduct>(args, blocks);
+#endif
+  if (kHasPairs && args.dtype == DType::kBFloat16) return count_blocks<VectorProduct<kHasPairs>>(args, blocks);
+  count_blocks<VectorProduct<false>>(args, blocks);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

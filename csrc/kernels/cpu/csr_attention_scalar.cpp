@@ -12,4 +12,6 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
   with_element_type(args.dtype, [&](auto x) { cpu::csr_backward<decltype(x)>(args, grads, parallel); });
 }
 
+void csr_blocks(const CsrArgs&, int64_t, BlockCounts&) {}
+
 }  // namespace fiak::cpu::scalar

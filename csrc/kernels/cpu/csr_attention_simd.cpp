@@ -6,6 +6,7 @@
 // with nothing that waits for them. A sparse row's accesses are too irregular for the hardware to foresee, so each pass
 // prefetches into the L2 cache what the next one reads. Threads split the rows by what they cost.
 #include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/block_counts.h"
 #include "kernels/cpu/csr_dense.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/plan_indices.h"
@@ -32,6 +33,15 @@ int64_t longest_row(const PlanView& plan, int64_t begin, int64_t end) {
     longest = larger(longest, segment[plan.key_blocks] - segment[0]);
   }
   return longest;
+}
+
+/// Of `rows` rows whose scores take `row_floats` each, those of a pass.
+FIAK_INLINE int64_t most_pass_rows(int64_t rows, int64_t row_floats) {
+  return larger(1, smaller(smaller(rows, kScoreBuffer / row_floats), kMaxPassRows));
+}
+/// The same of a backward pass, which has scores and dA.
+FIAK_INLINE int64_t most_grad_pass_rows(int64_t rows, int64_t row_floats) {
+  return larger(1, smaller(rows, kScoreBuffer / 2 / row_floats));
 }
 
 int64_t offset_of(const CsrArgs& args, int64_t b) { return args.query_offsets != nullptr ? args.query_offsets[b] : 0; }
@@ -77,6 +87,12 @@ struct KeyBlocks {
   int64_t first(int64_t block) const { return block * size; }
   int64_t end(int64_t block) const { return smaller(keys, (block + 1) * size); }
 };
+
+/// The queries, or the keys, of a backward pass's waves: few enough for P and dS to stay in the L2 cache.
+KeyBlocks wave_blocks(int64_t count, int64_t row_bytes) {
+  constexpr int64_t kMost = 320;
+  return {count, row_bytes, kMost};
+}
 
 /// The runs of consecutive rows of a pattern, for the entries that a call attends to: those of the support, of keys
 /// that are there. They are in groups of rows, within a group by blocks of keys, and within a block in order.
@@ -238,7 +254,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   using Runs = RowRuns<kElements>;
   constexpr int64_t kGroupFloats = kGroup * kElements;
   const int64_t row_floats = most_run_floats<kElements>(blocks.count, longest);
-  const int64_t pass_rows = larger(1, smaller(smaller(end - begin, kScoreBuffer / row_floats), kMaxPassRows));
+  const int64_t pass_rows = most_pass_rows(end - begin, row_floats);
   const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce * kElements, pass_rows) : pass_rows;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
   const int64_t flat = padded(pass_rows * kElements) + kLanes;
@@ -422,8 +438,8 @@ class CsrBackward {
         value_chunks_(row_chunks(args.value_size, kStorage, kElements)),
         head_floats_(sum_vectors(head_chunks_, kStorage) * kLanes),
         value_floats_(sum_vectors(value_chunks_, kStorage) * kLanes),
-        chunks_(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes, kMostTileSize),
-        blocks_(args.keys, larger(head_chunks_, value_chunks_) * kVectorBytes, kMostTileSize) {
+        chunks_(wave_blocks(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes)),
+        blocks_(wave_blocks(args.keys, larger(head_chunks_, value_chunks_) * kVectorBytes)) {
     const PlanView& plan = args.plan;
     int64_t most_entries = 0;
     for (int64_t head = 0; head < plan.heads; ++head) {
@@ -507,8 +523,6 @@ class CsrBackward {
   static constexpr int64_t kGroupFloats = kGroup * kElements;
   static constexpr int64_t kRunFloats = sizeof(Run) / sizeof(float);
   static constexpr float kOutside = -1.0f;  // P where the columns must not touch a row
-  static constexpr int64_t kMostTileSize =
-      320;  // queries and keys of a wave, so that its P and dS stay in the L2 cache
 
   /// Pattern rows [row, row_end) and keys [key, key_end), both within one block of the plan.
   struct Tile {
@@ -657,7 +671,7 @@ class CsrBackward {
     const auto* values = static_cast<const float*>(args_.values);
     const bool weighing = values != nullptr || dropout_.active();
     const int64_t row_floats = most_run_floats<kElements>(1, columns);
-    const int64_t pass_rows = larger(1, smaller(end - begin, kScoreBuffer / 2 / row_floats));
+    const int64_t pass_rows = most_grad_pass_rows(end - begin, row_floats);
     const int64_t most = pass_rows * row_floats;
     const int64_t picked_floats = values != nullptr ? (pass_rows * columns + kIndexPadding) / 2 : 0;
     Carver scratch{static_cast<char*>(thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) +
@@ -1098,6 +1112,36 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
                   });
 }
 
+template <Storage kStorage, int kElements>
+void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
+  const Extra extra = args.score == Score::kGaussian ? Extra::kOne : Extra::kNone;
+  const int64_t head_chunks = row_chunks(columns_with(extra, args.head_size, kStorage), kStorage, kElements);
+  const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
+  const int64_t row_bytes = larger(head_chunks, value_chunks) * kVectorBytes;
+  for (const int64_t chunks : {head_chunks, value_chunks}) {
+    blocks.add(chunks);
+    blocks.add(chunks, kMaxChunks);
+  }
+  const KeyBlocks keys(args.keys, row_bytes);
+  blocks.add(keys.count);
+  for (const int64_t count : {int64_t{1}, keys.count}) {
+    blocks.add(args.queries, most_pass_rows(args.queries, most_run_floats<kElements>(count, args.keys)));
+  }
+  const KeyBlocks chunks = wave_blocks(args.plan.num_queries, row_bytes), tiles = wave_blocks(args.keys, row_bytes);
+  blocks.add(chunks.count);
+  blocks.add(tiles.count);
+  blocks.add(chunks.size, most_grad_pass_rows(chunks.size, most_run_floats<kElements>(1, tiles.size)));
+}
+
+template <Storage kStorage>
+void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
+  const int64_t elements = bundled_elements(args, kStorage);
+  blocks.add(elements);
+  if (elements == kMaxElements) return count_blocks<kStorage, kMaxElements>(args, blocks);
+  if (elements == 2) return count_blocks<kStorage, 2>(args, blocks);
+  count_blocks<kStorage, 1>(args, blocks);
+}
+
 #if defined(FIAK_ISA_AVX512_BF16)
 /// bfloat16 rows that fill half a register or less are faster as float32, which takes no more of it.
 Storage csr_storage(const CsrArgs& args) {
@@ -1123,6 +1167,19 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
   if (csr_storage(args) == Storage::kBFloat16) return backward<Storage::kBFloat16>(args, grads, parallel);
 #endif
   backward<Storage::kFloat32>(args, grads, parallel);
+}
+
+void csr_blocks(const CsrArgs& args, int64_t threads, BlockCounts& blocks) {
+  csr_decode_blocks(args, blocks);
+  dense_forward_blocks(args, !is_decoding(args), blocks);
+  dense_backward_blocks(args, threads, blocks);
+  blocks.add(args.keys, kPlanBlock);
+  blocks.add(args.queries, kPlanBlock);
+#if defined(FIAK_ISA_AVX512_BF16)
+  blocks.add(csr_storage(args) == Storage::kBFloat16);
+  if (csr_storage(args) == Storage::kBFloat16) return count_blocks<Storage::kBFloat16>(args, blocks);
+#endif
+  count_blocks<Storage::kFloat32>(args, blocks);
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

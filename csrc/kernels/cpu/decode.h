@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/cpu/block_counts.h"
 #include "kernels/cpu/simd.h"
 
 namespace fiak::cpu::FIAK_ISA {
@@ -16,5 +17,9 @@ FIAK_INLINE bool is_decoding(const AttentionArgs& args) {
 
 void csr_decode(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel);
 void prior_decode(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel);
+
+/// Their counts, 0 for calls that they do not serve.
+void csr_decode_blocks(const CsrArgs& args, BlockCounts& blocks);
+void prior_decode_blocks(const PriorArgs& args, BlockCounts& blocks);
 
 }  // namespace fiak::cpu::FIAK_ISA

@@ -153,8 +153,8 @@ FIAK_INLINE Vec sum_blocks(Vec a, Vec b) {
 #endif
 }
 
-/// out[i] (+)= query . row i of `rows`, one pass of columns; fetches as many of the rows of `next` meanwhile. Writes up
-/// to the next multiple of four numbers.
+/// out[i] (+)= query . row i of `rows`, i < rows.count, one pass of columns; fetches as many of the rows of `next`
+/// meanwhile. Nothing behind them is written: other rows' or stages' numbers may stand there.
 template <DType kType, bool kGaussian, int kVectors>
 static void dots(const float* query, const PickedRows& picked, const RowPass& pass, float* out,
                  const PickedRows& next) {
@@ -180,13 +180,14 @@ static void dots(const float* query, const PickedRows& picked, const RowPass& pa
   }
   prefetch_picked(ahead, i, ahead.count);
   for (; i < rows.count; i += 4) {
+    const int64_t left = smaller(4, rows.count - i);
     uint16_t index[4];
-    for (int64_t k = 0; k < 4; ++k) index[k] = rows.index[smaller(i + k, rows.count - 1)];
+    for (int64_t k = 0; k < 4; ++k) index[k] = rows.index[i + smaller(k, left - 1)];
     Vec sums = four(index);
     sums = sum_blocks(sums, sums);
     if (kLanes == 16) sums = sum_blocks(sums, sums);
-    if (!first) sums = add(sums, load_first(out + i, 4));
-    store_first(out + i, 4, sums);
+    if (!first) sums = add(sums, load_first(out + i, left));
+    store_first(out + i, left, sums);
   }
 }
 

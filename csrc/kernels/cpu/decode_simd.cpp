@@ -534,6 +534,23 @@ void decode(const Args& args, const ForwardResult& result, const Parallel& paral
   Decoder<Keys, Args>(args, result).run(parallel);
 }
 
+template <class Keys, class Args>
+void decode_blocks(const Args& args, BlockCounts& blocks) {
+  const bool serves = is_decoding(args);
+  const int64_t keys = serves ? Keys::most_keys(args) : 0;
+  const Cuts cuts(args, keys, Keys::reuse(args, shared_heads(args) * args.queries));
+  const RowLoops& loops = row_loops(args.dtype, args.score == Score::kGaussian);
+  blocks.add(serves);
+  blocks.add(serves && cuts.copies);
+  blocks.add(keys, cuts.chunk);
+  blocks.add(keys % cuts.chunk, cuts.stage);
+  blocks.add(keys, cuts.split_keys);
+  for (const int64_t size : {args.head_size, args.value_size}) {
+    blocks.add(serves ? loops.vectors(size) : 0);
+    blocks.add(serves ? loops.vectors(size) : 0, loops.most_vectors);
+  }
+}
+
 }  // namespace
 
 void csr_decode(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
@@ -543,5 +560,8 @@ void csr_decode(const CsrArgs& args, const ForwardResult& result, const Parallel
 void prior_decode(const PriorArgs& args, const ForwardResult& result, const Parallel& parallel) {
   decode<PriorKeys>(args, result, parallel);
 }
+
+void csr_decode_blocks(const CsrArgs& args, BlockCounts& blocks) { decode_blocks<CsrKeys>(args, blocks); }
+void prior_decode_blocks(const PriorArgs& args, BlockCounts& blocks) { decode_blocks<PriorKeys>(args, blocks); }
 
 }  // namespace fiak::cpu::FIAK_ISA

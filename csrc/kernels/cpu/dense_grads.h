@@ -292,6 +292,25 @@ struct WaveShape {
   int64_t batch, heads, queries, keys;
 };
 
+// 32-bit units of P and of dS in a wave: within the L2 cache for one thread alone; of several, enough work for each
+// between two barriers, in bounded memory.
+constexpr int64_t kAloneUnits = 48 * 1024, kThreadUnits = 512 * 1024, kMostUnits = 2 * 1024 * 1024;
+
+/// Of ranges of keys that are multiples of kKeys.
+template <int64_t kKeys>
+FIAK_INLINE WaveShape most_of_wave(const AttentionArgs& args, int64_t key_heads, bool by_head, int64_t threads) {
+  const bool alone = threads == 1;
+  WaveShape most{1, alone || by_head ? 1 : key_heads, 0, 0};
+  const int64_t tasks = alone ? 4 : 4 * threads, all_keys = rounded_up(args.keys, kKeys);
+  most.queries = smaller(rounded_up(args.queries, kGradRows), (tasks + most.heads - 1) / most.heads * kGradRows);
+  const int64_t room = alone ? kAloneUnits : smaller(kMostUnits, threads * kThreadUnits);
+  most.keys = larger(kKeys, smaller(all_keys, room / larger(1, most.heads * most.queries) / kKeys * kKeys));
+  if (!alone && !by_head && most.queries >= args.queries && most.keys >= args.keys) {
+    most.batch = larger(1, smaller(args.batch, room / larger(1, most.heads * most.queries * most.keys)));
+  }
+  return most;
+}
+
 /// What a query head attends to is `head_at(b, h)`'s; beside what dense_forward asks of it:
 ///
 ///   needs(first, rows, j, keys)  whether any of these queries may need any of these keys, of which there are at most
@@ -317,7 +336,7 @@ class DenseBackward {
         all_keys_(rounded_up(args.keys, kKeys)),
         gaussian_(args.score == Score::kGaussian),
         dropout_(make_dropout(args.dropout_p, args.seed)),
-        most_(most_of_wave(args, key_heads, by_head, parallel.threads)),
+        most_(most_of_wave<kKeys>(args, key_heads.count, by_head, parallel.threads)),
         products_(args, grads.grad_output, most_.queries, most_.keys) {}
 
   /// Batch elements and key heads [first, last), head by head; all of them where several threads share each.
@@ -337,9 +356,6 @@ class DenseBackward {
   }
 
  private:
-  // 32-bit units of P and of dS in a wave: within the L2 cache for one thread alone; of several, enough work for each
-  // between two barriers, in bounded memory.
-  static constexpr int64_t kAloneUnits = 48 * 1024, kThreadUnits = 512 * 1024, kMostUnits = 2 * 1024 * 1024;
   static constexpr int64_t kKeys = Products::kKeys;
   static_assert(kKeys <= 64);
 
@@ -352,19 +368,6 @@ class DenseBackward {
 
   static constexpr int64_t kSlotBytes = 192;
   static_assert(sizeof(Slot) <= kSlotBytes);
-
-  static WaveShape most_of_wave(const AttentionArgs& args, const KeyHeads& key_heads, bool by_head, int64_t threads) {
-    const bool alone = threads == 1;
-    WaveShape most{1, alone || by_head ? 1 : key_heads.count, 0, 0};
-    const int64_t tasks = alone ? 4 : 4 * threads, all_keys = rounded_up(args.keys, kKeys);
-    most.queries = smaller(rounded_up(args.queries, kGradRows), (tasks + most.heads - 1) / most.heads * kGradRows);
-    const int64_t room = alone ? kAloneUnits : smaller(kMostUnits, threads * kThreadUnits);
-    most.keys = larger(kKeys, smaller(all_keys, room / larger(1, most.heads * most.queries) / kKeys * kKeys));
-    if (!alone && !by_head && most.queries >= args.queries && most.keys >= args.keys) {
-      most.batch = larger(1, smaller(args.batch, room / larger(1, most.heads * most.queries * most.keys)));
-    }
-    return most;
-  }
 
   /// A slot, and behind it what its pointers point to.
   int64_t bytes_of(int64_t slots) const {
@@ -664,6 +667,23 @@ static void dense_backward(const AttentionArgs& args, const BackwardArgs& grads,
   if (args.dtype == DType::kBFloat16) return run(ProductsOf<VectorGrads<true>>(), nullptr);
 #endif
   run(ProductsOf<VectorGrads<false>>(), nullptr);
+}
+
+template <int64_t kKeys>
+FIAK_INLINE void dense_backward_blocks(const AttentionArgs& args, int64_t threads, BlockCounts& blocks) {
+  const WaveShape most = most_of_wave<kKeys>(args, args.key_heads, false, threads);
+  blocks.add(args.queries, larger(1, most.queries));
+  blocks.add(args.keys, most.keys);
+  blocks.add(args.batch, most.batch);
+  blocks.add(args.queries, kGradRows);
+  blocks.add(args.keys, kKeys);
+}
+/// How the backward pass of all heads is cut among the threads that share them.
+FIAK_INLINE void dense_backward_blocks(const AttentionArgs& args, int64_t threads, BlockCounts& blocks) {
+  dense_backward_blocks<VectorGrads<kHasPairs>::kKeys>(args, threads, blocks);
+#if defined(FIAK_ISA_AMX_BF16)
+  dense_backward_blocks<TileGrads::kKeys>(args, threads, blocks);
+#endif
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

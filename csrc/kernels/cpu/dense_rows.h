@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cpu/attention_simd.h"
+#include "kernels/cpu/block_counts.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/philox.h"
 
@@ -534,6 +535,27 @@ static void dense_forward_rows(const AttentionArgs& args, const ForwardResult& r
   }
 #endif
   dense_forward<VectorProducts<false>>(args, result, head, at, begin, end, next);
+}
+
+/// How a head's forward pass is cut; all counts are 0 where `serves` is not.
+FIAK_INLINE void dense_forward_blocks(const AttentionArgs& args, bool serves, BlockCounts& blocks) {
+  const int64_t queries = serves ? args.queries : 0, keys = serves ? args.keys : 0;
+  blocks.add(queries, kBlockRows);
+  blocks.add(queries, kTileRows);
+  blocks.add(keys, larger(1, block_keys(keys, kTileWidth)));
+  blocks.add(keys, kTileWidth);
+  blocks.add(keys, kLanes);
+  for (const int64_t size : {args.head_size, args.value_size}) {
+    blocks.add(serves ? size : 0, kTileWidth);
+    blocks.add(serves ? size : 0, kLanes);
+  }
+#if defined(FIAK_ISA_AMX_BF16)
+  const int64_t step = TileProducts::step_rows(args, smaller(larger(1, block_keys(keys, kChunk)), keys));
+  blocks.add(serves ? step : 0);
+  blocks.add(queries, step);
+  blocks.add(keys, kChunk);
+  blocks.add(serves ? args.head_size : 0, kChunk);
+#endif
 }
 
 }  // namespace fiak::cpu::FIAK_ISA

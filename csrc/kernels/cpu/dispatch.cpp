@@ -22,7 +22,7 @@ namespace {
 #define FIAK_TABLE(isa)                                                                                        \
   {                                                                                                            \
     isa::prior_forward, isa::prior_backward, isa::csr_forward, isa::csr_backward, isa::compact_linear_forward, \
-        isa::compact_linear_backward                                                                           \
+        isa::compact_linear_backward, isa::prior_blocks, isa::csr_blocks, isa::compact_linear_blocks           \
   }
 
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};

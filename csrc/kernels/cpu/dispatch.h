@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/compact.h"
+#include "kernels/cpu/block_counts.h"
 
 namespace fiak::cpu {
 
@@ -16,6 +17,11 @@ struct Kernels {
   void (*csr_backward)(const CsrArgs&, const BackwardArgs&, const Parallel&);
   void (*compact_linear_forward)(const CompactLinearArgs&, const Output& output, const Parallel&);
   void (*compact_linear_backward)(const CompactLinearArgs&, const CompactLinearGrads&, const Parallel&);
+  // How they cut a call with these sizes on so many threads, csr_attention's where all pairs are kept; operands are not
+  // read. Scalar kernels cut nothing.
+  void (*prior_blocks)(const PriorArgs&, int64_t threads, BlockCounts&);
+  void (*csr_blocks)(const CsrArgs&, int64_t threads, BlockCounts&);
+  void (*compact_linear_blocks)(const CompactLinearArgs&, BlockCounts&);
 };
 
 const char* isa_name(Isa isa);

@@ -12,4 +12,6 @@ void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Para
   with_element_type(args.dtype, [&](auto x) { cpu::prior_backward<decltype(x)>(args, grads, parallel); });
 }
 
+void prior_blocks(const PriorArgs&, int64_t, BlockCounts&) {}
+
 }  // namespace fiak::cpu::scalar

@@ -106,4 +106,10 @@ void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Para
   }
 }
 
+void prior_blocks(const PriorArgs& args, int64_t threads, BlockCounts& blocks) {
+  prior_decode_blocks(args, blocks);
+  dense_forward_blocks(args, !is_decoding(args), blocks);
+  dense_backward_blocks(args, threads, blocks);
+}
+
 }  // namespace fiak::cpu::FIAK_ISA

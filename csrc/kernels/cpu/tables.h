@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/compact.h"
+#include "kernels/cpu/block_counts.h"
 
 #define FIAK_DECLARE_KERNELS(isa)                                                                     \
   namespace fiak::cpu::isa {                                                                          \
@@ -12,6 +13,9 @@
   void csr_backward(const CsrArgs&, const BackwardArgs&, const Parallel&);                            \
   void compact_linear_forward(const CompactLinearArgs&, const Output&, const Parallel&);              \
   void compact_linear_backward(const CompactLinearArgs&, const CompactLinearGrads&, const Parallel&); \
+  void prior_blocks(const PriorArgs&, int64_t threads, BlockCounts&);                                 \
+  void csr_blocks(const CsrArgs&, int64_t threads, BlockCounts&);                                     \
+  void compact_linear_blocks(const CompactLinearArgs&, BlockCounts&);                                 \
   }
 
 FIAK_DECLARE_KERNELS(scalar)

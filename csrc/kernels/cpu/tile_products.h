@@ -48,9 +48,10 @@ class TileProducts {
     finite_ = pack_depth(RowAddresses(args.value, {at.b, key_head_}, 0), all_keys_, args.value_size, all_keys_, value_);
   }
   /// More rows share what is loaded of the keys and values, fewer leave them room in the L1 cache.
-  __attribute__((always_inline)) int64_t step_rows() const {
-    const int64_t keys = smaller(width_, all_keys_);
-    const int64_t bytes = (sides(keys) * head_units_ + sides(args_.value_size) * tile_units(keys)) * 4;
+  __attribute__((always_inline)) int64_t step_rows() const { return step_rows(args_, smaller(width_, all_keys_)); }
+  /// With so many keys in a block.
+  __attribute__((always_inline)) static int64_t step_rows(const AttentionArgs& args, int64_t keys) {
+    const int64_t bytes = (sides(keys) * tile_units(args.head_size) + sides(args.value_size) * tile_units(keys)) * 4;
     return bytes > kL1Operands ? kRows : kTileSide;
   }
   __attribute__((always_inline)) void wait() const { keep_awake(); }
