@@ -99,6 +99,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
             for name in sorted(calls, reverse=index % 2 == 1):  # what comes before a call leaves the caches different
                 times[name].append(calls[name]())
         del os.environ["FIAK_CSR_KERNEL"]
+        rows = mask.numel() // mask.shape[-1]
         tiles = max_pool2d(mask[:, None].float(), (24, 16), ceil_mode=True)
         results.append(
             {
@@ -109,7 +110,8 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
                 "density": density,
                 "nnz": int(mask.sum()),
                 "tiles": int(tiles.sum()),
-                "has_bits": int(mask.sum()) * 16 >= mask.numel(),
+                # As plan_layout has it (csrc/kernels/pattern/plan.h).
+                "has_bits": rows * ((mask.shape[-1] + 63) // 64 * 8) <= 2 * (rows + int(mask.sum())),
                 "off": statistics.median(
                     auto / min(best) for *best, auto in zip(*list(times.values())[:-1], strict=True)
                 ),

@@ -321,23 +321,34 @@ def _csr_counts(arguments: Mapping[str, Any]) -> _Counts:
     if not batch * heads * queries:
         return [0], [0]
     if not _readable(crow):
-        groups = (crow.shape[0] - 1) // (heads * queries) if offsets is None else 1
-        return [batch * col.shape[0] // groups], [batch * heads * queries]
-    # A plan's header: magic, bytes, rows, queries of a head (csrc/kernels/pattern/plan.h).
-    num_queries = queries if offsets is None or plan is None else int(plan[24:32].view(torch.int64))
-    groups = (crow.shape[0] - 1) // (heads * num_queries)
-    sizes = crow.diff().view(groups, heads, num_queries)
+        shape = _pattern_shape(crow, heads, queries) if offsets is None else (1, heads, queries)
+        return [batch * heads * col.shape[0] // (shape[0] * shape[1])], [batch * heads * queries]
+    # A plan's header: magic, bytes, rows, queries of a head (PlanHeader in csrc/kernels/pattern/plan.h).
+    num_queries = queries if plan is None else int(plan[24:32].view(torch.int64))
+    shape = _pattern_shape(crow, heads, num_queries)
+    sizes = crow.diff().view(shape)
     lens, first = _values(kv_lens), _values(offsets)
+    if lens is None:
+        lens = [arguments["key"].shape[2]] * batch  # the pattern may have more keys
     pairs, rows = [], []
+    visible = -1
     for b in range(batch):
-        if lens is not None:
-            entries = torch.cat([crow.new_zeros(1), (col < lens[b]).cumsum(0)])
-            sizes = entries[crow.long()].diff().view(groups, heads, num_queries)
+        if lens[b] != visible:
+            visible = lens[b]
+            entries = torch.cat([crow.new_zeros(1), (col < visible).cumsum(0)])
+            sizes = entries[crow.long()].diff().view(shape)
         start = 0 if first is None else first[b]
-        own = sizes[b % groups, :, start : start + queries]
+        own = sizes[b % shape[0], :, start : start + queries].expand(heads, -1)
         pairs += own.sum(-1).tolist()
         rows += (own > 0).sum(-1).tolist()
     return pairs, rows
+
+
+def _pattern_shape(crow: Tensor, heads: int, num_queries: int) -> tuple[int, int, int]:
+    """Groups, heads of a group (1 where all query heads share a pattern) and rows of the CSR matrix of a call."""
+    pattern_heads = (crow.shape[0] - 1) // num_queries
+    of_group = heads if pattern_heads % heads == 0 else 1
+    return pattern_heads // of_group, of_group, num_queries
 
 
 def _kept_rows(keep: Tensor) -> list[int]:

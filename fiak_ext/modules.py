@@ -441,9 +441,8 @@ class PriorAttention(nn.Module):
         if self.keep is not None:
             if kv_lens is not None:
                 kv_lens = ((self.keep >= 0) & (self.keep < kv_lens[:, None, None])).sum(-1)
-        elif keys < self.num_keys:
-            kv_lens = torch.full((batch,), keys, device=key.device) if kv_lens is None else kv_lens.clamp(max=keys)
-            key, value = (F.pad(tensor, (0, 0, 0, self.num_keys - keys)) for tensor in (key, value))
+        elif keys < self.num_keys and kv_lens is not None:
+            kv_lens = kv_lens.clamp(max=keys)
         if queries < self.num_queries and query_offsets is None:
             query_offsets = torch.zeros(batch, dtype=torch.int64, device=query.device)
         values = None

@@ -23,8 +23,12 @@ class SparsePattern:
     ``torch.sparse_csr_tensor`` of size ``(num_heads * num_queries, num_keys)``. Patterns are values: no method changes
     one in place, and equality compares sizes and content, wherever the tensors lie.
 
+    A pattern that all heads share (:attr:`shared_heads`) is stored once: it has ``groups * num_queries`` rows, which
+    every head of a group reads.
+
     Args:
-        crow_indices: ``[groups * num_heads * num_queries + 1]`` row offsets, int32 or int64.
+        crow_indices: ``[groups * num_heads * num_queries + 1]`` row offsets, int32 or int64, or
+            ``[groups * num_queries + 1]`` of a pattern that all heads share.
         col_indices: ``[nnz]`` keys, int32 or int64, on the same device.
         num_heads: query heads.
         num_queries: rows of each head.
@@ -75,10 +79,16 @@ class SparsePattern:
                 f"{crow_indices.device} (got {col_indices.device})"
             )
         length = groups * num_heads * num_queries + 1
-        if crow_indices.numel() != length:
+        shared_length = groups * num_queries + 1
+        if crow_indices.numel() not in (length, shared_length):
             raise ValueError(
                 "SparsePattern: crow_indices must have groups * num_heads * num_queries + 1 = "
-                f"{length} elements (got {crow_indices.numel()})"
+                f"{length} elements, or {shared_length} that all heads share (got {crow_indices.numel()})"
+            )
+        if crow_indices.numel() != length and groups % num_heads == 0:  # the op would take groups for heads
+            raise ValueError(
+                "SparsePattern: groups must not be a multiple of num_heads where all heads share a pattern "
+                f"(got {groups} groups, {num_heads} heads)"
             )
         dtype = torch.promote_types(crow_indices.dtype, col_indices.dtype)
         self.crow_indices = _outside_inference(crow_indices.to(dtype).contiguous())
@@ -93,12 +103,16 @@ class SparsePattern:
     # ---------------------------------------------------------------- from and to other forms
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> SparsePattern:
-        """The pattern of a boolean mask ``[num_heads, N, M]`` or ``[groups, num_heads, N, M]``, True where kept.
+    def from_mask(cls, mask: Tensor, num_heads: int | None = None) -> SparsePattern:
+        """The pattern of a boolean mask ``[heads, N, M]`` or ``[groups, heads, N, M]``, True where kept.
+
+        Args:
+            mask: of ``num_heads`` heads, or of one that all of them share.
+            num_heads: by default the mask's.
 
         Raises:
             TypeError: a mask that is not boolean.
-            ValueError: another number of dimensions.
+            ValueError: another number of dimensions or heads.
         """
         if mask.dtype != torch.bool:
             raise TypeError(f"SparsePattern.from_mask: mask must be bool, True where kept (got {mask.dtype})")
@@ -109,8 +123,13 @@ class SparsePattern:
                 "SparsePattern.from_mask: mask must be [heads, N, M] or [groups, heads, N, M] "
                 f"(got shape {tuple(mask.shape)})"
             )
-        groups, num_heads, num_queries, num_keys = mask.shape
-        rows = mask.reshape(groups * num_heads * num_queries, num_keys)
+        groups, heads, num_queries, num_keys = mask.shape
+        num_heads = heads if num_heads is None else num_heads
+        if heads not in (1, num_heads):
+            raise ValueError(
+                f"SparsePattern.from_mask: mask must have 1 or num_heads = {num_heads} heads (got {heads})"
+            )
+        rows = mask.reshape(groups * heads * num_queries, num_keys)
         pattern = cls(_offsets(rows.sum(1)), rows.nonzero()[:, 1], num_heads, num_queries, num_keys, groups)
         return pattern._narrow()
 
@@ -287,10 +306,13 @@ class SparsePattern:
 
     def _for_heads(self, num_heads: int) -> SparsePattern:
         """This pattern of one head, for ``num_heads`` alike."""
-        columns = self.col_indices.view(-1)
+        if self.num_queries and self.groups % num_heads:  # the op takes it as one that all heads share
+            return SparsePattern(
+                self.crow_indices, self.col_indices, num_heads, self.num_queries, self.num_keys, self.groups
+            )
         counts = self.crow_indices.diff().view(self.groups, 1, self.num_queries)
         ends = self.crow_indices[:: self.num_queries].tolist() if self.num_queries else [0] * (self.groups + 1)
-        parts = [columns[start:stop].repeat(num_heads) for start, stop in pairwise(ends)]
+        parts = [self.col_indices[start:stop].repeat(num_heads) for start, stop in pairwise(ends)]
         crow = _offsets(counts.expand(-1, num_heads, -1).flatten())
         return SparsePattern(crow, torch.cat(parts), num_heads, self.num_queries, self.num_keys, self.groups)._narrow()
 
@@ -343,10 +365,12 @@ class SparsePattern:
         """Boolean ``[groups, num_heads, num_queries, num_keys]``, True where kept."""
         mask = torch.zeros(self._num_rows, self.num_keys, dtype=torch.bool, device=self.device)
         mask[self._entry_rows(), self.col_indices.long()] = True
-        return mask.view(self.groups, self.num_heads, self.num_queries, self.num_keys)
+        return self._of_heads(mask.view(self.groups, self._pattern_heads, self.num_queries, self.num_keys))
 
     def to_torch_csr(self, values: Tensor | None = None) -> Tensor:
         """A sparse CSR tensor ``[groups * num_heads * num_queries, num_keys]`` with ``values [nnz]``, or float32 ones.
+
+        Of a pattern that all heads share it has ``groups * num_queries`` rows.
 
         Raises:
             ValueError: values of another shape.
@@ -378,8 +402,13 @@ class SparsePattern:
     # ---------------------------------------------------------------- what it holds
 
     @property
+    def shared_heads(self) -> bool:
+        """Whether all heads share one pattern, which is stored once."""
+        return self._pattern_heads < self.num_heads
+
+    @property
     def nnz(self) -> int:
-        """The number of pairs kept, over all heads and groups."""
+        """The number of pairs stored: those kept, over all heads and groups, but one head's where all share them."""
         return self.col_indices.numel()
 
     @property
@@ -399,9 +428,9 @@ class SparsePattern:
 
     def density_per_head(self) -> Tensor:
         """float64 ``[groups, num_heads]``: the share of each head's pairs that is kept."""
-        entries = torch.bincount(self._entry_heads(), minlength=self.groups * self.num_heads)
+        entries = torch.bincount(self._entry_heads(), minlength=self.groups * self._pattern_heads)
         density = entries.double() / max(self.num_queries * self.num_keys, 1)
-        return density.view(self.groups, self.num_heads)
+        return self._of_heads(density.view(self.groups, self._pattern_heads))
 
     @property
     def is_causal(self) -> bool:
@@ -412,11 +441,12 @@ class SparsePattern:
 
     def empty_rows(self) -> Tensor:
         """bool ``[groups, num_heads, num_queries]``: queries that keep no key, whose output is 0."""
-        return (self.crow_indices.diff() == 0).view(self.groups, self.num_heads, self.num_queries)
+        empty = self.crow_indices.diff() == 0
+        return self._of_heads(empty.view(self.groups, self._pattern_heads, self.num_queries))
 
     def empty_columns(self) -> Tensor:
         """bool ``[groups, num_heads, num_keys]``: keys that no query keeps."""
-        return ~self._used_columns().view(self.groups, self.num_heads, self.num_keys)
+        return self._of_heads(~self._used_columns().view(self.groups, self._pattern_heads, self.num_keys))
 
     @property
     def plan(self) -> Tensor:
@@ -498,13 +528,14 @@ class SparsePattern:
                 f"(got {key_heads} key heads, {self.num_heads} heads)"
             )
         readers = self.num_heads // key_heads
-        used = self._used_columns().view(self.groups, key_heads, readers, self.num_keys).any(2).any(0)
+        used_keys = self._used_columns().view(self.groups, self._pattern_heads, self.num_keys)
+        used = self._of_heads(used_keys).unflatten(1, (key_heads, readers)).any(2).any(0)
         new_key = used.cumsum(1) - 1
         num_kept = int(used.sum(1).max()) if self.num_keys else 0
         keep = torch.full((key_heads, num_kept), -1, dtype=torch.int64, device=self.device)
         head, key = used.nonzero(as_tuple=True)
         keep[head, new_key[head, key]] = key
-        entry_head = self._entry_heads() % self.num_heads // readers
+        entry_head = self._entry_heads() % self._pattern_heads // readers
         columns = new_key[entry_head, self.col_indices.long()]
         return self._like(self.crow_indices, columns, self.num_queries, num_kept), keep
 
@@ -528,12 +559,21 @@ class SparsePattern:
         as a constant in the gradient, which the normalisation of attention makes exact.
 
         Args:
-            bias: ``[1 | groups, num_heads, num_queries, num_keys]``, finite; with ``keep``, over all keys.
+            bias: ``[1 | groups, num_heads, num_queries, num_keys]``, finite; with ``keep``, over all keys. Of one head
+                where all share the pattern, which has one weight for each of its pairs.
             keep: of :meth:`compact`, where this pattern is what it returned.
+
+        Raises:
+            ValueError: a bias of several heads for a pattern that all heads share.
         """
+        if bias.size(1) != self._pattern_heads:
+            raise ValueError(
+                f"SparsePattern.exponentials: bias must have the pattern's {self._pattern_heads} heads "
+                f"(got shape {tuple(bias.shape)})"
+            )
         rows, columns = self._entry_rows(), self.col_indices.long()
         if keep is not None:
-            head = rows // max(self.num_queries, 1) % self.num_heads
+            head = rows // max(self.num_queries, 1) % self._pattern_heads
             columns = keep[head // (self.num_heads // keep.size(0)), columns]
         entries = bias.expand(self.groups, -1, -1, -1).flatten(0, 2)[rows, columns]
         largest = entries.new_full((self._num_rows,), -torch.inf)
@@ -558,8 +598,8 @@ class SparsePattern:
 
         Args:
             query: ``[B, num_heads, N, D]``, N = ``num_queries`` unless ``query_offsets`` says which rows these are.
-            key: ``[B, H, num_keys, D]``; num_heads is a multiple of H.
-            value: ``[B, H, num_keys, Dv]``.
+            key: ``[B, H, M, D]``; num_heads is a multiple of H. Keys from M to ``num_keys - 1`` are hidden.
+            value: ``[B, H, M, Dv]``.
             values: weights ``[nnz]`` with gradient, float32 (float64 with float64 inputs), or None for all ones.
             query_offsets: ``[B]``: query n of element b uses row ``n + query_offsets[b]``.
             kv_lens: the number of keys ``[B]`` of each batch element, or ``[B, H]`` of each of its key heads, as
@@ -581,6 +621,20 @@ class SparsePattern:
                 f"(got shape {tuple(query.shape)})"
             )
         lens_of_heads = kv_lens is not None and kv_lens.dim() == 2
+        if lens_of_heads and self.shared_heads and self.groups > 1:  # elements of a group would no longer take turns
+            pattern, entries = self._of_each_head()
+            return pattern.attend(
+                query,
+                key,
+                value,
+                None if values is None else values[entries],
+                query_offsets=query_offsets,
+                kv_lens=kv_lens,
+                dropout_p=dropout_p,
+                seed=seed,
+                scale=scale,
+                score=score,
+            )
         if kv_lens is not None and lens_of_heads:
             batch, _, queries, _ = query.shape
             # Heads become batch elements and their patterns groups: the rows of the CSR matrix stay where they are.
@@ -615,6 +669,7 @@ class SparsePattern:
             return NotImplemented
         return (
             self._sizes == other._sizes
+            and self.shared_heads == other.shared_heads
             and self.nnz == other.nnz
             and bool((self.crow_indices == other.crow_indices.to(self.device)).all())
             and bool((self.col_indices == other.col_indices.to(self.device)).all())
@@ -630,7 +685,8 @@ class SparsePattern:
     def __repr__(self) -> str:
         return (
             f"SparsePattern(num_heads={self.num_heads}, num_queries={self.num_queries}, num_keys={self.num_keys}, "
-            f"groups={self.groups}, nnz={self.nnz}, density={self.density:.4f}, device={str(self.device)!r})"
+            f"groups={self.groups}, {'shared_heads=True, ' if self.shared_heads else ''}nnz={self.nnz}, "
+            f"density={self.density:.4f}, device={str(self.device)!r})"
         )
 
     # ---------------------------------------------------------------- helpers
@@ -641,7 +697,25 @@ class SparsePattern:
 
     @property
     def _num_rows(self) -> int:
-        return self.groups * self.num_heads * self.num_queries
+        return self.crow_indices.numel() - 1
+
+    @property
+    def _pattern_heads(self) -> int:
+        """Heads of a group that are stored: ``num_heads``, or 1 where all share a pattern."""
+        return self.num_heads if self._num_rows == self.groups * self.num_heads * self.num_queries else 1
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """``x [groups, heads, ...]`` of the stored heads, for all of them."""
+        return x.expand(-1, self.num_heads, *x.shape[2:])
+
+    def _of_each_head(self) -> tuple[SparsePattern, Tensor]:
+        """A pattern that all heads share, stored for each, and the entry that each of its entries repeats."""
+        counts = self.crow_indices.diff().view(self.groups, 1, self.num_queries).expand(-1, self.num_heads, -1)
+        bounds = self.crow_indices[:: self.num_queries].tolist()
+        ranges = [torch.arange(*bound, device=self.device).repeat(self.num_heads) for bound in pairwise(bounds)]
+        entries = torch.cat(ranges)
+        crow, col = _offsets(counts.flatten()), self.col_indices[entries]
+        return self._like(crow, col, self.num_queries, self.num_keys), entries
 
     def _like(self, crow: Tensor, col: Tensor, num_queries: int, num_keys: int) -> SparsePattern:
         dtype = self.crow_indices.dtype
@@ -660,12 +734,12 @@ class SparsePattern:
         return rows.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
 
     def _entry_heads(self) -> Tensor:
-        """int64 ``[nnz]``: ``g * num_heads + h`` of each entry."""
+        """int64 ``[nnz]``: ``g * num_heads + h`` of each entry, or its group where all heads share a pattern."""
         return self._entry_rows() // max(self.num_queries, 1)
 
     def _used_columns(self) -> Tensor:
-        """bool ``[groups * num_heads * num_keys]``: keys that some query of the head keeps."""
-        used = torch.zeros(self.groups * self.num_heads * self.num_keys, dtype=torch.bool, device=self.device)
+        """bool ``[groups * stored heads * num_keys]``: keys that some query of the head keeps."""
+        used = torch.zeros(self.groups * self._pattern_heads * self.num_keys, dtype=torch.bool, device=self.device)
         used[self._entry_heads() * self.num_keys + self.col_indices] = True
         return used
 
@@ -675,7 +749,7 @@ class SparsePattern:
         query = rows % max(self.num_queries, 1)
         kept = (query >= start) & (query < stop) & (self.col_indices < num_keys)
         new_rows = rows[kept] // max(self.num_queries, 1) * (stop - start) + query[kept] - start
-        counts = torch.bincount(new_rows, minlength=self.groups * self.num_heads * (stop - start))
+        counts = torch.bincount(new_rows, minlength=self.groups * self._pattern_heads * (stop - start))
         return self._like(_offsets(counts), self.col_indices[kept], stop - start, num_keys)
 
 

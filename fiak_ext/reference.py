@@ -79,8 +79,9 @@ def csr_attention(
     """Attention over the pairs of a CSR pattern only, computed densely.
 
     Args:
-        crow_indices: ``[G * Hq * num_queries + 1]``, row offsets; batch element ``b`` uses group ``b % G``.
-        col_indices: ``[nnz]``, the keys of each row.
+        crow_indices: ``[G * Hq * num_queries + 1]``, row offsets, or ``[G * num_queries + 1]``, G not a multiple of
+            Hq, where all query heads share a pattern; batch element ``b`` uses group ``b % G``.
+        col_indices: ``[nnz]``, the keys of each row; those that ``key`` does not have are hidden.
         values: ``[nnz]``, the weights of the pairs, or None for all ones.
         query_offsets: ``[B]``; query ``n`` of element ``b`` uses row ``n + query_offsets[b]`` of its head.
         num_queries: rows of the pattern for each head, by default ``N``.
@@ -93,18 +94,21 @@ def csr_attention(
     num_queries = queries if num_queries is None else num_queries
     num_rows = crow_indices.numel() - 1
     row = torch.repeat_interleave(torch.arange(num_rows, device=device), crow_indices.long().diff())
-    entry = row * keys + col_indices.long()
-    weight = torch.ones(entry.numel(), device=device) if values is None else values
+    there = col_indices < keys
+    entry = row[there] * keys + col_indices[there].long()
+    weight = torch.ones(entry.numel(), device=device) if values is None else values[there]
     dense = torch.zeros(num_rows * keys, dtype=dtype, device=device).index_put((entry,), weight.to(dtype))
     pattern = torch.zeros(num_rows * keys, dtype=torch.bool, device=device).index_fill(0, entry, True)
 
-    groups = num_rows // max(heads * num_queries, 1)
+    pattern_heads = num_rows // max(num_queries, 1)
+    of_group = heads if pattern_heads % max(heads, 1) == 0 else 1  # one that all query heads share
+    groups = pattern_heads // max(of_group, 1)
     group = torch.arange(batch, device=device)[:, None, None] % max(groups, 1)
     head = torch.arange(heads, device=device)[:, None]
     offset = torch.zeros(batch, dtype=torch.long, device=device) if query_offsets is None else query_offsets.long()
     query_row = torch.arange(queries, device=device) + offset[:, None, None]  # [B, 1, N]
-    which = (group, head, query_row)
-    shape = (groups, heads, num_queries, keys)
+    which = (group, head if of_group == heads else torch.zeros_like(head), query_row)
+    shape = (groups, of_group, num_queries, keys)
 
     kept = None
     if dropout_p > 0:

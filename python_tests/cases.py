@@ -46,6 +46,8 @@ class Case:
     index_dtype: torch.dtype = torch.int64
     planned: bool = False
     more_rows: int = 0  # rows of the pattern beyond the queries, which have random offsets then
+    more_keys: int = 0  # columns of the pattern beyond the keys
+    shared_pattern: bool = False  # by all query heads; where their number divides the groups, each has its own
 
     def __str__(self) -> str:
         changed = {name: value for name, value in vars(self).items() if value != getattr(Case(self.op), name)}
@@ -81,14 +83,16 @@ class Case:
         self, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor], dict[str, Any]]:
         num_queries = self.queries + self.more_rows
-        mask = torch.rand(self.groups * self.query_heads * num_queries, self.keys, generator=generator) < self.kept
+        heads = 1 if self.shared_pattern and self.groups % max(self.query_heads, 1) else self.query_heads
+        num_keys = self.keys + self.more_keys
+        mask = torch.rand(self.groups * heads * num_queries, num_keys, generator=generator) < self.kept
         crow, col = csr_of(mask, self.index_dtype)
         weight = _weights((col.numel(),), dtype, generator) if self.values else None
         options: dict[str, Any] = {}
         if self.more_rows:
             options["query_offsets"] = torch.randint(self.more_rows + 1, (self.batch,), generator=generator)
-        if self.planned or self.more_rows:
-            options["plan"] = torch.ops.fiak.csr_plan(crow, col, num_queries, self.keys)
+        if self.planned or self.more_rows or self.more_keys:
+            options["plan"] = torch.ops.fiak.csr_plan(crow, col, num_queries, num_keys)
         return weight, (crow, col), options
 
 
@@ -215,6 +219,10 @@ CSR_CASES = [
     Case("csr_attention", values=True, dropout_p=0.3, kept=0.2, scale=-0.7, layouts=("strided columns",) * 3),
     Case("csr_attention", kept=0.0),
     Case("csr_attention", scale=0.0, kept=1.0, planned=True),
+    Case("csr_attention", query_heads=4, key_heads=2, shared_pattern=True, values=True, score="gaussian"),
+    Case("csr_attention", query_heads=4, groups=2, batch=4, shared_pattern=True, more_rows=2, dropout_p=0.4, kept=0.3),
+    Case("csr_attention", more_keys=3, values=True, kv_lens=True),
+    Case("csr_attention", more_keys=40, more_rows=3, query_heads=3, key_heads=1, shared_pattern=True, kept=0.3),
 ]
 
 
@@ -228,6 +236,7 @@ LARGE_CSR_CASES = [
     Case("csr_attention", query_heads=4, key_heads=4, queries=197, keys=197, head_size=48, value_size=48, kept=0.3),
     Case("csr_attention", queries=256, keys=256, head_size=16, value_size=16, kept=0.1, values=True, planned=True),
     Case("csr_attention", batch=1, queries=150, keys=1000, head_size=128, value_size=64, kept=0.5, score="gaussian"),
+    Case("csr_attention", queries=150, keys=300, more_keys=500, shared_pattern=True, kept=0.6, head_size=16),
 ]
 
 
@@ -262,6 +271,8 @@ def random_case(op: str, seed: int) -> Case:
         index_dtype=torch.int32 if rng.random() < 0.5 else torch.int64,
         planned=bool(rng.random() < 0.5),
         more_rows=int(rng.integers(0, 6)) if rng.random() < 0.3 else 0,
+        more_keys=int(rng.integers(0, 60)) if rng.random() < 0.3 else 0,
+        shared_pattern=bool(rng.random() < 0.3),
     )
 
 

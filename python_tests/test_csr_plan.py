@@ -39,10 +39,48 @@ def test_size_depends_on_shapes_and_nnz_only() -> None:
     assert csr_plan(crow, col, 3, 4).shape == csr_plan(*other, 3, 4).shape
 
 
-def test_memory_is_at_most_10_bytes_an_entry() -> None:
-    crow, col = csr_of(torch.ones(4 * 256, 256, dtype=torch.bool))
-    fixed = 8 * (4 * 256 + 4 * 256) + 1024
-    assert csr_plan(crow, col, 256, 256).numel() <= 10 * col.numel() + fixed
+@pytest.mark.parametrize(
+    ("rows", "queries", "keys", "entries"),
+    [
+        (1024, 256, 256, 256),  # all pairs, with bits
+        (1024, 256, 256, 20),
+        (1024, 1, 256, 256),
+        (70_000, 70_000, 70_000, 3),
+        (65_537, 65_537, 65_537, 10),
+        (1_000_000, 1_000_000, 1_000_000, 10),
+        (64, 64, 1_000_000, 100),
+        (1_000_000, 1_000_000, 8, 1),
+        (7, 7, 100_000_000, 5),
+        (12, 3, 2**31 - 1, 100),
+        (8, 8, 4096, 1),
+        (197 * 12, 197, 197, 13),
+    ],
+)
+def test_memory_is_at_most_two_and_a_half_times_the_pattern(rows: int, queries: int, keys: int, entries: int) -> None:
+    crow = torch.arange(0, rows * entries + 1, entries, dtype=torch.int32)
+    first = torch.arange(rows) * 12345 % (keys - entries + 1)
+    col = (first[:, None] + torch.arange(entries)).flatten().int()
+    plan = csr_plan(crow, col, queries, keys)
+    assert plan.nbytes <= 2.5 * (crow.nbytes + col.nbytes) + 1024
+    assert csr_plan(crow.to("meta"), col.to("meta"), queries, keys).shape == plan.shape
+
+
+@pytest.mark.parametrize("name", ["num_queries", "num_keys"])
+@pytest.mark.parametrize("size", [2**31, 2**40, 2**60, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_whose_products_overflow(name: str, size: int, device: str) -> None:
+    crow, col = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, 0))
+    sizes = {"num_queries": 1, "num_keys": 4, name: size}
+    with pytest.raises(RuntimeError, match=rf"^csr_plan: {name} must be at most 2147483647 \(got {size}\)"):
+        csr_plan(crow, col, **sizes)
+
+
+def test_more_rows_and_entries_than_memory_has() -> None:
+    many, few = (torch.zeros(1, dtype=torch.int64, device="meta").expand(n) for n in (2**60 + 1, 2))
+    with pytest.raises(RuntimeError, match=r"^csr_plan: crow_indices must have at most 2\^48 elements"):
+        csr_plan(many, few, 1, 4)
+    with pytest.raises(RuntimeError, match=r"^csr_plan: col_indices must have at most 2\^48 elements"):
+        csr_plan(few, many, 1, 4)
 
 
 def test_opcheck() -> None:

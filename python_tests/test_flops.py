@@ -332,6 +332,20 @@ def test_csr_attention(groups: int, kv_lens: Tensor | None) -> None:
     assert counted(lambda: pattern.attend(query, key, value, kv_lens=kv_lens)) == 2 * (5 + 3) * pairs
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_csr_attention_of_a_shared_pattern_and_fewer_keys(groups: int) -> None:
+    query, key, value = inputs(2 * groups, 4, 2, 6, 9, 5, 3)
+    mask = torch.rand(groups, 1, 6, 12) < 0.5
+    shared = SparsePattern.from_mask(mask, num_heads=4)
+    expected = 8 * 2 * 4 * int(mask[..., :9].sum())
+    assert counted(lambda: shared.attend(query, key, value)) == 2 * expected
+    own = SparsePattern.from_mask(mask.expand(-1, 4, -1, -1))
+    assert counted(lambda: own.attend(query, key, value)) == 2 * expected
+    lens = torch.full((2 * groups,), 7)
+    visible = 8 * 2 * 4 * int(mask[..., :7].sum())
+    assert counted(lambda: shared.attend(query, key, value, kv_lens=lens)) == 2 * visible
+
+
 def test_csr_attention_of_later_queries() -> None:
     query, key, value = inputs(3, 2, 2, 2, 8, 4, 4)
     mask = torch.rand(1, 2, 8, 8) < 0.5

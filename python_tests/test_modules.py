@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiak_ext import MultiHeadSelfAttention, PriorAttention, SparsePattern, reference
 
@@ -203,6 +205,36 @@ def test_shorter_inputs(state: str, is_causal: bool) -> None:
             torch.testing.assert_close(
                 attention(*inputs, kv_lens=lens), expected_output(attention, inputs, kv_lens=lens)
             )
+
+
+class _Made(TorchDispatchMode):
+    """Counts the numbers of all tensors that ops make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.numbers += tensor.numel()
+        return result
+
+
+@pytest.mark.parametrize("lens", [None, torch.tensor([20, 7])], ids=["all", "lens"])
+def test_a_pruned_step_makes_nothing_of_the_longest_inputs_size(lens: Tensor | None) -> None:
+    made = []
+    for longest in (32, 64, 512, 2048):
+        attention = pruned(longest, longest)
+        query, key, value = random_inputs(2, 1, 20)
+        offsets = torch.tensor([19, 6])
+        with torch.no_grad():
+            attention(query, key, value, kv_lens=lens, query_offsets=offsets)  # the plan
+            with _Made() as counts:
+                attention(query, key, value, kv_lens=lens, query_offsets=offsets)
+        made.append(counts.numbers)
+    assert made == made[:1] * 4
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

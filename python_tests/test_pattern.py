@@ -328,8 +328,8 @@ def window_mask(sizes: tuple[int, int], window: tuple[int, int], num_sinks: int,
 @pytest.mark.parametrize("sizes", [(12, 12), (5, 17), (17, 5), (0, 3), (3, 0), (1, 1)])
 def test_from_window(sizes: tuple[int, int], window: tuple[int, int], num_sinks: int, is_causal: bool) -> None:
     pattern = SparsePattern.from_window(3, *sizes, window_size=window, num_sinks=num_sinks, is_causal=is_causal)
-    mask = window_mask(sizes, window, num_sinks, is_causal).expand(3, -1, -1)
-    assert pattern == SparsePattern.from_mask(mask)
+    mask = window_mask(sizes, window, num_sinks, is_causal)[None]
+    assert pattern == SparsePattern.from_mask(mask, num_heads=3)
     assert pattern.is_causal == bool((mask == mask.tril()).all())
     _ = pattern.plan
 
@@ -361,7 +361,7 @@ def test_from_block_mask(batch: int | None, heads: int | None, sizes: tuple[int,
     assert SparsePattern.from_block_mask(block_mask) == SparsePattern.from_mask(mask)
     if heads is None:
         pattern = SparsePattern.from_block_mask(block_mask, num_heads=4)
-        assert pattern == SparsePattern.from_mask(mask.expand(-1, 4, -1, -1))
+        assert pattern == SparsePattern.from_mask(mask, num_heads=4)
     else:
         with pytest.raises(ValueError, match=r"num_heads must be the mask's 3 \(got 4\)"):
             SparsePattern.from_block_mask(block_mask, num_heads=4)
@@ -450,3 +450,105 @@ def test_a_causal_module_refuses_what_is_above_the_diagonal(row: int, column: in
     else:
         with pytest.raises(ValueError, match="no pair above the diagonal"):
             attention.set_pattern(pattern)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns that all heads share
+
+
+@pytest.fixture(params=[(1, 4, 7, 9), (1, 2, 300, 17), (2, 3, 5, 5), (1, 3, 0, 4), (1, 2, 4, 0)], ids=str)
+def pair(request: pytest.FixtureRequest) -> tuple[SparsePattern, SparsePattern]:
+    """A pattern stored once for all heads, and the same stored for each."""
+    groups, heads, queries, keys = request.param
+    mask = random_mask(groups, 1, queries, keys)
+    return SparsePattern.from_mask(mask, num_heads=heads), SparsePattern.from_mask(mask.expand(-1, heads, -1, -1))
+
+
+def test_a_shared_pattern_is_that_of_each_head(pair: tuple[SparsePattern, SparsePattern]) -> None:
+    shared, own = pair
+    assert shared.shared_heads == (shared.num_queries > 0)
+    assert not own.shared_heads
+    assert torch.equal(shared.to_mask(), own.to_mask())
+    assert torch.equal(shared.density_per_head(), own.density_per_head())
+    assert torch.equal(shared.empty_rows(), own.empty_rows())
+    assert torch.equal(shared.empty_columns(), own.empty_columns())
+    assert shared.density == own.density
+    if shared.shared_heads:
+        assert shared.nnz * shared.num_heads == own.nnz
+        assert shared != own
+        assert "shared_heads=True" in repr(shared)
+    queries, keys = shared.num_queries // 2, shared.num_keys // 2
+    for ours, theirs in (
+        (shared.crop(queries, keys), own.crop(queries, keys)),
+        (shared.rows(queries, shared.num_queries), own.rows(queries, own.num_queries)),
+        (shared.clone(), own.clone()),
+        (pickle.loads(pickle.dumps(shared)), own),
+        (SparsePattern.from_state_dict(shared.state_dict()), own),
+    ):
+        assert torch.equal(ours.to_mask(), theirs.to_mask())
+        assert ours.shared_heads == (ours.num_queries > 0)
+
+
+def test_a_shared_pattern_costs_one_heads_memory() -> None:
+    mask = random_mask(1, 1, 300, 200)
+    one, shared = SparsePattern.from_mask(mask), SparsePattern.from_mask(mask, num_heads=12)
+    assert shared.num_bytes == one.num_bytes
+    assert shared.plan.nbytes == one.plan.nbytes
+    assert shared.to_torch_csr().shape == (300, 200)
+    query, key, value = (torch.randn(2, 12, n, 8) for n in (300, 200, 200))
+    torch.testing.assert_close(
+        shared.attend(query, key, value), SparsePattern.from_mask(mask.expand(-1, 12, -1, -1)).attend(query, key, value)
+    )
+
+
+@pytest.mark.parametrize(("groups", "heads", "key_heads"), [(1, 4, 4), (1, 4, 2), (1, 4, 1), (2, 3, 3), (2, 6, 3)])
+def test_a_shared_pattern_attends_as_each_heads(groups: int, heads: int, key_heads: int) -> None:
+    mask = random_mask(groups, 1, 6, 9, density=0.4)
+    mask[..., 3] = False
+    if groups % heads == 0:
+        return
+    shared, own = SparsePattern.from_mask(mask, heads), SparsePattern.from_mask(mask.expand(-1, heads, -1, -1))
+    batch = 2 * groups
+    query = torch.randn(batch, heads, 6, 5, dtype=torch.float64)
+    key, value = (torch.randn(batch, key_heads, 9, 5, dtype=torch.float64) for _ in range(2))
+    lens = torch.randint(10, (batch, key_heads))
+    for kv_lens in (None, lens[:, 0], lens):
+        torch.testing.assert_close(
+            shared.attend(query, key, value, kv_lens=kv_lens), own.attend(query, key, value, kv_lens=kv_lens)
+        )
+    compacted, keep = shared.compact(key_heads)
+    theirs, their_keep = own.compact(key_heads)
+    assert compacted.shared_heads
+    assert torch.equal(keep, their_keep)
+    assert torch.equal(compacted.to_mask(), theirs.to_mask())
+
+
+def test_weights_of_a_shared_pattern() -> None:
+    shared = SparsePattern.from_mask(random_mask(1, 1, 6, 9), num_heads=4)
+    bias = torch.randn(1, 1, 6, 9, dtype=torch.float64, requires_grad=True)
+    query, key, value = (torch.randn(2, 4, n, 5, dtype=torch.float64) for n in (6, 9, 9))
+    ours = shared.attend(query, key, value, shared.exponentials(bias))
+    mask = torch.where(shared.to_mask(), bias, -torch.inf)
+    theirs = torch.nan_to_num(torch.nn.functional.scaled_dot_product_attention(query, key, value, mask))
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(output.square().sum(), bias, retain_graph=True)[0] for output in (ours, theirs)]
+    torch.testing.assert_close(grads[0], torch.nan_to_num(grads[1]))
+    with pytest.raises(ValueError, match=r"exponentials: bias must have the pattern's 1 heads \(got shape"):
+        shared.exponentials(torch.zeros(1, 4, 6, 9))
+
+
+def test_shared_patterns_that_the_op_would_take_for_heads_are_refused() -> None:
+    crow, col = torch.zeros(4 * 3 + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    for heads in (2, 4):
+        with pytest.raises(ValueError, match=r"groups must not be a multiple of num_heads .* \(got 4 groups"):
+            SparsePattern(crow, col, heads, 3, 5, groups=4)
+    assert SparsePattern(crow, col, 3, 3, 5, groups=4).shared_heads
+
+
+def test_sizes_are_looked_at_before_memory_is_taken() -> None:
+    state = SparsePattern.from_mask(random_mask(1, 5, 7)).state_dict()
+    wide = SparsePattern.from_state_dict({**state, "sizes": torch.tensor([1, 1, 5, 100_000_000])})
+    assert wide.plan.nbytes < 4096
+    for size in (2**31, 2**63 - 1):
+        with pytest.raises(RuntimeError, match=r"csr_plan: num_keys must be at most 2147483647"):
+            SparsePattern.from_state_dict({**state, "sizes": torch.tensor([1, 1, 5, size])})

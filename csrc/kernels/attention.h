@@ -28,10 +28,30 @@ struct PriorArgs : AttentionArgs {
   int64_t prior_group_stride = 0, prior_head_stride = 0, prior_row_stride = 0;  ///< 0 where broadcast
 };
 
+/// Which head of a pattern a query head reads. A pattern of G * query_heads heads has G groups of them; one of any
+/// other number of heads has that many groups, each of one head that all query heads share. Element b uses group b %
+/// groups.
+struct PatternHeads {
+  int64_t groups, heads;  ///< heads of a group: query_heads or 1
+  FIAK_HOST_DEVICE PatternHeads(int64_t plan_heads, int64_t query_heads) {
+    heads = query_heads > 0 && plan_heads % query_heads == 0 ? query_heads : 1;
+    groups = plan_heads / heads;
+  }
+  FIAK_HOST_DEVICE int64_t head_of(int64_t b, int64_t h) const {
+    return heads == 1 ? b % groups : b % groups * heads + h;
+  }
+};
+
 struct CsrArgs : AttentionArgs {
   PlanView plan;
   const void* values = nullptr;            ///< weights [nnz], float (double with double), or null for all ones
   const int64_t* query_offsets = nullptr;  ///< [batch]: query n is row n + offset of its head, or null for 0
+
+  /// How many heads of the plan a batch element reads: all query heads share one, or each has its own (PatternHeads).
+  int64_t pattern_heads() const { return PatternHeads(plan.heads, query_heads).heads; }
+  int64_t groups() const { return PatternHeads(plan.heads, query_heads).groups; }
+  /// The plan's head that query head h of element b reads.
+  int64_t plan_head(int64_t b, int64_t h) const { return PatternHeads(plan.heads, query_heads).head_of(b, h); }
 };
 
 struct ForwardResult {

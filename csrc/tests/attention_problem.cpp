@@ -189,7 +189,7 @@ bool Problem::in_support(int64_t b, int64_t h, int64_t n, int64_t j) const {
   if (pattern == nullptr) {
     return !has_weight || weight.at(b % weight.batch, weight.heads == 1 ? 0 : h, weight.rows == 1 ? 0 : n, j) > 0;
   }
-  const int64_t row = (b % (pattern->heads / args.query_heads) * args.query_heads + h) * pattern->queries + n +
+  const int64_t row = PatternHeads(pattern->heads, args.query_heads).head_of(b, h) * pattern->queries + n +
                       (query_offsets.empty() ? 0 : query_offsets[b]);
   for (int64_t entry = pattern->crow[row]; entry < pattern->crow[row + 1]; ++entry) {
     if (pattern->col[entry] == j) return !has_weight || weight.at(0, 0, 0, entry) > 0;
@@ -204,7 +204,9 @@ std::string Problem::describe() const {
        << args.value_size << (args.score == Score::kGaussian ? " gaussian" : "") << (is_causal ? " causal" : "")
        << " scale " << args.scale << " dropout " << args.dropout_p << (kv_lens.empty() ? "" : " kv_lens");
   if (pattern != nullptr) {
-    text << " rows " << pattern->queries << " nnz " << pattern->nnz() << " groups " << pattern->heads / args.query_heads
+    const PatternHeads heads(pattern->heads, args.query_heads);
+    text << " rows " << pattern->queries << " keys " << pattern->keys << " nnz " << pattern->nnz() << " groups "
+         << heads.groups << (heads.heads < args.query_heads ? " shared" : "")
          << (query_offsets.empty() ? "" : " offsets") << (has_weight ? " values" : "");
   } else if (has_weight) {
     text << " prior " << weight.batch << " " << weight.heads << " " << weight.rows;
@@ -337,13 +339,15 @@ Sizes decode_sizes(Random& random) {
 void hide_unseen_keys(Problem& problem) {
   const AttentionArgs& args = problem.args;
   const Pattern& pattern = *problem.pattern;
-  const int64_t groups = pattern.heads / args.query_heads, rows = pattern.queries;
+  const PatternHeads heads(pattern.heads, args.query_heads);
+  const int64_t rows = pattern.queries;
   std::vector<bool> kept(args.batch * args.key_heads * args.keys, false);
   const int64_t shared = args.query_heads / args.key_heads;
   for (int64_t b = 0; b < args.batch; ++b) {
     for (int64_t h = 0; h < args.query_heads; ++h) {
-      const int64_t first = (b % groups * args.query_heads + h) * rows;
+      const int64_t first = heads.head_of(b, h) * rows;
       for (int64_t entry = pattern.crow[first]; entry < pattern.crow[first + rows]; ++entry) {
+        if (pattern.col[entry] >= args.keys) continue;
         kept[(b * args.key_heads + h / shared) * args.keys + pattern.col[entry]] = true;
       }
     }
@@ -356,7 +360,8 @@ void hide_unseen_keys(Problem& problem) {
   }
 }
 
-/// Adds the rest of a call of csr_attention to a problem, with the pattern that make(heads, rows) gives.
+/// Adds the rest of a call of csr_attention to a problem, with the pattern that make(heads, rows, keys) gives. Some
+/// patterns have more columns than there are keys, and some are shared by all heads.
 template <class MakePattern>
 Problem with_pattern(Random& random, Problem problem, double values, MakePattern&& make) {
   const AttentionArgs& args = problem.args;
@@ -366,7 +371,9 @@ Problem with_pattern(Random& random, Problem problem, double values, MakePattern
     rows += random.integer(0, 20);
     for (int64_t b = 0; b < args.batch; ++b) problem.query_offsets.push_back(random.integer(0, rows - args.queries));
   }
-  problem.pattern = std::make_shared<Pattern>(make(groups * args.query_heads, rows));
+  const bool shared = args.query_heads > 1 && groups % args.query_heads != 0 && random.chance(0.3);
+  const int64_t keys = args.keys + (random.chance(0.2) ? random.integer(1, 70) : 0);
+  problem.pattern = std::make_shared<Pattern>(make(groups * (shared ? 1 : args.query_heads), rows, keys));
   const Pattern& pattern = *problem.pattern;
   problem.has_weight = random.chance(values);
   problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? pattern.nnz() : 0);
@@ -399,9 +406,9 @@ Pattern structured_pattern(Random& random, int64_t heads, int64_t rows, int64_t 
 }
 
 Problem with_random_pattern(Random& random, const Problem& problem) {
-  return with_pattern(random, problem, 0.5, [&](int64_t heads, int64_t rows) {
+  return with_pattern(random, problem, 0.5, [&](int64_t heads, int64_t rows, int64_t keys) {
     const double density = random.chance(0.1) ? 0 : random.real(0, 1);
-    return Pattern(random, heads, rows, problem.args.keys, density, random.chance(0.3));
+    return Pattern(random, heads, rows, keys, density, random.chance(0.3));
   });
 }
 
@@ -472,8 +479,8 @@ Problem random_prior_decode_problem(Random& random, DType dtype) {
 Problem random_long_csr_problem(Random& random, DType dtype) {
   const Sizes sizes{random.integer(1, 260), random.integer(40, random.chance(0.4) ? 1300 : 260), 20};
   const Problem problem = random_problem(random, dtype, &sizes);
-  return with_pattern(random, problem, 0, [&](int64_t heads, int64_t rows) {
-    return structured_pattern(random, heads, rows, problem.args.keys);
+  return with_pattern(random, problem, 0, [&](int64_t heads, int64_t rows, int64_t keys) {
+    return structured_pattern(random, heads, rows, keys);
   });
 }
 
@@ -649,8 +656,8 @@ void KernelChecks::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
             bool nan;
             if (problem.pattern != nullptr) {
               const Pattern& pattern = *problem.pattern;
-              const int64_t groups = pattern.heads / args.query_heads;
-              const int64_t row = (b % groups * args.query_heads + h) * pattern.queries + n +
+              const PatternHeads heads(pattern.heads, args.query_heads);
+              const int64_t row = heads.head_of(b, h) * pattern.queries + n +
                                   (problem.query_offsets.empty() ? 0 : problem.query_offsets[b]);
               nan = pattern.crow[row] <= at_w && at_w < pattern.crow[row + 1] && pattern.col[at_w] < problem.keys_of(b);
             } else {

@@ -86,7 +86,8 @@ struct CsrCase {
   Kept kept;
 };
 Problem csr_problem(Random& random, const CsrCase& properties);
-/// The same with a pattern of groups * query heads, of at least `queries` rows each.
+/// The same with a pattern of groups * query heads, or of groups that all heads share, of at least `queries` rows and
+/// `keys` columns each.
 Problem csr_problem(Random& random, const CsrCase& properties, std::shared_ptr<Pattern> pattern);
 
 /// What some implementation's kernels must do in one dtype.

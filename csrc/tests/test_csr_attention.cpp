@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <set>
 #include <stdexcept>
 
 #include "kernels/cpu/cost_model.h"
@@ -14,7 +15,7 @@ class CsrAttention : public KernelTest {
   /// The check with each kernel wherever it can run, and with their choice.
   template <class Check>
   void with_each_kernel(Check&& check) {
-    for (const char* kernel : {"entries", "blocks", "dense", "auto"}) {
+    for (const char* kernel : {"entries", "blocks", "dense", "rows", "auto"}) {
       setenv("FIAK_CSR_KERNEL", kernel, 1);
       SCOPED_TRACE(kernel);
       check();
@@ -61,7 +62,7 @@ TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupportOfFewQueries) {
   ignores_huge_scores_outside_the_support(random_csr_decode_problem, 6);
 }
 
-/// A call whose pattern spans several of the plan's blocks of 65536.
+/// A call whose pattern has rows and columns that 16 bits may not tell apart.
 Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys, double density) {
   Problem problem;
   problem.args.batch = 1;
@@ -86,9 +87,10 @@ Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys,
   return problem;
 }
 
-TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
+TEST_P(CsrAttention, OfLongRowsAndColumns) {
   Random random(20);
-  for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>(2, 70000), {70000, 3}, {700, 650}}) {
+  for (const auto& [queries, keys] :
+       {std::pair<int64_t, int64_t>(2, 65536), {2, 65537}, {50, 70000}, {65537, 3}, {70000, 3}, {700, 650}}) {
     const Problem problem = long_problem(random, dtype(), queries, keys, 0.05);
     Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
     problem.backward(scalar(), threads(1), exact);
@@ -113,6 +115,38 @@ TEST_P(CsrAttention, SpansBlocksOfKeysAndQueries) {
         expect_identical(several.*member, actual.*member, problem.describe() + " on " + std::to_string(count));
       }
     }
+  }
+}
+
+/// How often the caller's threads are asked to work: three times for each tile of queries and keys that backward walks.
+int64_t times_asked = 0;
+
+/// Three entries a row: whatever tiles they are cut into, most of these are empty.
+TEST_P(CsrAttention, BackwardOfFewEntriesWalksNoEmptyTiles) {
+  Random random(27);
+  for (const int64_t side : {4096, 8192, 16384, 65535, 65536, 65537, 131072}) {
+    std::vector<int64_t> crow{0}, col;
+    for (int64_t row = 0; row < side; ++row) {
+      std::set<int64_t> kept;
+      for (int i = 0; i < 3; ++i) kept.insert(random.integer(0, side - 1));
+      col.insert(col.end(), kept.begin(), kept.end());
+      crow.push_back(static_cast<int64_t>(col.size()));
+    }
+    CsrCase properties{};
+    properties.dtype = dtype();
+    properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
+    properties.queries = properties.keys = side;
+    properties.head_size = properties.value_size = 4;
+    properties.scale_factor = 1;
+    const Problem problem = csr_problem(random, properties, std::make_shared<Pattern>(1, side, side, crow, col));
+    Results results = problem.forward(kernels(), dtype(), threads(1));
+    const Parallel counting = {2, [](int64_t tasks, void (*task)(void*, int64_t), void* context) {
+                                 ++times_asked;
+                                 for (int64_t i = 0; i < tasks; ++i) task(context, i);
+                               }};
+    times_asked = 0;
+    problem.backward(kernels(), counting, results);
+    EXPECT_LE(times_asked, side / 5) << side;  // in proportion to the entries; tiles are of up to 320 queries and keys
   }
 }
 
@@ -191,7 +225,9 @@ TEST(CsrAttentionFloat64, EqualsPriorAttentionOfTheDenseWeights) {
   for (int round = 0; round < 100; ++round) {
     Problem csr = random_csr_problem(random, DType::kFloat32);
     const AttentionArgs& args = csr.args;
-    if (!csr.query_offsets.empty()) continue;
+    if (!csr.query_offsets.empty() || csr.pattern->keys != args.keys || csr.pattern->heads % args.query_heads != 0) {
+      continue;
+    }
     // Columns that nobody keeps are NaN, which weight 0 does not hide from a prior's own gradient.
     for (Tensor* operand : {&csr.key, &csr.value}) {
       operand->fill(random);

@@ -99,8 +99,8 @@ TEST_P(CsrAttentionCuda, GivesTheSameBitsInAnyOrder) {  // with every number of 
   with_each_kernel([&] { gives_the_same_bits_on_any_number_of_threads(random_csr_problem, 1); });
 }
 
-/// Rows of several of the plan's blocks of 65536 keys, and columns of several of its blocks of 65536 queries.
-TEST_P(CsrAttentionCuda, SpansBlocksOfKeysAndQueries) {
+/// Rows and columns with more entries than 16 bits tell apart, and columns that the plan has no offsets of.
+TEST_P(CsrAttentionCuda, OfLongRowsAndColumns) {
   if (simt::kThreadSanitizer) GTEST_SKIP() << "the plain build does it";
   CsrCase properties{};
   properties.dtype = dtype();
@@ -128,6 +128,8 @@ TEST_P(CsrAttentionCuda, SpansBlocksOfKeysAndQueries) {
   Problem wide = csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 3, 66000, 0.01));
   wide.kv_lens = {65990};
   check(wide, kGradQuery | kGradWeight);
+  properties.keys = 70;
+  check(csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 3, 66000, 0.01)), kAllGrads);
   properties.queries = 80;
   properties.keys = 3;
   properties.has_query_offsets = true;
@@ -254,6 +256,10 @@ TEST(CudaCounts, OfCsrAttention) {
       Results results = problem.forward(kCudaKernels, properties.dtype, threads(1));
       problem.backward(kCudaKernels, threads(1), results);
       const int64_t row_bytes = 48 * 2, rows = properties.batch * pattern->nnz();
+      for (auto i = simt::counts.begin(); i != simt::counts.end();) {  // kernels that find no head end at once
+        const bool is_idle = i->first.find("entries") != std::string::npos && i->second.loaded_bytes == 0;
+        i = is_idle ? simt::counts.erase(i) : std::next(i);
+      }
       for (const auto& [kernel, counts] : simt::counts) {
         const bool by_entries = kernel.find("entries") != std::string::npos;
         if (by_entries) {
@@ -322,6 +328,9 @@ TEST_F(CsrAttentionCudaChecks, TrapOnAPlanOfAnotherPattern) {
   EXPECT_FALSE(traps([](cuda::CsrWeights&) {}));
   EXPECT_TRUE(traps([](cuda::CsrWeights& weights) { ++weights.nnz; }));
   EXPECT_TRUE(traps([](cuda::CsrWeights& weights) { --weights.num_rows; }));
+  problem_.args.keys = 6;  // more than the pattern has
+  EXPECT_TRUE(traps([](cuda::CsrWeights&) {}));
+  problem_.args.keys = 5;
   EXPECT_TRUE(traps([](cuda::CsrWeights& weights) { weights.plan_bytes -= 64; }));
   static PlanHeader other;
   EXPECT_TRUE(traps([](cuda::CsrWeights& weights) {

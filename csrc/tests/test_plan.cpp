@@ -1,7 +1,9 @@
 // check_csr on malformed indices of every kind, and plans against a brute-force transpose.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -105,42 +107,49 @@ void expect_plan_of(const Pattern& pattern, const PlanView& plan) {
   ASSERT_EQ(plan.num_queries, pattern.queries);
   ASSERT_EQ(plan.num_keys, pattern.keys);
   ASSERT_EQ(plan.nnz, pattern.nnz());
-  std::vector<Indices> columns(plan.heads * plan.num_keys);  // entries of every column, as row-major places
+  ASSERT_EQ(plan.columns != nullptr, pattern.keys <= 65536);
+  std::map<std::pair<int64_t, int64_t>, Indices> columns;  // entries of every column, as row-major places
   for (int64_t row = 0; row < plan.heads * plan.num_queries; ++row) {
-    const int64_t* segment = plan.row_segments + row * plan.key_blocks;
-    ASSERT_EQ(segment[0], pattern.crow[row]);
-    ASSERT_EQ(segment[plan.key_blocks], pattern.crow[row + 1]);
-    for (int64_t block = 0; block < plan.key_blocks; ++block) {
-      for (int64_t entry = segment[block]; entry < segment[block + 1]; ++entry) {
-        ASSERT_EQ(block * kPlanBlock + plan.columns[entry], pattern.col[entry]);
-        columns[row / plan.num_queries * plan.num_keys + pattern.col[entry]].push_back(entry);
-      }
+    const PlanRange entries = plan.row(row);
+    ASSERT_EQ(entries.begin, pattern.crow[row]);
+    ASSERT_EQ(entries.end, pattern.crow[row + 1]);
+    for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
+      ASSERT_EQ(plan.column(entry), pattern.col[entry]);
+      columns[{row / plan.num_queries, pattern.col[entry]}].push_back(entry);
     }
   }
   int64_t place = 0;
-  for (size_t column = 0; column < columns.size(); ++column) {
-    const int64_t* segment = plan.column_segments + column * plan.query_blocks;
-    const int64_t first_row = static_cast<int64_t>(column) / plan.num_keys * plan.num_queries;
-    const int64_t first = pattern.crow[first_row];
-    ASSERT_EQ(segment[0], place);
-    size_t k = 0;
-    for (int64_t block = 0; block < plan.query_blocks; ++block) {
-      for (; place < segment[block + 1]; ++place, ++k) {
-        const int64_t row = first_row + block * kPlanBlock + plan.rows[place];
-        ASSERT_LT(k, columns[column].size());
-        ASSERT_EQ(first + plan.positions[place], columns[column][k]);
-        ASSERT_LE(pattern.crow[row], columns[column][k]);
-        ASSERT_GT(pattern.crow[row + 1], columns[column][k]);
-      }
+  for (const auto& [column, entries] : columns) {
+    const auto& [head, key] = column;
+    const int64_t first_row = head * plan.num_queries, first = pattern.crow[first_row];
+    const PlanRange places = plan.places(head, key);
+    ASSERT_EQ(places.begin, place);
+    ASSERT_EQ(places.end, place + static_cast<int64_t>(entries.size()));
+    for (const int64_t entry : entries) {
+      const int64_t row = first_row + plan.query_of(head, place);
+      ASSERT_EQ(first + plan.positions[place], entry);
+      ASSERT_LE(pattern.crow[row], entry);
+      ASSERT_GT(pattern.crow[row + 1], entry);
+      ++place;
     }
-    ASSERT_EQ(k, columns[column].size());
   }
   ASSERT_EQ(place, pattern.nnz());
+  for (int64_t head = 0; head < plan.heads; ++head) {  // columns without entries
+    for (int64_t key = 0; key < plan.num_keys; key += plan.num_keys / 100 + 1) {
+      if (columns.count({head, key}) != 0) continue;
+      const PlanRange places = plan.places(head, key);
+      ASSERT_EQ(places.begin, places.end);
+    }
+  }
 }
+
+/// What a plan may take: 2.5 times the pattern as int32, and what does not grow with it.
+int64_t most_bytes(int64_t rows, int64_t nnz) { return 10 * (rows + 1 + nnz) + 1024; }
 
 /// Expects the bits, where there are enough entries for them, to be the pattern's, and nothing behind a row's last key.
 void expect_bits_of(const Pattern& pattern, const PlanView& plan) {
-  const bool wanted = plan.num_keys > 0 && pattern.nnz() * 16 >= plan.heads * plan.num_queries * plan.num_keys;
+  const int64_t rows = plan.heads * plan.num_queries, words = (plan.num_keys + 63) / 64;
+  const bool wanted = plan.num_keys > 0 && plan.num_keys <= 65536 && rows * words * 8 <= 2 * (rows + pattern.nnz());
   ASSERT_EQ(plan.bits != nullptr, wanted);
   ASSERT_EQ(plan.tiles != nullptr, wanted);
   if (!wanted) return;
@@ -169,43 +178,87 @@ TEST(Plan, HoldsThePatternAndItsTranspose) {
   }
 }
 
-TEST(Plan, HasBitsFromOneInSixteenOn) {
+TEST(Plan, HasBitsFromAboutOneInSixteenOn) {
   Random random(7);
   for (int round = 0; round < 50; ++round) {
     const Pattern pattern(random, random.integer(1, 3), random.integer(20, 60), random.integer(60, 200),
                           random.real(0.04, 0.09));
     expect_bits_of(pattern, pattern.plan());
   }
-  EXPECT_NE(Pattern(1, 1, 16, {0, 1}, {15}).plan().bits, nullptr);
-  EXPECT_EQ(Pattern(1, 1, 17, {0, 1}, {15}).plan().bits, nullptr);
-  Random wide(8);
-  const Pattern blocks(wide, 1, 2, kPlanBlock + 70, 0.1);
-  expect_plan_of(blocks, blocks.plan());
-  expect_bits_of(blocks, blocks.plan());
+  for (const int64_t keys : {128, 192, 1024}) {
+    EXPECT_NE(Pattern(random, 1, 64, keys, 0.08).plan().bits, nullptr) << keys;
+    EXPECT_EQ(Pattern(random, 1, 64, keys, 0.04).plan().bits, nullptr) << keys;
+  }
 }
 
-TEST(Plan, SplitsLongRowsAndColumnsIntoBlocks) {
+/// Sizes below, at and above what 16 bits tell apart, with rows, columns and heads without entries.
+TEST(Plan, OfLongRowsAndColumns) {
   Random random(3);
-  const Pattern wide(random, 2, 2, 2 * kPlanBlock + 5, 0.01);
-  expect_plan_of(wide, wide.plan());
-  EXPECT_EQ(wide.plan().key_blocks, 3);
-  const Pattern tall(random, 2, kPlanBlock + 1, 3, 0.01);
-  expect_plan_of(tall, tall.plan());
-  EXPECT_EQ(tall.plan().query_blocks, 2);
-  const Pattern edge(1, 1, kPlanBlock + 1, {0, 3}, {0, kPlanBlock - 1, kPlanBlock});
+  for (const int64_t side : {65535, 65536, 65537, 131072, 131077}) {
+    for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>(2, side), {side, 3}, {side, side}}) {
+      const double density = queries == keys ? 2e-5 : 0.01;
+      std::vector<int64_t> crow{0}, col;
+      for (int64_t row = 0; row < 3 * queries; ++row) {
+        std::set<int64_t> kept;
+        for (int64_t i = 0; row / queries != 1 && i < density * static_cast<double>(keys) + 1; ++i) {
+          if (random.chance(0.7)) kept.insert(random.chance(0.1) ? keys - 1 : random.integer(0, keys - 1));
+        }
+        col.insert(col.end(), kept.begin(), kept.end());
+        crow.push_back(static_cast<int64_t>(col.size()));
+      }
+      const Pattern pattern(3, queries, keys, crow, col);
+      expect_plan_of(pattern, pattern.plan());
+      expect_bits_of(pattern, pattern.plan());
+      EXPECT_LE(pattern.plan().header->bytes, most_bytes(3 * queries, pattern.nnz())) << queries << " " << keys;
+      if (HasFatalFailure()) return;
+    }
+  }
+  const Pattern edge(1, 1, 65537, {0, 3}, {0, 65535, 65536});
   expect_plan_of(edge, edge.plan());
+}
+
+/// Far more columns than entries: nothing is held of each.
+TEST(Plan, OfColumnsThatAreMostlyEmpty) {
+  Random random(9);
+  for (const int64_t keys : {200, 40000, 100000000, 0x7fffffff}) {
+    std::vector<int64_t> crow{0}, col;
+    for (int64_t row = 0; row < 2 * 5; ++row) {
+      std::set<int64_t> kept{keys - 1};
+      for (int64_t i = 0; i < row; ++i) kept.insert(random.integer(0, keys - 1));
+      col.insert(col.end(), kept.begin(), kept.end());
+      crow.push_back(static_cast<int64_t>(col.size()));
+    }
+    const Pattern pattern(2, 5, keys, crow, col);
+    EXPECT_EQ(pattern.plan().column_offsets.data, nullptr);
+    EXPECT_LE(pattern.plan().header->bytes, most_bytes(10, pattern.nnz()));
+    expect_plan_of(pattern, pattern.plan());
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(CheckCsr, RefusesSizesThatOverflow) {
+  const int64_t most = std::numeric_limits<int64_t>::max();
+  for (const int64_t size : {most, int64_t{1} << 62, int64_t{1} << 31}) {
+    EXPECT_REFUSED(check({0, 1, 2}, {0, 1}, 2, size), "num_keys must lie in 0..2147483647 (got ");
+    EXPECT_REFUSED(check({0}, {}, size, 2), "num_queries must lie in 0..2147483647");
+  }
+  EXPECT_REFUSED(check({0, 1}, {0}, 1, -1), "num_keys must lie in");
+  const int64_t zero = 0;
+  EXPECT_REFUSED(check_csr({&zero, &zero, true, most, 0}, 1, 2), "crow_indices must have at most 2^48");
+  EXPECT_REFUSED(check_csr({&zero, &zero, true, 0, most}, 1, 2), "col_indices must have at most 2^48");
 }
 
 TEST(Plan, IsTheSameForBothIndexWidthsAnyMemoryAndAnyThreads) {
   Random random(4);
   for (const Pattern& pattern :
-       {Pattern(random, 3, 17, 23, 0.4), Pattern(random, 3, 17, 23, 0.02), Pattern(random, 1, 3, kPlanBlock + 3, 0.01),
-        Pattern(random, 2, 5, 7, 0.0), Pattern(random, 0, 5, 7, 0.5), Pattern(random, 5, 0, 7, 0.5)}) {
+       {Pattern(random, 3, 17, 23, 0.4), Pattern(random, 3, 17, 23, 0.02), Pattern(random, 1, 3, 65539, 0.01),
+        Pattern(random, 1, 3, 3000, 0.001), Pattern(random, 2, 5, 7, 0.0), Pattern(random, 0, 5, 7, 0.5),
+        Pattern(random, 5, 0, 7, 0.5)}) {
     const int64_t queries = pattern.queries, keys = pattern.keys;
     const int64_t bytes = plan_layout(pattern.heads * queries, queries, keys, pattern.nnz()).bytes;
     std::vector<int64_t> expected(bytes / 8, -1);
     build_plan(pattern.indices(true), queries, keys, expected.data());
-    EXPECT_EQ(check_plan(expected.data(), bytes, pattern.indices(false), keys, true), "");
+    EXPECT_EQ(check_plan(expected.data(), bytes, pattern.indices(false), true), "");
     for (const int64_t count : {1, 2, 5}) {
       std::vector<int64_t> plan(bytes / 8, 0);
       build_plan(pattern.indices(count == 2), queries, keys, plan.data(), threads(count));
@@ -226,53 +279,71 @@ TEST(CheckCsr, NamesTheFirstBrokenRowWhateverTheThreads) {
 TEST(CheckPlan, RefusesOtherPlans) {
   Random random(5);
   const Pattern pattern(random, 2, 9, 11, 0.5);
-  const int64_t bytes = plan_layout(18, 9, 11, pattern.nnz()).bytes;
+  const int64_t bytes = plan_layout<int64_t>(18, 9, 11, pattern.nnz()).bytes;
   std::vector<int64_t> plan(bytes / 8);
   build_plan(pattern.indices(true), 9, 11, plan.data());
   for (const bool deep : {false, true}) {
-    const auto check = [&](const CsrIndices& csr, int64_t keys, const std::vector<int64_t>& words) {
-      return check_plan(words.data(), static_cast<int64_t>(words.size()) * 8, csr, keys, deep);
+    const auto check = [&](const CsrIndices& csr, const std::vector<int64_t>& words) {
+      return check_plan(words.data(), static_cast<int64_t>(words.size()) * 8, csr, deep);
     };
-    EXPECT_EQ(check(pattern.indices(true), 11, plan), "");
-    EXPECT_REFUSED(check(pattern.indices(true), 12, plan), "plan must be made for this pattern");
-    EXPECT_REFUSED(check(pattern.indices(true), 11, {}), "plan must come from csr_plan");
-    EXPECT_REFUSED(check(pattern.indices(true), 11, std::vector<int64_t>(plan.begin(), plan.begin() + 8)), "plan must");
-    EXPECT_REFUSED(check(pattern.indices(true), 11, std::vector<int64_t>(plan.size(), 0)),
-                   "plan must come from csr_plan");
+    EXPECT_EQ(check(pattern.indices(true), plan), "");
+    EXPECT_REFUSED(check(Pattern(random, 2, 8, 11, 0.5).indices(true), plan), "plan must be made for this pattern");
+    EXPECT_REFUSED(check(pattern.indices(true), {}), "plan must come from csr_plan");
+    EXPECT_REFUSED(check(pattern.indices(true), std::vector<int64_t>(plan.begin(), plan.begin() + 8)), "plan must");
+    EXPECT_REFUSED(check(pattern.indices(true), std::vector<int64_t>(plan.size(), 0)), "plan must come from csr_plan");
     std::vector<int64_t> longer = plan;
     longer.push_back(0);
-    EXPECT_REFUSED(check(pattern.indices(true), 11, longer), "plan must have the size");
+    EXPECT_REFUSED(check(pattern.indices(true), longer), "plan must have the size");
 
     // The same number of entries, but other ones.
     Indices col = pattern.col;
     for (int64_t& j : col) j = 10 - j;
     for (int64_t row = 0; row < 18; ++row) std::reverse(&col[pattern.crow[row]], &col[pattern.crow[row + 1]]);
     const Pattern mirrored(2, 9, 11, pattern.crow, col);
-    EXPECT_REFUSED(check(mirrored.indices(false), 11, plan), "plan must be made for these col_indices");
+    EXPECT_REFUSED(check(mirrored.indices(false), plan), "plan must be made for these col_indices");
   }
 }
 
 TEST(CheckPlan, ComparesTheBodyOnlyWhenAsked) {
   Random random(6);
   const Pattern pattern(random, 1, 8, 8, 0.6);
-  const PlanLayout layout = plan_layout(8, 8, 8, pattern.nnz());
+  const PlanLayout layout = plan_layout<int64_t>(8, 8, 8, pattern.nnz());
   std::vector<int64_t> plan(layout.bytes / 8);
   build_plan(pattern.indices(true), 8, 8, plan.data());
-  for (const int64_t word : {layout.column_segments / 8 + 3, layout.bits / 8 + 2, layout.tiles / 8}) {
+  for (const int64_t word : {layout.column_offsets / 8 + 3, layout.bits / 8 + 2, layout.tiles / 8}) {
     ++plan[word];
-    EXPECT_EQ(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, false), "");
-    EXPECT_REFUSED(check_plan(plan.data(), layout.bytes, pattern.indices(true), 8, true),
+    EXPECT_EQ(check_plan(plan.data(), layout.bytes, pattern.indices(true), false), "");
+    EXPECT_REFUSED(check_plan(plan.data(), layout.bytes, pattern.indices(true), true),
                    "plan must be what csr_plan makes");
     --plan[word];
   }
 }
 
-TEST(PlanLayout, IsSmall) {
-  // Two bytes an entry for forward and six more for the transpose, beside offsets; and bits.
-  const PlanLayout layout = plan_layout(4 * 197, 197, 197, 46000);
-  EXPECT_LE(layout.bytes, 46000 * 8 + 8 * 2 * 4 * 198 + 4 * 197 * 256 / 8 + 1024);
-  const PlanLayout sparse = plan_layout(4 * 197, 197, 197, 4 * 197 * 197 / 16);
-  EXPECT_LE(sparse.bytes, 4 * 197 * 197 / 2 + 8 * 2 * 4 * 198 + 1024);
+TEST(PlanLayout, TakesAtMostTwoAndAHalfTimesThePattern) {
+  Random random(10);
+  for (int round = 0; round < 20000; ++round) {
+    const auto size = [&] { return static_cast<int64_t>(std::exp2(random.real(0, 24))) - 1; };
+    const int64_t queries = size(), keys = size(), heads = random.integer(1, 40), rows = heads * queries;
+    const int64_t most = std::min(static_cast<double>(rows) * static_cast<double>(keys), 0x1p31 - 1);
+    const int64_t nnz = std::min(most, static_cast<int64_t>(std::exp2(random.real(0, 31))));
+    ASSERT_LE(plan_layout(rows, queries, keys, nnz).bytes, most_bytes(rows, nnz))
+        << heads << " " << queries << " " << keys << " " << nnz;
+  }
+  // Those of 10 keys for each of a million rows, and a trained model's.
+  EXPECT_LE(plan_layout<int64_t>(1000000, 1000000, 1000000, 10000000).bytes, 2.5 * 4 * (1000001 + 10000000));
+  EXPECT_LE(plan_layout<int64_t>(4 * 197, 197, 197, 46000).bytes, 2.5 * 4 * (4 * 197 + 1 + 46000));
+}
+
+TEST(PlanLayout, HasWhatOverflowsNowhere) {
+  for (const int64_t rows : {int64_t{0}, int64_t{1}, kPlanMostEntries}) {
+    for (const int64_t size : {int64_t{0}, int64_t{1}, kPlanMostSize}) {
+      for (const int64_t nnz : {int64_t{0}, int64_t{1}, kPlanMostEntries}) {
+        const PlanLayout layout = plan_layout(rows, size, kPlanMostSize, nnz);
+        EXPECT_GT(layout.bytes, 0);
+        EXPECT_LE(layout.bytes / 20, rows + nnz + 1024);  // offsets of 64 bits
+      }
+    }
+  }
 }
 
 }  // namespace

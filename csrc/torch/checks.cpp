@@ -4,6 +4,9 @@
 #include <c10/util/Exception.h>
 
 #include <string>
+#include <utility>
+
+#include "kernels/pattern/plan.h"
 
 namespace fiak {
 namespace {
@@ -169,12 +172,15 @@ void check_csr_attention(const char* op, const CsrInputs& in) {
   }
   TORCH_CHECK(!in.query_offsets.has_value(), op,
               ": plan must be given with query_offsets; torch.ops.fiak.csr_plan makes it (got None)");
-  const SymInt rows = in.crow_indices.sym_size(0) - 1, group_rows = query.sym_size(1) * query.sym_size(2);
-  const bool empty = known_zero(group_rows);
-  TORCH_SYM_CHECK(empty ? rows.sym_eq(0) : (rows % group_rows).sym_eq(0), op,
-                  ": crow_indices must have G * Hq * N + 1 elements with Hq * N = ", group_rows, " (got ", rows + 1,
-                  ")");
-  if (!empty) check_groups(op, "crow_indices", rows / group_rows, query.sym_size(0));
+  const SymInt rows = in.crow_indices.sym_size(0) - 1, heads = query.sym_size(1), queries = query.sym_size(2);
+  const bool empty = known_zero(heads * queries);
+  TORCH_SYM_CHECK(empty ? rows.sym_eq(0) : (rows % queries).sym_eq(0), op,
+                  ": crow_indices must have G * Hq * N + 1 elements, or G * N + 1 that all heads share, with Hq = ",
+                  heads, " and N = ", queries, " (got ", rows + 1, ")");
+  if (empty) return;
+  // As PatternHeads has it (attention.h): one head for each query head of a group, or one for all.
+  const SymInt of_group = heads - (heads - 1) * ((rows / queries) % heads).min(1);
+  check_groups(op, "crow_indices", rows / queries / of_group, query.sym_size(0));
 }
 
 void check_attention_backward(const char* op, const Tensor& query, const Tensor& value, const Tensor& grad_output,
@@ -197,9 +203,15 @@ void check_csr_plan(const Tensor& crow_indices, const Tensor& col_indices, const
                     const SymInt& num_keys) {
   const char* op = "csr_plan";
   check_pattern(op, crow_indices, col_indices);
-  TORCH_SYM_CHECK(num_queries.sym_ge(0), op, ": num_queries must not be negative (got ", num_queries, ")");
-  TORCH_SYM_CHECK(num_keys.sym_ge(0), op, ": num_keys must not be negative (got ", num_keys, ")");
-  const SymInt rows = crow_indices.sym_size(0) - 1;
+  for (const auto& [name, size] : {std::pair("num_queries", num_queries), std::pair("num_keys", num_keys)}) {
+    TORCH_SYM_CHECK(size.sym_ge(0), op, ": ", name, " must not be negative (got ", size, ")");
+    TORCH_SYM_CHECK(size.sym_le(kPlanMostSize), op, ": ", name, " must be at most ", kPlanMostSize, " (got ", size,
+                    ")");
+  }
+  const SymInt rows = crow_indices.sym_size(0) - 1, nnz = col_indices.sym_size(0);
+  TORCH_SYM_CHECK(rows.sym_le(kPlanMostEntries), op, ": crow_indices must have at most 2^48 elements (got ", rows + 1,
+                  ")");
+  TORCH_SYM_CHECK(nnz.sym_le(kPlanMostEntries), op, ": col_indices must have at most 2^48 elements (got ", nnz, ")");
   TORCH_SYM_CHECK(known_zero(num_queries) ? rows.sym_eq(0) : (rows % num_queries).sym_eq(0), op,
                   ": crow_indices must have G * Hq * num_queries + 1 elements with num_queries = ", num_queries,
                   " (got ", rows + 1, ")");

@@ -87,32 +87,34 @@ CsrIndices csr_indices(const Tensor& crow_indices, const Tensor& col_indices) {
 
 Tensor make_plan(const char* op, const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
   const Parallel parallel = cpu_parallel();
-  const std::string error = check_csr(csr, num_queries, num_keys, parallel);
+  const std::string error = check_csr(csr, num_queries, num_keys, parallel);  // sizes before anything else
   TORCH_CHECK(error.empty(), op, ": ", error);
   Tensor plan = at::empty({plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz).bytes}, at::kByte);
   build_plan(csr, num_queries, num_keys, plan.mutable_data_ptr(), parallel);
   return plan;
 }
 
-void check_given_plan(const char* op, const Tensor& plan, const CsrIndices& csr, int64_t num_keys) {
+void check_given_plan(const char* op, const Tensor& plan, const CsrIndices& csr) {
   const char* const wanted = std::getenv("FIAK_CHECK_PLANS");
   const bool deep = wanted != nullptr && std::string_view(wanted) == "1";
-  const std::string error = check_plan(plan.const_data_ptr(), plan.numel(), csr, num_keys, deep);
+  const std::string error = check_plan(plan.const_data_ptr(), plan.numel(), csr, deep);
   TORCH_CHECK(error.empty(), op, ": ", error);
   TORCH_CHECK(reinterpret_cast<uintptr_t>(plan.const_data_ptr()) % alignof(int64_t) == 0, op,
               ": plan must be aligned to ", alignof(int64_t), " bytes");
 }
 
-/// The rules that only the plan's content decides: groups, and rows for every query.
+/// The rules that only the plan's content decides: groups, a row for every query and a column for every key.
 void check_rows(const char* op, const CsrArgs& args) {
   const PlanView& plan = args.plan;
   TORCH_CHECK(args.queries <= plan.num_queries, op, ": query must have at most the pattern's ", plan.num_queries,
               " rows (got ", args.queries, ")");
+  TORCH_CHECK(args.keys <= plan.num_keys, op, ": key must have at most the pattern's ", plan.num_keys,
+              " columns as rows (got ", args.keys, ")");
   if (plan.num_queries == 0) return;
-  const int64_t groups = args.query_heads > 0 ? plan.heads / args.query_heads : 1;
-  TORCH_CHECK(plan.heads == groups * args.query_heads && groups > 0 && args.batch % groups == 0, op,
-              ": crow_indices must have rows for G * Hq heads with Hq = ", args.query_heads,
-              " and G a divisor of B = ", args.batch, " (got ", plan.heads, " heads of ", plan.num_queries, " rows)");
+  const bool fits = args.query_heads > 0 ? plan.heads > 0 && args.batch % args.groups() == 0 : plan.heads == 0;
+  TORCH_CHECK(fits, op, ": crow_indices must have rows for G * Hq heads with Hq = ", args.query_heads,
+              ", or for G that all share, and G a divisor of B = ", args.batch, " (got ", plan.heads, " heads of ",
+              plan.num_queries, " rows)");
 }
 
 Operands<CsrArgs> csr_operands(const char* op, const CsrInputs& in) {
@@ -122,7 +124,7 @@ Operands<CsrArgs> csr_operands(const char* op, const CsrInputs& in) {
   const CsrIndices csr = csr_indices(crow_indices, operands.own(in.col_indices.contiguous()));
   const bool given = in.plan.has_value();
   const Tensor plan = operands.own(given ? in.plan->contiguous() : make_plan(op, csr, args.queries, args.keys));
-  if (given) check_given_plan(op, plan, csr, args.keys);
+  if (given) check_given_plan(op, plan, csr);
   args.plan = view_plan(plan.const_data_ptr());
   check_rows(op, args);
   if (in.query_offsets.has_value()) {
@@ -147,23 +149,15 @@ GradTensors backward_cpu(const CsrGradInputs& in) {
   return grads;
 }
 
-/// plan_layout(...).bytes of symbolic sizes.
-SymInt plan_bytes(const SymInt& num_rows, const SymInt& num_queries, const SymInt& num_keys, const SymInt& nnz) {
-  const auto aligned = [](const SymInt& bytes) { return (bytes + 63) / 64 * 64; };
-  const auto blocks = [](const SymInt& size) { return ((size + kPlanBlock - 1) / kPlanBlock).max(1); };
-  // max(1) only avoids a division by zero: there are no rows where there are no queries.
-  const SymInt heads = num_rows / num_queries.max(1);
-  const SymInt has_bits = (nnz * kPlanBitsShare - num_rows * num_keys + 1).max(0).min(1);
-  return aligned(sizeof(PlanHeader)) + aligned((num_rows * blocks(num_keys) + 1) * 8) +
-         aligned((nnz + kPlanPadding) * 2) + aligned((heads * num_keys * blocks(num_queries) + 1) * 8) +
-         aligned((nnz + kPlanPadding) * 2) + aligned(nnz * 4) +
-         has_bits * (aligned(num_rows * ((num_keys + 63) / 64) * 8) + aligned(heads * 8));
-}
+struct LargerSymInt {
+  SymInt operator()(const SymInt& a, const SymInt& b) const { return a.max(b); }
+};
 
 Tensor plan_meta(const Tensor& crow_indices, const Tensor& col_indices, SymInt num_queries, SymInt num_keys) {
   check_csr_plan(crow_indices, col_indices, num_queries, num_keys);
-  return empty_like_sizes({plan_bytes(crow_indices.sym_numel() - 1, num_queries, num_keys, col_indices.sym_numel())},
-                          crow_indices, at::kByte);
+  const auto layout =
+      plan_layout<SymInt, LargerSymInt>(crow_indices.sym_numel() - 1, num_queries, num_keys, col_indices.sym_numel());
+  return empty_like_sizes({layout.bytes}, crow_indices, at::kByte);
 }
 
 template <class Result, Result (*function)(const CsrInputs&)>

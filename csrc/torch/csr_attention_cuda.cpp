@@ -23,6 +23,7 @@ cuda::CsrKernel selected_kernel() {
   switch (cpu::selected_csr_kernel()) {
     case cpu::CsrKernel::kEntries:
     case cpu::CsrKernel::kBlocks:
+    case cpu::CsrKernel::kRows:
       return cuda::CsrKernel::kEntries;
     case cpu::CsrKernel::kDense:
       return cuda::CsrKernel::kTiles;
@@ -45,9 +46,11 @@ CsrOperands csr_operands(const char* op, const CsrInputs& in) {
   CsrOperands result{attention_operands<AttentionArgs>(op, in), {}};
   auto& [operands, weights] = result;
   const int64_t rows = in.crow_indices.numel() - 1, heads = operands.args.query_heads;
-  TORCH_CHECK(heads > 0 ? rows % heads == 0 && rows >= heads * operands.args.queries : rows == 0, op,
-              ": crow_indices must have G * Hq * num_queries + 1 elements with Hq = ", heads,
-              " and num_queries >= N = ", operands.args.queries, " (got ", rows + 1, ")");
+  TORCH_CHECK(
+      heads > 0 ? rows >= operands.args.queries : rows == 0, op,
+      ": crow_indices must have G * Hq * num_queries + 1 elements, or G * num_queries + 1 that all heads share, "
+      "with Hq = ",
+      heads, " and num_queries >= N = ", operands.args.queries, " (got ", rows + 1, ")");
   const Tensor plan = operands.own(in.plan->contiguous());
   TORCH_CHECK(plan.numel() >= static_cast<int64_t>(sizeof(PlanHeader)), op,
               ": plan must come from csr_plan; it is too short (got ", plan.numel(), ")");

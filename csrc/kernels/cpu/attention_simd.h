@@ -14,6 +14,13 @@ FIAK_INLINE int64_t keys_of(const AttentionArgs& args, int64_t b) {
 }
 FIAK_INLINE int64_t shared_heads(const AttentionArgs& args) { return args.query_heads / args.key_heads; }
 
+/// Some key heads, ascending; `heads` is null where these are all.
+struct KeyHeads {
+  const int64_t* heads;
+  int64_t count;
+  __attribute__((always_inline)) int64_t at(int64_t i) const { return heads != nullptr ? heads[i] : i; }
+};
+
 /// sum_d x[d] y[d] over whole vectors.
 FIAK_INLINE float dot(const float* x, const float* y, int64_t size) {
   Vec sum = zero();

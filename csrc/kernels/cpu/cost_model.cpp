@@ -187,7 +187,8 @@ CsrKernel selected_csr_kernel() {
   if (name == "entries") return CsrKernel::kEntries;
   if (name == "blocks") return CsrKernel::kBlocks;
   if (name == "dense") return CsrKernel::kDense;
-  throw std::invalid_argument("FIAK_CSR_KERNEL must be entries, blocks, dense or auto (got " + name + ")");
+  if (name == "rows") return CsrKernel::kRows;
+  throw std::invalid_argument("FIAK_CSR_KERNEL must be entries, blocks, dense, rows or auto (got " + name + ")");
 }
 
 }  // namespace fiak::cpu

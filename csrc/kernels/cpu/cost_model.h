@@ -48,10 +48,10 @@ double dense_cost(const CsrHead& head, const CsrRates& rates);
 double entries_grad_cost(const CsrHead& head, const CsrRates& rates);
 double dense_grad_cost(const CsrHead& head, const CsrRates& rates);
 
-/// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, blocks, dense, auto), which is read at
-/// every call, names the kernel for all heads that it can compute; backward, entries and blocks are the same. Throws
-/// std::invalid_argument for another name.
-enum class CsrKernel { kAuto, kEntries, kBlocks, kDense };
+/// For tests and benchmarks the environment variable FIAK_CSR_KERNEL (entries, blocks, dense, rows, auto), which is
+/// read at every call, names the kernel for all heads that it can compute; backward, entries and blocks are the same.
+/// Rows is what long and very sparse patterns run on (csr_rows.h). Throws std::invalid_argument for another name.
+enum class CsrKernel { kAuto, kEntries, kBlocks, kDense, kRows };
 CsrKernel selected_csr_kernel();
 
 }  // namespace fiak::cpu

@@ -8,6 +8,7 @@
 #include "kernels/cpu/attention_simd.h"
 #include "kernels/cpu/block_counts.h"
 #include "kernels/cpu/csr_dense.h"
+#include "kernels/cpu/csr_rows.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/plan_indices.h"
 #include "kernels/cpu/sparse_rows.h"
@@ -29,8 +30,8 @@ constexpr int64_t kMinBlock = 96;  // keys: short runs cost more than they save
 int64_t longest_row(const PlanView& plan, int64_t begin, int64_t end) {
   int64_t longest = 0;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t* segment = plan.row_segments + row * plan.key_blocks;
-    longest = larger(longest, segment[plan.key_blocks] - segment[0]);
+    const PlanRange entries = plan.row(row);
+    longest = larger(longest, entries.end - entries.begin);
   }
   return longest;
 }
@@ -51,8 +52,7 @@ int64_t offset_of(const CsrArgs& args, int64_t b) { return args.query_offsets !=
 struct Bundles {
   int64_t groups, elements, per_group, full, count;
 
-  Bundles(const CsrArgs& args, int64_t wanted)
-      : groups(args.plan.heads / larger(1, args.query_heads)), elements(wanted) {
+  Bundles(const CsrArgs& args, int64_t wanted) : groups(args.groups()), elements(wanted) {
     per_group = args.batch / larger(1, groups);
     full = per_group / elements;
     count = groups * (full + per_group % elements);
@@ -70,18 +70,13 @@ struct Bundles {
 struct KeyBlocks {
   int64_t keys, size, count;
 
-  /// As large as the plan has them.
-  explicit KeyBlocks(int64_t keys)
-      : keys(keys), size(smaller(keys, kPlanBlock)), count(larger(1, (keys + kPlanBlock - 1) / kPlanBlock)) {}
+  /// All in one.
+  explicit KeyBlocks(int64_t keys) : keys(keys), size(keys), count(1) {}
   /// Such that the L1 cache holds their packed rows; all in one if it holds most.
-  KeyBlocks(int64_t keys, int64_t row_bytes, int64_t most = kPlanBlock) : keys(keys), size(keys), count(1) {
+  KeyBlocks(int64_t keys, int64_t row_bytes, int64_t most = kPlanShort) : keys(keys), size(keys), count(1) {
     if (keys * row_bytes <= kWholePanelBytes && keys <= most) return;
     size = smaller(most, larger(kMinBlock, kBlockBytes / row_bytes));
-    if (keys > kPlanBlock) {
-      while ((size & (size - 1)) != 0) size &= size - 1;  // a power of two divides the blocks of the plan
-    } else {
-      size = (keys + (keys + size - 1) / size - 1) / ((keys + size - 1) / size);
-    }
+    size = (keys + (keys + size - 1) / size - 1) / ((keys + size - 1) / size);
     count = (keys + size - 1) / size;
   }
   int64_t first(int64_t block) const { return block * size; }
@@ -143,50 +138,38 @@ class RowRuns {
   /// `rows`.
   void take_row(int64_t row, int64_t i, uint32_t r, Run* runs, int64_t rows) {
     const PlanView& plan = args_.plan;
-    const int64_t* segment = plan.row_segments + row * plan.key_blocks;
-    const int64_t all = segment[plan.key_blocks] - segment[0];
-    const uint16_t* index = plan.columns + segment[0];
+    const PlanRange entries = plan.row(row);
+    const uint16_t* index = plan.columns + entries.begin;
+    int64_t count = entries.end - entries.begin;
     const float* weights = nullptr;
     bool picking = false;
     if (args_.values != nullptr) {
-      weights = static_cast<const float*>(args_.values) + segment[0];
-      picking = !all_in_support(weights, all);
+      weights = static_cast<const float*>(args_.values) + entries.begin;
+      picking = !all_in_support(weights, count);
     }
     if (blocks_.count == 1 && !picking && blocks_.keys == plan.num_keys) {
-      runs[r] = {index, r, static_cast<uint32_t>(all), 0};
+      runs[r] = {index, r, static_cast<uint32_t>(count), 0};
       if (weights != nullptr) weights_[runs - runs_ + r] = weights;
       return;
     }
-    int64_t block = 0;
-    uint16_t* picked = picked_ + i * room_;
-    float* picked_weights = picked_weights_ + i * room_;
-    for (int64_t part = 0; part < plan.key_blocks; ++part) {
-      const int64_t base = part * kPlanBlock;
-      int64_t count = segment[part + 1] - segment[part];
-      if (picking) {
-        count = pick_support(weights, index, count, picked, picked_weights);
-        index = picked;
-        weights = picked_weights;
-        picked += count;
-        picked_weights += count;
-      }
-      const uint16_t* part_index = index;
-      const float* part_weights = weights;
-      while (block < blocks_.count && blocks_.first(block) < base + kPlanBlock) {
-        const int64_t taken = count_below(part_index, count, blocks_.end(block) - base);
-        Run* run = runs + block++ * rows + r;
-        *run = {part_index, r, static_cast<uint32_t>(taken), 0};
-        if (weights != nullptr) {
-          weights_[run - runs_] = part_weights;
-          part_weights += taken;
-        }
-        part_index += taken;
-        count -= taken;
-      }
-      index = plan.columns + segment[part + 1];
-      if (weights != nullptr) weights = static_cast<const float*>(args_.values) + segment[part + 1];
+    if (picking) {
+      uint16_t* picked = picked_ + i * room_;
+      float* picked_weights = picked_weights_ + i * room_;
+      count = pick_support(weights, index, count, picked, picked_weights);
+      index = picked;
+      weights = picked_weights;
     }
-    for (; block < blocks_.count; ++block) runs[block * rows + r] = {index, r, 0, 0};
+    for (int64_t block = 0; block < blocks_.count; ++block) {
+      const int64_t taken = count_below(index, count, blocks_.end(block));
+      Run* run = runs + block * rows + r;
+      *run = {index, r, static_cast<uint32_t>(taken), 0};
+      if (weights != nullptr) {
+        weights_[run - runs_] = weights;
+        weights += taken;
+      }
+      index += taken;
+      count -= taken;
+    }
   }
 
   const CsrArgs& args_;
@@ -241,7 +224,7 @@ void normalise(const float* maxima, const float* totals, const float* divisors, 
 template <Storage kStorage, int kElements>
 void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle& bundle, int64_t h, bool blocked,
                   int64_t begin, int64_t end, int64_t longest, const Bundle& next, int64_t next_h) {
-  const int64_t b0 = bundle.b[0], head = b0 % (args.plan.heads / args.query_heads) * args.query_heads + h;
+  const int64_t b0 = bundle.b[0], head = args.plan_head(b0, h);
   const int64_t key_head = h / shared_heads(args), keys = keys_of(args, b0), offset = offset_of(args, b0);
   const bool gaussian = args.score == Score::kGaussian;
   const Extra query_extra = gaussian ? Extra::kOne : Extra::kNone;
@@ -322,7 +305,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         task.fill = -kInfinity;
         task.maxima = group_maxima;
         task.ahead = &ahead;
-        dots<kStorage, kElements>(task, query, key, blocks.first(block) / kPlanBlock * kPlanBlock);
+        dots<kStorage, kElements>(task, query, key, 0);
       }
       for (int64_t r = 0; r < count; ++r) {
         float* maximum = group_maxima + r * kGroupFloats;
@@ -350,12 +333,11 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
                                                                     group_divisors);
       }
       for (int64_t block = 0; dropout.active() && block < blocks.count; ++block) {
-        const int64_t base = blocks.first(block) / kPlanBlock * kPlanBlock;
         for (const Run* run = runs.first(row, block); run < runs.first(row, block + 1); ++run) {
           for (int64_t k = 0; k < run->count; ++k) {
             for (int e = 0; e < kElements; ++e) {
               scores[run->place + offset_of_entry<kElements>(k, e)] *=
-                  static_cast<float>(dropout.factor(bundle.b[e], h, pass + row + run->row, base + run->index[k]));
+                  static_cast<float>(dropout.factor(bundle.b[e], h, pass + row + run->row, run->index[k]));
             }
           }
         }
@@ -390,8 +372,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         task.sums = sums;
         task.sums_stride = sum_floats;
         task.ahead = &ahead;
-        weighted_sums<kStorage, kElements, kLeftWeights<kStorage>>(task, value,
-                                                                   blocks.first(block) / kPlanBlock * kPlanBlock);
+        weighted_sums<kStorage, kElements, kLeftWeights<kStorage>>(task, value, 0);
       }
       const auto reduce = [&](const float* groups, float* target) {
         for (int64_t r = row; r < row + count; ++r) {
@@ -421,6 +402,17 @@ FIAK_INLINE void spread_elements(const float* values, float* target) {
   for (int e = 0; e < kElements; ++e) _mm_storeu_ps(target + e * kGroup, _mm_set1_ps(values[e]));
 }
 
+FIAK_INLINE Extra query_extra(const CsrArgs& args) {
+  return args.score == Score::kGaussian ? Extra::kOne : Extra::kNone;
+}
+/// Of the wider packed rows of backward.
+int64_t backward_row_bytes(const CsrArgs& args, Storage storage, int64_t elements) {
+  const auto bundled = static_cast<int>(elements);
+  return larger(row_chunks(columns_with(query_extra(args), args.head_size, storage), storage, bundled),
+                row_chunks(args.value_size, storage, bundled)) *
+         kVectorBytes;
+}
+
 /// Backward runs in waves. A wave is a bundle, a few key heads, one query head of each, a chunk of its queries and a
 /// block of its keys. First the columns' runs are listed; then the rows compute P and dS, dQ and the weights'
 /// gradient, and leave P and dS where their columns come to want them; then the columns add up dK and dV. All that a
@@ -434,19 +426,22 @@ class CsrBackward {
         grads_(grads),
         gaussian_(args.score == Score::kGaussian),
         dropout_(make_dropout(args.dropout_p, args.seed)),
-        head_chunks_(row_chunks(columns_with(query_extra(), args.head_size, kStorage), kStorage, kElements)),
+        head_chunks_(row_chunks(columns_with(query_extra(args), args.head_size, kStorage), kStorage, kElements)),
         value_chunks_(row_chunks(args.value_size, kStorage, kElements)),
         head_floats_(sum_vectors(head_chunks_, kStorage) * kLanes),
         value_floats_(sum_vectors(value_chunks_, kStorage) * kLanes),
-        chunks_(wave_blocks(args.plan.num_queries, larger(head_chunks_, value_chunks_) * kVectorBytes)),
-        blocks_(wave_blocks(args.keys, larger(head_chunks_, value_chunks_) * kVectorBytes)) {
+        chunks_(wave_blocks(args.plan.num_queries, backward_row_bytes(args, kStorage, kElements))),
+        blocks_(wave_blocks(args.keys, backward_row_bytes(args, kStorage, kElements))) {
     const PlanView& plan = args.plan;
+    const int64_t patterns = args.query_offsets == nullptr ? smaller(args.groups(), args.batch) : args.batch;
     int64_t most_entries = 0;
-    for (int64_t head = 0; head < plan.heads; ++head) {
-      for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
-        const int64_t* rows = plan.row_segments + head * plan.num_queries * plan.key_blocks;
-        most_entries = larger(
-            most_entries, rows[chunks_.end(chunk) * plan.key_blocks] - rows[chunks_.first(chunk) * plan.key_blocks]);
+    for (int64_t i = 0; i < patterns * args.query_heads; ++i) {
+      const int64_t b = i / args.query_heads, offset = offset_of(args, b);
+      const int64_t first = args.plan_head(b, i % args.query_heads) * plan.num_queries;
+      for (int64_t row = offset; row < offset + args.queries;) {
+        const int64_t end = smaller(chunks_.end(row / chunks_.size), offset + args.queries);
+        most_entries = larger(most_entries, plan.row_offsets[first + end] - plan.row_offsets[first + row]);
+        row = end;
       }
     }
     chunk_rows_ = smaller(chunks_.size, args.queries);
@@ -524,7 +519,7 @@ class CsrBackward {
   static constexpr int64_t kRunFloats = sizeof(Run) / sizeof(float);
   static constexpr float kOutside = -1.0f;  // P where the columns must not touch a row
 
-  /// Pattern rows [row, row_end) and keys [key, key_end), both within one block of the plan.
+  /// Pattern rows [row, row_end) and keys [key, key_end).
   struct Tile {
     int64_t row, row_end, key, key_end;
   };
@@ -541,11 +536,8 @@ class CsrBackward {
     float* pairs;                    // P and dS, side by side, of the columns' runs
   };
 
-  Extra query_extra() const { return gaussian_ ? Extra::kOne : Extra::kNone; }
   bool columns_wanted() const { return grads_.grad_key.data != nullptr || grads_.grad_value.data != nullptr; }
-  int64_t plan_head(const Bundle& bundle, int64_t h) const {
-    return bundle.b[0] % (args_.plan.heads / args_.query_heads) * args_.query_heads + h;
-  }
+  int64_t plan_head(const Bundle& bundle, int64_t h) const { return args_.plan_head(bundle.b[0], h); }
 
   Slot make_slot(char* memory) const {
     Carver carver{memory};
@@ -595,17 +587,16 @@ class CsrBackward {
   /// The runs of a tile's columns.
   void list_columns(const Slot& x, const Bundle& bundle, int64_t h, const Tile& tile) const {
     const PlanView& plan = args_.plan;
-    const int64_t head = plan_head(bundle, h), part = tile.row / kPlanBlock, base = part * kPlanBlock;
-    const bool first = tile.row == offset_of(args_, bundle.b[0]) || tile.row == base;
+    const int64_t head = plan_head(bundle, h);
+    const bool first = tile.row == offset_of(args_, bundle.b[0]);
     int64_t place = 0;
     for (int64_t j = tile.key; j < tile.key_end; ++j) {
-      const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
+      const PlanRange places = plan.places(head, j);
       if (first) {
-        x.column_cursors[j] =
-            segment[0] + count_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
+        x.column_cursors[j] = places.begin + count_below(plan.rows + places.begin, places.end - places.begin, tile.row);
       }
       const uint16_t* index = plan.rows + x.column_cursors[j];
-      const int64_t count = count_below(index, segment[1] - x.column_cursors[j], tile.row_end - base);
+      const int64_t count = count_below(index, places.end - x.column_cursors[j], tile.row_end);
       x.column_cursors[j] += count;
       const auto column = static_cast<uint32_t>(j - tile.key);
       x.runs[column] = {index, column, static_cast<uint32_t>(count), place};
@@ -630,11 +621,11 @@ class CsrBackward {
     float* grad_output = carver.floats(room);
     float* output = carver.floats(room);
     pack_rows<kElements>(args_.query, args_.dtype, bundle, h, begin - offset, end - offset, args_.head_size, kStorage,
-                         query_extra(), x.query.from(first), scratch);
+                         query_extra(args_), x.query.from(first), scratch);
     pack_rows<kElements>(grads_.grad_output, args_.dtype, bundle, h, begin - offset, end - offset, args_.value_size,
                          kStorage, Extra::kNone, x.grad_output.from(first), scratch);
-    const int64_t* segments = plan.row_segments + (plan_head(bundle, h) * plan.num_queries + begin) * plan.key_blocks;
-    for (int64_t r = 0; r < end - begin; ++r) x.row_cursors[first + r] = segments[r * plan.key_blocks];
+    const int64_t row = plan_head(bundle, h) * plan.num_queries + begin;
+    for (int64_t r = 0; r < end - begin; ++r) x.row_cursors[first + r] = plan.row_offsets[row + r];
     float* sums = x.grad_query + first * head_floats_;
     for (int64_t i = 0; i < (end - begin) * head_floats_; i += kLanes) store(sums + i, zero());
     for (int64_t n = begin - offset; n < end - offset; ++n) {
@@ -667,7 +658,7 @@ class CsrBackward {
   void rows(const Slot& x, const Bundle& bundle, int64_t h, const Tile& tile, int64_t begin, int64_t end) const {
     const PlanView& plan = args_.plan;
     const int64_t head = plan_head(bundle, h), offset = offset_of(args_, bundle.b[0]);
-    const int64_t part = tile.key / kPlanBlock, base = part * kPlanBlock, columns = tile.key_end - tile.key;
+    const int64_t columns = tile.key_end - tile.key;
     const auto* values = static_cast<const float*>(args_.values);
     const bool weighing = values != nullptr || dropout_.active();
     const int64_t row_floats = most_run_floats<kElements>(1, columns);
@@ -685,16 +676,16 @@ class CsrBackward {
     float* factors = scratch.floats(weighing ? row_floats : 0);  // of dropout, for one row
     auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(picked_floats));
     if (columns_wanted()) first_places(x, head, tile, begin, places);
-    const int64_t first_index = tile.key - base;
+    const int64_t first_index = tile.key;
 
     for (int64_t pass = begin; pass < end; pass += pass_rows) {
       const int64_t count = smaller(pass_rows, end - pass), first = pass - tile.row;
       const float* deltas = x.deltas + first * kGroupFloats;
       int64_t place = 0;
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t* segment = plan.row_segments + (head * plan.num_queries + pass + r) * plan.key_blocks + part;
+        const int64_t row_end = plan.row_offsets[head * plan.num_queries + pass + r + 1];
         int64_t& cursor = x.row_cursors[first + r];
-        const int64_t entries = count_below(plan.columns + cursor, segment[1] - cursor, tile.key_end - base);
+        const int64_t entries = count_below(plan.columns + cursor, row_end - cursor, tile.key_end);
         runs[r] = {plan.columns + cursor, static_cast<uint32_t>(r), static_cast<uint32_t>(entries), place};
         place += run_floats<kElements>(entries);
         cursor += entries;
@@ -712,18 +703,18 @@ class CsrBackward {
       task.out = scores;
       task.scale = static_cast<float>(args_.scale * kLog2E);
       task.fill = -kInfinity;
-      dots<kStorage, kElements>(task, x.query.from(first), x.key, base);
+      dots<kStorage, kElements>(task, x.query.from(first), x.key, 0);
       task.out = products;
       task.scale = 1.0f;
       task.fill = 0.0f;
-      dots<kStorage, kElements>(task, x.grad_output.from(first), x.value, base);
+      dots<kStorage, kElements>(task, x.grad_output.from(first), x.value, 0);
       uint16_t* free_index = picked;
       for (int64_t r = 0; r < count; ++r) {
         Run& run = runs[r];
         float *p = scores + run.place, *ds = products + run.place;
         const float *shift = shifts + r * kGroupFloats, *delta = deltas + r * kGroupFloats;
         if (weighing) {
-          weigh(x, run, bundle, h, pass + r, base, p, ds, factors, shift, delta, free_index, places, first_index);
+          weigh(x, run, bundle, h, pass + r, p, ds, factors, shift, delta, free_index, places, first_index);
         } else {
           differentiate(run, p, ds, shift, delta);
         }
@@ -744,21 +735,20 @@ class CsrBackward {
       sum.weights = products;
       sum.sums = x.grad_query + first * head_floats_;
       sum.sums_stride = head_floats_;
-      weighted_sums<kStorage, kElements>(sum, x.key, base);
+      weighted_sums<kStorage, kElements>(sum, x.key, 0);
     }
   }
 
   /// Where the entries of a tile's columns go that are of pattern row `row` or later.
   void first_places(const Slot& x, int64_t head, const Tile& tile, int64_t row, uint32_t* places) const {
     const PlanView& plan = args_.plan;
-    const int64_t part = tile.row / kPlanBlock, base = part * kPlanBlock;
     for (int64_t j = tile.key; j < tile.key_end; ++j) {
       const Run& run = x.runs[j - tile.key];
       int64_t done = 0;
       if (row != tile.row) {
-        const int64_t* segment = plan.column_segments + (head * plan.num_keys + j) * plan.query_blocks + part;
-        const int64_t first = search_below(plan.rows + segment[0], segment[1] - segment[0], tile.row - base);
-        done = count_below(plan.rows + segment[0] + first, segment[1] - segment[0] - first, row - base);
+        const PlanRange places = plan.places(head, j);
+        const int64_t first = search_below(plan.rows + places.begin, places.end - places.begin, tile.row);
+        done = count_below(plan.rows + places.begin + first, places.end - places.begin - first, row);
       }
       places[j - tile.key] = static_cast<uint32_t>(run.place + offset_of_pair<kElements>(done, 0));
     }
@@ -800,8 +790,8 @@ class CsrBackward {
   /// P, dS and the weights' gradient of pattern row `row`, where there are values or dropout, and leaves the first two
   /// to the columns. Entries outside the support are taken out of the run, because nothing may touch their rows; its
   /// indices then stand at `free_index`, which moves on.
-  void weigh(const Slot& x, Run& run, const Bundle& bundle, int64_t h, int64_t row, int64_t base, float* p, float* ds,
-             float* factors, const float* shift, const float* delta, uint16_t*& free_index, uint32_t* places,
+  void weigh(const Slot& x, Run& run, const Bundle& bundle, int64_t h, int64_t row, float* p, float* ds, float* factors,
+             const float* shift, const float* delta, uint16_t*& free_index, uint32_t* places,
              int64_t first_index) const {
     const int64_t entry = run.index - args_.plan.columns;
     const float* weights = args_.values != nullptr ? static_cast<const float*>(args_.values) + entry : nullptr;
@@ -812,7 +802,7 @@ class CsrBackward {
     };
     if (dropout_.active()) {
       for_entries([&](int64_t k, int e, int64_t at) {
-        factors[at] = static_cast<float>(dropout_.factor(bundle.b[e], h, row, base + run.index[k]));
+        factors[at] = static_cast<float>(dropout_.factor(bundle.b[e], h, row, run.index[k]));
         ds[at] *= factors[at];
       });
     }
@@ -882,7 +872,7 @@ class CsrBackward {
 
   /// Adds columns [begin, end) of a tile to dK and dV.
   void columns(const Slot& x, const Tile& tile, int64_t begin, int64_t end) const {
-    const int64_t row = tile.row / kPlanBlock * kPlanBlock - tile.row;  // of the panels, where index 0 would be
+    const int64_t row = -tile.row;  // of the panels, where index 0 would be
     if (args_.values != nullptr) {
       const int64_t pairs =
           x.runs[end - 1].place / 2 + run_floats<kElements>(x.runs[end - 1].count) - x.runs[begin].place / 2;
@@ -996,7 +986,7 @@ void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elem
       const Bundle bundle = bundles.at(i / heads);
       const int64_t first = i * args.queries, stop = smaller(end, first + args.queries);
       const int64_t offset = offset_of(args, bundle.b[0]), from = begin - first + offset, to = stop - first + offset;
-      const int64_t head_row = (bundle.b[0] % bundles.groups * heads + h) * plan.num_queries;
+      const int64_t head_row = args.plan_head(bundle.b[0], h) * plan.num_queries;
       const bool last = stop >= end;
       rows(bundle, h, from, to, longest_row(plan, head_row + from, head_row + to),
            last ? bundle : bundles.at((i + 1) / heads), last ? -1 : (i + 1) % heads);
@@ -1008,7 +998,8 @@ void for_bundle_rows(const CsrArgs& args, const Parallel& parallel, int64_t elem
 /// How many batch elements to bundle: as many as keep the rows of about 200 keys in the L1 cache.
 int64_t bundled_elements(const CsrArgs& args, Storage storage) {
   if (args.kv_lens != nullptr || args.query_offsets != nullptr) return 1;  // then elements differ
-  const int64_t per_group = args.batch / larger(1, args.plan.heads / larger(1, args.query_heads));
+  if (args.plan.columns == nullptr) return 1;                              // rows take elements one by one
+  const int64_t per_group = args.batch / larger(1, args.groups());
   for (int elements = kMaxElements; elements > 1; elements /= 2) {
     const int64_t chunks = row_chunks(larger(args.head_size, args.value_size), storage, elements);
     if (per_group >= elements && smaller(args.keys, 200) * chunks * kVectorBytes <= kBundleBytes) return elements;
@@ -1054,6 +1045,24 @@ void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const KeyH
   });
 }
 
+/// Whether backward goes by rows and columns rather than in tiles of both: where the runs of all tiles, empty or not,
+/// are many more than the entries and what they belong to; where indices are not of 16 bits or a column takes a search
+/// to find; and where query heads share weights, whose gradient sums over them.
+template <Storage kStorage>
+bool takes_rows(const CsrArgs& args, const BackwardArgs& grads, int64_t elements) {
+  const PlanView& plan = args.plan;
+  if (selected_csr_kernel() == CsrKernel::kRows) return true;
+  if (plan.columns == nullptr || plan.num_queries > kPlanShort || plan.column_offsets.data == nullptr) return true;
+  if (grads.grad_weight != nullptr && args.pattern_heads() < args.query_heads) return true;
+  constexpr double kMostRuns = 8;
+  const int64_t row_bytes = backward_row_bytes(args, kStorage, elements);
+  const KeyBlocks chunks = wave_blocks(args.queries, row_bytes), blocks = wave_blocks(args.keys, row_bytes);
+  const auto runs = static_cast<double>(args.queries * blocks.count + args.keys * chunks.count);
+  const double entries = static_cast<double>(plan.nnz) / static_cast<double>(plan.heads * plan.num_queries) *
+                         static_cast<double>(args.queries);  // of a head
+  return runs > kMostRuns * static_cast<double>(elements) * (entries + static_cast<double>(args.queries + args.keys));
+}
+
 /// The heads that DenseBackward computes: one type for all storages, so that it is compiled once.
 struct KeptHeads {
   const CsrArgs& args;
@@ -1069,6 +1078,7 @@ void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& pa
   const HeadsByKernel heads(args, static_cast<int>(elements), kStorage);
   dense_backward(args, grads, heads.dense(), KeptHeads{args}, false, false, parallel);
   if (heads.entries().count == 0) return;
+  if (takes_rows<kStorage>(args, grads, elements)) return csr_rows_backward(args, grads, heads.entries(), parallel);
   if (bundles.elements == kMaxElements) {
     backward_bundles<kStorage, kMaxElements>(args, grads, heads.entries(), parallel, bundles, kMaxElements);
   }
@@ -1105,6 +1115,13 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
                     if (kernel == CsrKernel::kDense) {
                       return forward_dense(args, result, bundle, h, begin, end, next, next_h);
                     }
+                    if (kernel == CsrKernel::kRows) {
+                      const int64_t offset = offset_of(args, bundle.b[0]);
+                      for (int e = 0; e < bundle.elements; ++e) {
+                        csr_rows_forward(args, result, bundle.b[e], h, begin - offset, end - offset, longest);
+                      }
+                      return;
+                    }
                     const auto rows = bundle.elements == 1   ? forward_rows<kStorage, 1>
                                       : bundle.elements == 2 ? forward_rows<kStorage, 2>
                                                              : forward_rows<kStorage, kMaxElements>;
@@ -1117,7 +1134,7 @@ void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
   const Extra extra = args.score == Score::kGaussian ? Extra::kOne : Extra::kNone;
   const int64_t head_chunks = row_chunks(columns_with(extra, args.head_size, kStorage), kStorage, kElements);
   const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
-  const int64_t row_bytes = larger(head_chunks, value_chunks) * kVectorBytes;
+  const int64_t row_bytes = backward_row_bytes(args, kStorage, kElements);
   for (const int64_t chunks : {head_chunks, value_chunks}) {
     blocks.add(chunks);
     blocks.add(chunks, kMaxChunks);
@@ -1155,7 +1172,8 @@ Storage csr_storage(const CsrArgs& args) {
 }  // namespace
 
 void csr_forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
-  if (is_decoding(args)) return csr_decode(args, result, parallel);
+  const bool by_rows = args.plan.columns == nullptr || selected_csr_kernel() == CsrKernel::kRows;
+  if (is_decoding(args) && !by_rows) return csr_decode(args, result, parallel);
 #if defined(FIAK_ISA_AVX512_BF16)
   if (csr_storage(args) == Storage::kBFloat16) return forward<Storage::kBFloat16>(args, result, parallel);
 #endif

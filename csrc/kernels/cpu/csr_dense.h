@@ -15,7 +15,7 @@ class KeptHead {
   __attribute__((always_inline)) KeptHead(const CsrArgs& args, HeadPlace at)
       : plan_(args.plan),
         first_(args.query_offsets != nullptr ? args.query_offsets[at.b] : 0),
-        row_((at.b % (plan_.heads / args.query_heads) * args.query_heads + at.h) * plan_.num_queries + first_),
+        row_(args.plan_head(at.b, at.h) * plan_.num_queries + first_),
         keys_(keys_of(args, at.b)) {}
   __attribute__((always_inline)) int64_t end(int64_t n) const {
     for (int64_t w = (keys_ + 63) / 64 - 1; w >= 0; --w) {
@@ -91,32 +91,35 @@ constexpr Isa kIsa = Isa::kAvx512;
 constexpr Isa kIsa = Isa::kAvx2;
 #endif
 
-/// What a call has of a head of the pattern; without tiles where only the kernel per entry can compute it.
+/// What a call has of a head of the plan; without tiles where only the kernel per entry can compute it.
 FIAK_INLINE CsrHead shape_of(const CsrArgs& args, int64_t head, bool tiles, int elements) {
   const PlanView& plan = args.plan;
-  const int64_t* segments = plan.row_segments + head * plan.num_queries * plan.key_blocks;
-  const auto nnz = static_cast<double>(segments[plan.num_queries * plan.key_blocks] - segments[0]);
+  const auto nnz = static_cast<double>(plan.first_entry(head + 1) - plan.first_entry(head));
   const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan.num_queries));
   return {args.queries,   args.keys,       share * nnz, tiles ? share * static_cast<double>(plan.tiles[head]) : 0.0,
           args.head_size, args.value_size, elements};
 }
 
-/// The kernel for each head of a pattern and what it costs.
+/// The kernel for each query head of each group, and what it costs.
 class HeadCosts {
  public:
   /// For bundles of `elements` batch elements, stored as the kernel per entry does.
   __attribute__((always_inline)) HeadCosts(const CsrArgs& args, int elements, Storage storage)
-      : plan_(args.plan), heads_(args.query_heads), memory_((plan_.heads + 1) * (2 * sizeof(double) + 1)) {
+      : args_(args),
+        heads_(args.query_heads),
+        groups_(args.groups()),
+        memory_((groups_ * heads_ + 1) * (2 * sizeof(double) + 1)) {
+    const int64_t heads = groups_ * heads_;
     bundles_ = static_cast<double*>(memory_.data());
-    singles_ = bundles_ + plan_.heads + 1;
-    kernels_ = reinterpret_cast<char*>(singles_ + plan_.heads + 1);
+    singles_ = bundles_ + heads + 1;
+    kernels_ = reinterpret_cast<char*>(singles_ + heads + 1);
     const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
     const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
     const CsrKernel wanted = selected_csr_kernel();
-    const bool choice = plan_.bits != nullptr && args.values == nullptr;
+    const bool choice = args.plan.bits != nullptr && args.values == nullptr;
     bundles_[0] = singles_[0] = 0;
-    for (int64_t head = 0; head < plan_.heads; ++head) {
-      CsrHead shape = shape_of(args, head, choice, elements);
+    for (int64_t head = 0; head < heads; ++head) {
+      CsrHead shape = shape_of(args, args.plan_head(head / heads_, head % heads_), choice, elements);
       CsrKernel kernel = wanted;
       if (kernel == CsrKernel::kAuto) {
         const double all = entries_cost(shape, entries_rates, false), blocks = entries_cost(shape, entries_rates, true);
@@ -124,6 +127,7 @@ class HeadCosts {
         if (choice && dense_cost(shape, dense_rates) < (blocks < all ? blocks : all)) kernel = CsrKernel::kDense;
       }
       if (kernel == CsrKernel::kDense && !choice) kernel = CsrKernel::kBlocks;
+      if (args.plan.columns == nullptr) kernel = CsrKernel::kRows;  // columns are wide
       kernels_[head] = static_cast<char>(kernel);
       const auto cost = [&] {
         return kernel == CsrKernel::kDense ? dense_cost(shape, dense_rates)
@@ -135,7 +139,7 @@ class HeadCosts {
     }
   }
   __attribute__((always_inline)) CsrKernel kernel(int64_t b, int64_t h) const {
-    return static_cast<CsrKernel>(kernels_[b % groups() * heads_ + h]);
+    return static_cast<CsrKernel>(kernels_[b % groups_ * heads_ + h]);
   }
 
   /// What comes before row `row` of head h in bundle k of a group, of which `full` come before those of one element
@@ -144,26 +148,24 @@ class HeadCosts {
                                                int64_t row) const {
     const int64_t first = group * heads_;
     double cost = static_cast<double>(full) * bundles_[first] + static_cast<double>(count - full) * singles_[first];
-    if (first == plan_.heads) return cost;
+    if (group == groups_) return cost;
     const double bundle = bundles_[first + heads_] - bundles_[first],
                  single = singles_[first + heads_] - singles_[first];
     cost += static_cast<double>(smaller(k, full)) * bundle + static_cast<double>(larger(0, k - full)) * single;
     const double* costs = k < full ? bundles_ : singles_;
     cost += costs[first + h] - costs[first];
     if (row == 0) return cost;
-    const int64_t head = first + h, begin = first_entry(head);
-    const int64_t at = plan_.row_segments[(head * plan_.num_queries + row) * plan_.key_blocks];
-    const int64_t all = first_entry(head + 1) - begin + plan_.num_queries;
-    return cost + (costs[head + 1] - costs[head]) * static_cast<double>(at - begin + row) / static_cast<double>(all);
+    const PlanView& plan = args_.plan;
+    const int64_t head = args_.plan_head(group, h), begin = plan.first_entry(head);
+    const int64_t at = plan.row_offsets[head * plan.num_queries + row];
+    const int64_t all = plan.first_entry(head + 1) - begin + plan.num_queries;
+    return cost +
+           (costs[first + h + 1] - costs[first + h]) * static_cast<double>(at - begin + row) / static_cast<double>(all);
   }
 
  private:
-  __attribute__((always_inline)) int64_t groups() const { return plan_.heads / heads_; }
-  __attribute__((always_inline)) int64_t first_entry(int64_t head) const {
-    return plan_.row_segments[head * plan_.num_queries * plan_.key_blocks];
-  }
-  const PlanView& plan_;
-  int64_t heads_;
+  const CsrArgs& args_;
+  int64_t heads_, groups_;
   SharedScratch memory_;
   double *bundles_, *singles_;  // of the heads before, for a bundle and for a single element
   char* kernels_;               // of CsrKernel
@@ -200,9 +202,9 @@ class HeadsByKernel {
     const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
     const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
     double entries = 0, dense = 0;
-    for (int64_t first = key_head * shared_heads(args); first < args.plan.heads; first += args.query_heads) {
-      for (int64_t head = first; head < first + shared_heads(args); ++head) {
-        const CsrHead shape = shape_of(args, head, true, elements);
+    for (int64_t group = 0; group < args.groups(); ++group) {
+      for (int64_t h = key_head * shared_heads(args); h < (key_head + 1) * shared_heads(args); ++h) {
+        const CsrHead shape = shape_of(args, args.plan_head(group, h), true, elements);
         entries += entries_grad_cost(shape, entries_rates);
         dense += dense_grad_cost(shape, dense_rates);
       }

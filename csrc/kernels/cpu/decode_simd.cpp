@@ -47,7 +47,7 @@ struct QueryRow {
 };
 
 // Where an op's pairs are. start(r, row) says what row r of those that share a key head is, run(r, first, end, ...)
-// gives its keys in [first, end), which lie in one block of the plan; chunks come in ascending order.
+// gives its keys in [first, end); chunks come in ascending order.
 
 class CsrKeys {
  public:
@@ -70,33 +70,30 @@ class CsrKeys {
       : args_(args), cursors_(reinterpret_cast<Cursor*>(scratch.floats(rows * kCursorFloats))) {}
   void start(int64_t r, const QueryRow& row) {
     const PlanView& plan = args_.plan;
-    const int64_t head = row.b % (plan.heads / args_.query_heads) * args_.query_heads + row.h;
-    cursors_[r] = {plan.row_segments + (head * plan.num_queries + dropout_row(args_, row)) * plan.key_blocks, -1, 0, 0};
+    const PlanRange entries = plan.row(args_.plan_head(row.b, row.h) * plan.num_queries + dropout_row(args_, row));
+    cursors_[r] = {entries.begin, entries.end, false};
   }
   Run run(int64_t r, int64_t first, int64_t end) {
     Cursor& cursor = cursors_[r];
-    const int64_t block = first / kPlanBlock, origin = block * kPlanBlock;
     const uint16_t* columns = args_.plan.columns;
-    if (block != cursor.block) {
-      cursor.block = block;
-      cursor.end = cursor.segments[block + 1];
-      const int64_t begin = cursor.segments[block];
-      cursor.entry = begin + search_below(columns + begin, cursor.end - begin, first - origin);
+    if (!cursor.has_started) {
+      cursor.has_started = true;
+      cursor.entry += search_below(columns + cursor.entry, cursor.end - cursor.entry, first);
     }
     const int64_t entry = cursor.entry;
-    cursor.entry += count_below(columns + entry, cursor.end - entry, end - origin);
+    cursor.entry += count_below(columns + entry, cursor.end - entry, end);
     const int64_t count = cursor.entry - entry;
     const auto* values = static_cast<const float*>(args_.values);
     // The next chunk's entries, about as many: searching them would wait for each cache line.
     prefetch_row(reinterpret_cast<const char*>(columns + cursor.entry), 2 * count + 64);
     if (values != nullptr) prefetch_row(reinterpret_cast<const char*>(values + cursor.entry), 4 * count);
-    return {origin, columns + entry, values != nullptr ? values + entry : nullptr, count};
+    return {0, columns + entry, values != nullptr ? values + entry : nullptr, count};
   }
 
  private:
   struct Cursor {
-    const int64_t* segments;
-    int64_t block, entry, end;
+    int64_t entry, end;
+    bool has_started;
   };
   static constexpr int64_t kCursorFloats = sizeof(Cursor) / sizeof(float);
 
@@ -216,7 +213,7 @@ FIAK_INLINE float weigh_scores(float* scores, const float* weights, int64_t coun
 /// How a call is cut, by its sizes alone.
 struct Cuts {
   int64_t rows;           // that share a key head
-  int64_t chunk;          // keys, a power of two: it divides the plan's blocks
+  int64_t chunk;          // keys, a power of two
   int64_t stages, stage;  // of a chunk, keys of a stage
   int64_t splits, split_keys;
   bool copies;

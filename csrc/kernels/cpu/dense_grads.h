@@ -86,13 +86,6 @@ struct Wave {
   int64_t b, batch, head, heads, query_head, query, queries, key, keys;
 };
 
-/// Some key heads, ascending; `heads` is null where these are all.
-struct KeyHeads {
-  const int64_t* heads;
-  int64_t count;
-  __attribute__((always_inline)) int64_t at(int64_t i) const { return heads != nullptr ? heads[i] : i; }
-};
-
 /// The operands and products of a backward pass, by vectors of multiply-adds.
 template <bool kPairs>
 class VectorGrads {

@@ -262,15 +262,11 @@ __device__ __forceinline__ void for_elements(const AttentionParams& params, int 
 template <int kHead, class Visit>
 __device__ __forceinline__ void for_rounds(const PlanView& plan, int64_t row, Visit&& visit) {
   using L = Lanes<kHead>;
-  for (int block = 0; block < plan.key_blocks; ++block) {
-    const int64_t* segment = plan.row_segments + row * plan.key_blocks + block;
-    const int64_t first = segment[0];
-    const int count = static_cast<int>(segment[1] - first);  // of kPlanBlock keys
-    for (int i = 0; i < count; i += kRound) {
-      const int64_t entry = first + i + L::entry();
-      const int key = i + L::entry() < count ? block * static_cast<int>(kPlanBlock) + plan.columns[entry] : -1;
-      visit(entry, key, L::steps(count - i));
-    }
+  const PlanRange entries = plan.row(row);
+  for (int64_t first = entries.begin; first < entries.end; first += kRound) {
+    const int64_t entry = first + L::entry();
+    const int key = entry < entries.end ? static_cast<int>(plan.column(entry)) : -1;
+    visit(entry, key, L::steps(entries.end - first));
   }
 }
 
@@ -491,56 +487,53 @@ __device__ __forceinline__ void csr_entries_grad_column(const CsrBackwardParams&
       const Rows queries(params.query, elements.first, h, pattern.groups, params.head_size);
       const Rows grad_outputs(params.grad_output, elements.first, h, pattern.groups, params.value_size);
       const int64_t first_row = pattern.first_row(params, elements.first, h);
-      const int64_t first_entry = plan.row_segments[first_row * plan.key_blocks];
-      const int64_t column = first_row / plan.num_queries * plan.num_keys + key;
-      for (int64_t block = 0; block < plan.query_blocks; ++block) {
-        const int64_t* segment = plan.column_segments + column * plan.query_blocks + block;
-        const int64_t last = segment[1];
-        for (int64_t first = segment[0]; first < last; first += kRound) {
-          const int64_t place = first + L::entry();
-          float weight = -kInfinity;
-          int query = -1;
-          if (place < last) {
-            weight = log_weight_of(params.weights, first_entry + plan.positions[place]);
-            const int64_t at = block * kPlanBlock + plan.rows[place] - offset;
-            if (at >= 0 && at < params.queries && weight != -kInfinity) query = static_cast<int>(at);
-          }
-          const int steps = L::steps(last - first);
-          float scores[kElements] = {}, products[kElements] = {};
-          Part<Element> parts[kElements], grad_parts[kElements];
+      const int64_t first_entry = plan.row_offsets[first_row], pattern_head = pattern.heads.head_of(elements.first, h);
+      const PlanRange places = plan.places(pattern_head, key);
+      const int64_t last = places.end;
+      for (int64_t first = places.begin; first < last; first += kRound) {
+        const int64_t place = first + L::entry();
+        float weight = -kInfinity;
+        int query = -1;
+        if (place < last) {
+          weight = log_weight_of(params.weights, first_entry + plan.positions[place]);
+          const int64_t at = plan.query_of(pattern_head, place) - offset;
+          if (at >= 0 && at < params.queries && weight != -kInfinity) query = static_cast<int>(at);
+        }
+        const int steps = L::steps(last - first);
+        float scores[kElements] = {}, products[kElements] = {};
+        Part<Element> parts[kElements], grad_parts[kElements];
 #pragma unroll 1
-          for (int step = 0; step < steps; ++step) {
-            const int other = L::of_step(query, step);
-            queries.load(parts, other, end);
-            if (kGradKey) grad_outputs.load(grad_parts, other, end);
-#pragma unroll
-            for (int e = 0; e < kElements; ++e) {
-              const float score = L::group_sum(part_of_score(parts[e], keys[e], params.is_gaussian));
-              const float product = kGradKey ? L::group_sum(part_of_product(values[e], grad_parts[e])) : 0.0f;
-              if (step == L::part()) {
-                scores[e] = score;
-                products[e] = product;
-              }
-            }
-          }
+        for (int step = 0; step < steps; ++step) {
+          const int other = L::of_step(query, step);
+          queries.load(parts, other, end);
+          if (kGradKey) grad_outputs.load(grad_parts, other, end);
 #pragma unroll
           for (int e = 0; e < kElements; ++e) {
-            if (static_cast<unsigned>(query) >= static_cast<unsigned>(end[e])) {
-              scores[e] = 0;
-              continue;
+            const float score = L::group_sum(part_of_score(parts[e], keys[e], params.is_gaussian));
+            const float product = kGradKey ? L::group_sum(part_of_product(values[e], grad_parts[e])) : 0.0f;
+            if (step == L::part()) {
+              scores[e] = score;
+              products[e] = product;
             }
-            const RowState state = row_state(params, elements.at(e), h, query, true);
-            const float factor = dropout_of(params, elements.at(e), h, query + offset, key);
-            const float p = probability_of(scores[e], weight, state.logsumexp, params);
-            scores[e] = kGradKey ? score_gradient(p, factor * products[e], state.delta) : factor * p;
-            total[e] += scores[e];
           }
-#pragma unroll 1
-          for (int step = 0; step < steps; ++step) {
-            (kGradKey ? queries : grad_outputs).load(parts, L::of_step(query, step), end);
+        }
 #pragma unroll
-            for (int e = 0; e < kElements; ++e) add_part(sums[e], L::of_step(scores[e], step), parts[e]);
+        for (int e = 0; e < kElements; ++e) {
+          if (static_cast<unsigned>(query) >= static_cast<unsigned>(end[e])) {
+            scores[e] = 0;
+            continue;
           }
+          const RowState state = row_state(params, elements.at(e), h, query, true);
+          const float factor = dropout_of(params, elements.at(e), h, query + offset, key);
+          const float p = probability_of(scores[e], weight, state.logsumexp, params);
+          scores[e] = kGradKey ? score_gradient(p, factor * products[e], state.delta) : factor * p;
+          total[e] += scores[e];
+        }
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+          (kGradKey ? queries : grad_outputs).load(parts, L::of_step(query, step), end);
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) add_part(sums[e], L::of_step(scores[e], step), parts[e]);
         }
       }
     }
@@ -582,22 +575,26 @@ __device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams&
   if (pattern_row >= params.weights.num_rows) return;
   const int64_t pattern_head = pattern_row / pattern.plan.num_queries;
   const int64_t row = pattern_row - pattern_head * pattern.plan.num_queries;
-  const int group = static_cast<int>(pattern_head / params.query_heads);
-  const int h = static_cast<int>(pattern_head % params.query_heads);
+  const int group = static_cast<int>(pattern_head / pattern.heads.heads);
+  const int readers = params.query_heads / static_cast<int>(pattern.heads.heads);  // query heads of a pattern's head
+  const int first_head = static_cast<int>(pattern_head % pattern.heads.heads) * readers;
   for (int first = group; first < params.batch; first += kElements * pattern.groups) {
     const Elements<kElements> elements(params, pattern.groups, first);
     const auto query_of = [&](int e) {
       const int64_t query = row - pattern.offset(params, params.weights, elements.at(e));
       return query >= 0 && query < params.queries ? static_cast<int>(query) : -1;
     };
-    const RowPairs<Element, kHead, kElements> pairs(params, elements, h, static_cast<int>(row), query_of);
-    for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
-      float grads[kElements], sum = 0;
-      pairs.gradients(grads, key, 0, steps);
+    for (int h = first_head; h < first_head + readers; ++h) {
+      const RowPairs<Element, kHead, kElements> pairs(params, elements, h, static_cast<int>(row), query_of);
+      const bool is_first = first == group && h == first_head;
+      for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
+        float grads[kElements], sum = 0;
+        pairs.gradients(grads, key, 0, steps);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) sum += grads[e];
-      if (key >= 0) params.grad_weight[entry] = first == group ? sum : params.grad_weight[entry] + sum;
-    });
+        for (int e = 0; e < kElements; ++e) sum += grads[e];
+        if (key >= 0) params.grad_weight[entry] = is_first ? sum : params.grad_weight[entry] + sum;
+      });
+    }
   }
 }
 

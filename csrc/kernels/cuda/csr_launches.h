@@ -10,13 +10,12 @@
 
 namespace fiak::cuda {
 
-/// Whether the plan has what kernels over tiles read (plan.h); where not, those over entries compute all heads.
+/// Whether the plan may have what kernels over tiles read (plan.h); where not, those over entries compute all heads.
+/// The plan may be of more keys than the call has, which only the device knows: then it has no bits that it would not
+/// have for these.
 inline bool may_use_tiles(const AttentionArgs& args, const CsrWeights& weights) {
-  return weights.nnz * kPlanBitsShare >= weights.num_rows * args.keys &&
+  return plan_layout<int64_t>(weights.num_rows, 1, args.keys, weights.nnz).row_words > 0 &&
          weights.selected != static_cast<int32_t>(CsrKernel::kEntries);
-}
-inline bool may_use_entries(const AttentionArgs& args, const CsrWeights& weights) {
-  return !may_use_tiles(args, weights) || weights.selected != static_cast<int32_t>(CsrKernel::kTiles);
 }
 
 /// Does launch(kernel, blocks, params) of what computes `result`; there must be pairs.
@@ -24,7 +23,7 @@ template <class Launch>
 void csr_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed, const ForwardResult& result,
                  Launch&& launch) {
   with_element_of(args, [&](auto element) {
-    if (may_use_entries(args, weights)) csr_entries_forward(element, args, weights, seed, result, launch);
+    csr_entries_forward(element, args, weights, seed, result, launch);
     if (may_use_tiles(args, weights)) csr_tiles_forward(element, args, weights, seed, result, launch);
   });
 }
@@ -33,12 +32,8 @@ void csr_forward(const AttentionArgs& args, const CsrWeights& weights, const int
 template <class Launch>
 void csr_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed, const BackwardArgs& grads,
                   float* delta, Launch&& launch) {
-  BackwardArgs by_entries = grads;  // what tiles do not compute: delta, and the gradient of values
-  if (!may_use_entries(args, weights)) {
-    by_entries.grad_query.data = by_entries.grad_key.data = by_entries.grad_value.data = nullptr;
-  }
   with_element_of(args, [&](auto element) {
-    csr_entries_backward(element, args, weights, seed, by_entries, delta, launch);
+    csr_entries_backward(element, args, weights, seed, grads, delta, launch);
     if (may_use_tiles(args, weights)) csr_tiles_backward(element, args, weights, seed, grads, delta, launch);
   });
 }

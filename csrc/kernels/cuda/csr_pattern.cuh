@@ -12,15 +12,15 @@ using CsrBackwardParams = BackwardParams<CsrWeights>;
 
 struct CsrPattern {
   PlanView plan;
+  PatternHeads heads;
   int groups;
 
   /// Traps where the plan or the pattern is not for the call: sizes known on the device alone must not be trusted.
-  __device__ CsrPattern(const AttentionParams& params, const CsrWeights& weights) : plan(view(weights, params.keys)) {
-    groups = static_cast<int>(plan.heads / params.query_heads);
-    if (groups < 1 || plan.heads != int64_t{groups} * params.query_heads || params.batch % groups != 0 ||
-        params.queries > plan.num_queries) {
-      __trap();
-    }
+  __device__ CsrPattern(const AttentionParams& params, const CsrWeights& weights)
+      : plan(view(weights, params.keys)),
+        heads(plan.heads, params.query_heads),
+        groups(static_cast<int>(heads.groups)) {
+    if (groups < 1 || params.batch % groups != 0 || params.queries > plan.num_queries) __trap();
   }
 
   /// The row of query 0 among its head's.
@@ -31,9 +31,7 @@ struct CsrPattern {
   }
 
   /// The first of the pattern's rows that belongs to query head h of element b.
-  __device__ int64_t first_row(const AttentionParams& params, int b, int h) const {
-    return (int64_t{b % groups} * params.query_heads + h) * plan.num_queries;
-  }
+  __device__ int64_t first_row(const AttentionParams&, int b, int h) const { return heads.head_of(b, h) * plan.num_queries; }
 
   /// Whether the kernels over tiles compute this key head of this element, with all its query heads, rather than those
   /// over entries.
@@ -42,12 +40,11 @@ struct CsrPattern {
     if (plan.tiles == nullptr) return false;
     const auto selected = static_cast<CsrKernel>(weights.selected);
     if (selected != CsrKernel::kAuto) return selected == CsrKernel::kTiles;
-    const int heads = params.query_heads / params.key_heads;
-    const int64_t first = int64_t{b % groups} * params.query_heads + key_head * heads;
+    const int readers = params.query_heads / params.key_heads;
+    const int64_t first = heads.head_of(b, key_head * readers), count = heads.heads == 1 ? 1 : readers;
     int64_t tiles = 0;
-    for (int64_t head = first; head < first + heads; ++head) tiles += plan.tiles[head];
-    const int64_t row_entries = plan.num_queries * plan.key_blocks;
-    const int64_t nnz = plan.row_segments[(first + heads) * row_entries] - plan.row_segments[first * row_entries];
+    for (int64_t head = first; head < first + count; ++head) tiles += plan.tiles[head];
+    const int64_t nnz = plan.first_entry(first + count) - plan.first_entry(first);
     return tiles_are_faster(static_cast<float>(nnz), static_cast<float>(tiles), tensor_cores);
   }
 
@@ -55,7 +52,7 @@ struct CsrPattern {
   static __device__ PlanView view(const CsrWeights& weights, int64_t keys) {
     const auto* header = static_cast<const PlanHeader*>(weights.plan);
     if (header->magic != kPlanMagic || header->bytes != weights.plan_bytes || header->num_rows != weights.num_rows ||
-        header->nnz != weights.nnz || header->num_keys != keys) {
+        header->nnz != weights.nnz || header->num_keys < keys) {
       __trap();
     }
     return view_plan(weights.plan);

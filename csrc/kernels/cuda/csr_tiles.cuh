@@ -63,7 +63,7 @@ struct CsrSupport {
   /// Which entry is the first of a row from `key` on.
   __device__ int64_t entry_from(int64_t row, int key) const {
     const uint64_t* words = pattern.plan.bits + row * pattern.plan.row_words;
-    int64_t entry = pattern.plan.row_segments[row * pattern.plan.key_blocks];
+    int64_t entry = pattern.plan.row_offsets[row];
     for (int word = 0; word < key / 64; ++word) entry += __popcll(words[word]);
     return key % 64 == 0 ? entry : entry + __popcll(words[key / 64] & low_bits(key % 64));
   }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -81,46 +82,67 @@ std::string check(const Index* crow, const Index* col, int64_t num_rows, int64_t
 
 void prefetch_for_writing(const void* p) { __builtin_prefetch(p, 1); }
 
+/// The places of a section of offsets.
+class OffsetsOut {
+ public:
+  OffsetsOut(void* data, bool is_long) : data_(data), is_long_(is_long) {}
+  void set(int64_t i, int64_t offset) const {
+    if (is_long_) {
+      static_cast<int64_t*>(data_)[i] = offset;
+    } else {
+      static_cast<uint32_t*>(data_)[i] = static_cast<uint32_t>(offset);
+    }
+  }
+
+ private:
+  void* data_;
+  bool is_long_;
+};
+
 /// Writes what a plan has of a head besides bits.
-template <class Index>
-void build_head(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, int64_t head,
+template <class Index, class Column>
+void build_head(const Index* crow, const Index* col, const PlanHeader& header, int64_t head, Column* columns,
                 char* plan) {
-  const int64_t num_queries = header.num_queries, first_row = head * num_queries, first = crow[first_row];
-  auto* row_segments = reinterpret_cast<int64_t*>(plan + layout.row_segments);
-  auto* columns = reinterpret_cast<uint16_t*>(plan + layout.columns);
-  const int64_t segments = header.num_keys * layout.query_blocks;
-  auto* column_segments = reinterpret_cast<int64_t*>(plan + layout.column_segments) + head * segments;
+  const PlanLayout& layout = header.layout;
+  const int64_t num_queries = header.num_queries, num_keys = header.num_keys, first_row = head * num_queries;
+  const int64_t first = crow[first_row], end = crow[first_row + num_queries];
+  const OffsetsOut row_offsets(plan + layout.row_offsets, layout.has_long_offsets != 0);
   auto* rows = reinterpret_cast<uint16_t*>(plan + layout.rows);
   auto* positions = reinterpret_cast<uint32_t*>(plan + layout.positions);
+  for (int64_t row = first_row; row < first_row + num_queries; ++row) row_offsets.set(row + 1, crow[row + 1]);
+  for (int64_t entry = first; entry < end; ++entry) columns[entry] = static_cast<Column>(col[entry]);
 
+  if (layout.has_column_offsets == 0) {  // far more columns than entries
+    std::vector<uint16_t> row_of(end - first);
+    for (int64_t query = 0; query < num_queries; ++query) {
+      const auto begin = row_of.begin() + (crow[first_row + query] - first);
+      std::fill(begin, row_of.begin() + (crow[first_row + query + 1] - first), static_cast<uint16_t>(query));
+    }
+    std::iota(positions + first, positions + end, uint32_t{0});
+    std::sort(positions + first, positions + end, [&](uint32_t a, uint32_t b) {
+      return col[first + a] != col[first + b] ? col[first + a] < col[first + b] : a < b;
+    });
+    for (int64_t place = first; place < end; ++place) rows[place] = row_of[positions[place]];
+    return;
+  }
   // The transpose by counting: entries of a column come out with ascending rows.
-  std::vector<int64_t> next(segments);  // first how many entries a segment has, then where its next one goes
+  const OffsetsOut column_offsets(plan + layout.column_offsets, layout.has_long_offsets != 0);
+  std::vector<int64_t> next(num_keys);  // first how many entries a column has, then where its next one goes
+  for (int64_t entry = first; entry < end; ++entry) ++next[col[entry]];
+  int64_t place = first;
+  for (int64_t j = 0; j < num_keys; ++j) {
+    place += std::exchange(next[j], place);
+    column_offsets.set(head * num_keys + j + 1, place);
+  }
   for (int64_t query = 0; query < num_queries; ++query) {
     const int64_t row = first_row + query;
-    int64_t entry = crow[row];
-    for (int64_t block = 0; block < layout.key_blocks; ++block) {
-      for (; entry < crow[row + 1] && col[entry] < (block + 1) * kPlanBlock; ++entry) {
-        columns[entry] = static_cast<uint16_t>(col[entry] - block * kPlanBlock);
-      }
-      row_segments[row * layout.key_blocks + block + 1] = entry;
-    }
-    int64_t* counts = next.data() + query / kPlanBlock;
-    for (entry = crow[row]; entry < crow[row + 1]; ++entry) ++counts[col[entry] * layout.query_blocks];
-  }
-  int64_t place = first;
-  for (int64_t i = 0; i < segments; ++i) {
-    place += std::exchange(next[i], place);
-    column_segments[i + 1] = place;
-  }
-  for (int64_t query = 0; query < num_queries; ++query) {
-    const int64_t row = first_row + query, block = query / kPlanBlock;
     for (int64_t entry = crow[row]; entry < crow[row + 1]; ++entry) {
-      const int64_t to = next[col[entry] * layout.query_blocks + block]++;
+      const int64_t to = next[col[entry]]++;
       if (to % 16 == 0) {  // a column's next lines are wanted soon, and the hardware cannot foresee them
         prefetch_for_writing(rows + to + 32);
         prefetch_for_writing(positions + to + 16);
       }
-      rows[to] = static_cast<uint16_t>(query - block * kPlanBlock);
+      rows[to] = static_cast<uint16_t>(query);
       positions[to] = static_cast<uint32_t>(entry - first);
     }
   }
@@ -154,8 +176,8 @@ int64_t count_tiles(const uint64_t* bits, int64_t rows, int64_t row_words, uint6
 }
 
 template <class Index>
-void build_bits(const Index* crow, const Index* col, const PlanHeader& header, const PlanLayout& layout, int64_t head,
-                char* plan) {
+void build_bits(const Index* crow, const Index* col, const PlanHeader& header, int64_t head, char* plan) {
+  const PlanLayout& layout = header.layout;
   auto* bits = reinterpret_cast<uint64_t*>(plan + layout.bits);
   std::vector<uint64_t> any(layout.row_words);
   int64_t tiles = 0;
@@ -172,30 +194,49 @@ void build_bits(const Index* crow, const Index* col, const PlanHeader& header, c
 }
 
 /// Zeros all that no head writes: what is behind the sections, and their first offsets.
-void zero_gaps(const PlanHeader& header, const PlanLayout& layout, char* plan) {
+void zero_gaps(const PlanHeader& header, char* plan) {
+  const PlanLayout& layout = header.layout;
+  const int64_t offset_bytes = layout.has_long_offsets != 0 ? 8 : 4, has_bits = layout.row_words > 0 ? 1 : 0;
+  const int64_t offsets = header.num_rows + 1, columns = layout.has_column_offsets * layout.heads * header.num_keys + 1;
   const int64_t sections[][3] = {
       // where one starts, the bytes of it that are written, where the next one starts
-      {0, sizeof(PlanHeader), layout.row_segments},
-      {layout.row_segments + 8, header.num_rows * layout.key_blocks * 8, layout.columns},
-      {layout.columns, header.nnz * 2, layout.column_segments},
-      {layout.column_segments + 8, layout.heads * header.num_keys * layout.query_blocks * 8, layout.rows},
+      {0, sizeof(PlanHeader), layout.row_offsets},
+      {layout.row_offsets, offsets * offset_bytes, layout.columns},
+      {layout.columns, header.nnz * (layout.has_wide_columns != 0 ? 4 : 2), layout.column_offsets},
+      {layout.column_offsets, columns * offset_bytes, layout.rows},
       {layout.rows, header.nnz * 2, layout.positions},
       {layout.positions, header.nnz * 4, layout.bits},
       {layout.bits, header.num_rows * layout.row_words * 8, layout.tiles},
-      {layout.tiles, layout.row_words > 0 ? layout.heads * 8 : 0, layout.bytes},
+      {layout.tiles, has_bits * layout.heads * 8, layout.bytes},
   };
   for (const auto& [start, written, end] : sections) std::memset(plan + start + written, 0, end - start - written);
-  std::memset(plan + layout.row_segments, 0, 8);
-  std::memset(plan + layout.column_segments, 0, 8);
+  std::memset(plan + layout.row_offsets, 0, offset_bytes);
+  std::memset(plan + layout.column_offsets, 0, offset_bytes);
+}
+
+/// Sizes that are out of bounds, as check_csr says it.
+std::string check_sizes(const CsrIndices& csr, int64_t num_queries, int64_t num_keys) {
+  for (const auto& [name, size] : {std::pair("num_queries", num_queries), std::pair("num_keys", num_keys)}) {
+    if (size < 0 || size > kPlanMostSize) {
+      return got((std::string(name) + " must lie in 0.." + std::to_string(kPlanMostSize)).c_str(), size);
+    }
+  }
+  for (const auto& [name, size] : {std::pair("crow_indices", csr.num_rows), std::pair("col_indices", csr.nnz)}) {
+    if (size > kPlanMostEntries) {
+      return got((std::string(name) + " must have at most 2^48 elements").c_str(), size);
+    }
+  }
+  if (num_queries > 0 ? csr.num_rows % num_queries != 0 : csr.num_rows != 0) {
+    return "crow_indices must hold a multiple of num_queries rows, " + std::to_string(num_queries) + " (got " +
+           std::to_string(csr.num_rows) + " rows)";
+  }
+  return {};
 }
 
 }  // namespace
 
 std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, const Parallel& parallel) {
-  if (num_queries > 0 ? csr.num_rows % num_queries != 0 : csr.num_rows != 0) {
-    return "crow_indices must hold a multiple of num_queries rows, " + std::to_string(num_queries) + " (got " +
-           std::to_string(csr.num_rows) + " rows)";
-  }
+  if (std::string error = check_sizes(csr, num_queries, num_keys); !error.empty()) return error;
   return csr.wide ? check(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col), csr.num_rows,
                           csr.nnz, num_queries, num_keys, parallel)
                   : check(static_cast<const int32_t*>(csr.crow), static_cast<const int32_t*>(csr.col), csr.num_rows,
@@ -204,21 +245,28 @@ std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_ke
 
 void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan, const Parallel& parallel) {
   const PlanLayout layout = plan_layout(csr.num_rows, num_queries, num_keys, csr.nnz);
-  PlanHeader header{kPlanMagic, layout.bytes, csr.num_rows, num_queries, num_keys, csr.nnz, {}, {}};
+  PlanHeader header{kPlanMagic, layout.bytes, csr.num_rows, num_queries, num_keys, csr.nnz, {}, {}, layout};
   for (int i = 0; i < kPlanSamples; ++i) {
     header.crow_sample[i] = sampled(csr.crow, csr.wide, i, csr.num_rows + 1);
     header.col_sample[i] = sampled(csr.col, csr.wide, i, csr.nnz);
   }
   std::memcpy(plan, &header, sizeof header);
   auto* bytes = static_cast<char*>(plan);
-  zero_gaps(header, layout, bytes);
-  const auto build_from = [&](const auto* crow, const auto* col) {
+  zero_gaps(header, bytes);
+  const auto build_heads = [&](const auto* crow, const auto* col, auto* columns) {
     cpu::parallel_range(parallel, layout.heads, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
-        build_head(crow, col, header, layout, head, bytes);
-        if (layout.row_words > 0) build_bits(crow, col, header, layout, head, bytes);
+        build_head(crow, col, header, head, columns, bytes);
+        if (layout.row_words > 0) build_bits(crow, col, header, head, bytes);
       }
     });
+  };
+  const auto build_from = [&](const auto* crow, const auto* col) {
+    if (layout.has_wide_columns != 0) {
+      build_heads(crow, col, reinterpret_cast<uint32_t*>(bytes + layout.columns));
+    } else {
+      build_heads(crow, col, reinterpret_cast<uint16_t*>(bytes + layout.columns));
+    }
   };
   if (csr.wide) {
     build_from(static_cast<const int64_t*>(csr.crow), static_cast<const int64_t*>(csr.col));
@@ -227,21 +275,24 @@ void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, vo
   }
 }
 
-std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, int64_t num_keys, bool deep) {
+std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, bool deep) {
   PlanHeader header;
   if (bytes < static_cast<int64_t>(sizeof header)) return got("plan must come from csr_plan; it is too short", bytes);
   std::memcpy(&header, plan, sizeof header);
   if (header.magic != kPlanMagic)
     return "plan must come from csr_plan of this version; its first bytes are not a plan's";
   if (header.bytes != bytes) return got("plan must have the size that its header names", bytes);
-  if (header.num_rows != csr.num_rows || header.nnz != csr.nnz || header.num_keys != num_keys) {
-    return "plan must be made for this pattern of " + std::to_string(csr.num_rows) + " rows, " +
-           std::to_string(num_keys) + " keys and " + std::to_string(csr.nnz) + " entries (got one for " +
-           std::to_string(header.num_rows) + ", " + std::to_string(header.num_keys) + " and " +
+  if (header.num_rows != csr.num_rows || header.nnz != csr.nnz) {
+    return "plan must be made for this pattern of " + std::to_string(csr.num_rows) + " rows and " +
+           std::to_string(csr.nnz) + " entries (got one for " + std::to_string(header.num_rows) + " and " +
            std::to_string(header.nnz) + ")";
   }
-  if (plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz).bytes != bytes) {
-    return got("plan must have the size of its pattern's plan", bytes);
+  if (std::string error = check_sizes(csr, header.num_queries, header.num_keys); !error.empty()) {
+    return "plan must be of sizes that csr_plan takes; " + error;
+  }
+  const PlanLayout layout = plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz);
+  if (layout.bytes != bytes || std::memcmp(&layout, &header.layout, sizeof layout) != 0) {
+    return got("plan must have the size and layout of its pattern's plan", bytes);
   }
   for (int i = 0; i < kPlanSamples; ++i) {
     if (header.crow_sample[i] != sampled(csr.crow, csr.wide, i, csr.num_rows + 1)) {
@@ -254,9 +305,9 @@ std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, i
     }
   }
   if (!deep) return {};
-  if (std::string error = check_csr(csr, header.num_queries, num_keys); !error.empty()) return error;
+  if (std::string error = check_csr(csr, header.num_queries, header.num_keys); !error.empty()) return error;
   std::vector<char> expected(bytes);
-  build_plan(csr, header.num_queries, num_keys, expected.data());
+  build_plan(csr, header.num_queries, header.num_keys, expected.data());
   if (std::memcmp(expected.data(), plan, bytes) != 0)
     return "plan must be what csr_plan makes of this pattern; its body differs";
   return {};

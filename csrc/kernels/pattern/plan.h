@@ -1,14 +1,18 @@
 // The execution plan of a CSR pattern: validation, compressed offsets, the transpose and, of patterns that are not very
 // sparse, the same as bits.
 //
-// A pattern is one CSR matrix of heads * num_queries rows (heads = groups * query heads) and num_keys columns.
-// Column indices are stored in 16 bits, relative to blocks of 65536 keys; a row is therefore a run of one segment for
-// each key block. The transpose holds, for each key of each head, its rows (16 bits, relative to blocks of 65536
-// queries) and where in the head's row-major entries each one stands.
+// A pattern is one CSR matrix of heads * num_queries rows (heads = groups, times query heads where these do not share
+// one pattern) and num_keys columns. Its entries, in row-major order, have their columns, in 16 bits where num_keys
+// allows it and else in 32. The transpose holds, for each key of each head, in which row each of its entries stands (16
+// bits, which the entry's place completes where a head has more rows) and where among the head's row-major entries.
 //
-// Where at least one pair in 16 is kept, a dense kernel may be the faster one (cpu/cost_model.h). For it there is a bit
-// for each pair, and the number of each head's tiles of 24 queries and 16 keys that have an entry: what such a kernel
-// cannot skip.
+// A plan takes at most 10 bytes for each row and each entry beside 1 KiB, that is 2.5 times what the pattern takes as
+// int32. Where there are so few rows and entries that an offset for each column of each head would take more, columns
+// are found by bisection.
+//
+// Where about one pair in 16 is kept, a dense kernel may be the faster one (cpu/cost_model.h). For it there is a bit
+// for each pair, if these fit into the same bytes, and the number of each head's tiles of 24 queries and 16 keys that
+// have an entry: what such a kernel cannot skip.
 #pragma once
 
 #include <cstddef>
@@ -19,68 +23,156 @@
 
 namespace fiak {
 
-constexpr int64_t kPlanBlock = 65536;
-constexpr int64_t kPlanPadding = 32;    ///< readable 16-bit indices behind the last entry
-constexpr int64_t kPlanBitsShare = 16;  ///< plans have bits where nnz * kPlanBitsShare >= rows * keys
+constexpr int64_t kPlanShort = 65536;  ///< what 16 bits tell apart
+constexpr int64_t kPlanMostShortOffset = 0xffffffff;
+constexpr int64_t kPlanPadding = 32;                    ///< readable columns and rows behind the last entry
+constexpr int64_t kPlanMostSize = 0x7fffffff;           ///< of num_queries and num_keys
+constexpr int64_t kPlanMostEntries = int64_t{1} << 48;  ///< and rows: nothing that is computed of sizes overflows
 constexpr int64_t kPlanTileRows = 24, kPlanTileKeys = 16;
 constexpr int kPlanSamples = 8;
 
-constexpr uint64_t kPlanMagic = 0x32306e616c506946;  // "FiPlan02"
+constexpr uint64_t kPlanMagic = 0x33306e616c506946;  // "FiPlan03"
+
+struct LargerSize {
+  FIAK_HOST_DEVICE int64_t operator()(int64_t a, int64_t b) const { return a > b ? a : b; }
+};
+
+/// What a plan's sizes decide: where its sections start, in bytes, and which forms they have. A function of the sizes
+/// alone, so that a plan's size is known without its content. Size is int64_t, or what stands for one before it is
+/// known.
+template <class Size>
+struct PlanLayoutOf {
+  Size heads, bytes;
+  Size row_offsets, columns, column_offsets, rows, positions, bits, tiles;
+  Size row_words;           ///< 64-bit words of a row of bits; 0 where there are none
+  Size has_long_offsets;    ///< 0 or 1: offsets are of 64 bits, not 32
+  Size has_wide_columns;    ///< 0 or 1: columns are of 32 bits, not 16
+  Size has_column_offsets;  ///< 0 or 1
+};
+using PlanLayout = PlanLayoutOf<int64_t>;
 
 struct PlanHeader {
   uint64_t magic;
   int64_t bytes;
   int64_t num_rows, num_queries, num_keys, nnz;
   int64_t crow_sample[kPlanSamples], col_sample[kPlanSamples];
+  PlanLayout layout;
 };
 
-/// Byte offsets of the sections; a function of the sizes alone, so that a plan's size is known without its content.
-struct PlanLayout {
-  int64_t heads, key_blocks, query_blocks;
-  int64_t row_segments, columns, column_segments, rows, positions, bits, tiles, bytes;
-  int64_t row_words;  ///< 64-bit words of a row of bits; 0 where there are none
-};
-FIAK_HOST_DEVICE static inline PlanLayout plan_layout(int64_t num_rows, int64_t num_queries, int64_t num_keys,
-                                                      int64_t nnz) {
-  struct Sections {
-    int64_t end;
-    FIAK_HOST_DEVICE int64_t add(int64_t bytes) {
-      const int64_t start = end;
-      end += (bytes + 63) / 64 * 64;
-      return start;
-    }
+/// The sizes must be within kPlanMostSize and kPlanMostEntries. Larger()(a, b) is the larger one of two sizes.
+template <class Size = int64_t, class Larger = LargerSize>
+static inline PlanLayoutOf<Size> plan_layout(const Size& num_rows, const Size& num_queries, const Size& num_keys,
+                                             const Size& nnz) {
+  const Larger larger;
+  const Size zero = 0, one = 1;
+  const auto is_positive = [&](const Size& x) -> Size { return larger(x, zero) - larger(x - one, zero); };
+  Size end = 0;
+  const auto add = [&](const Size& bytes) -> Size {
+    const Size start = end;
+    end = end + (bytes + 63) / 64 * 64;
+    return start;
   };
-  PlanLayout layout{};
-  layout.heads = num_queries > 0 ? num_rows / num_queries : 0;
-  layout.key_blocks = num_keys > kPlanBlock ? (num_keys + kPlanBlock - 1) / kPlanBlock : 1;
-  layout.query_blocks = num_queries > kPlanBlock ? (num_queries + kPlanBlock - 1) / kPlanBlock : 1;
-  const bool has_bits = nnz * kPlanBitsShare >= num_rows * num_keys;
-  layout.row_words = has_bits ? (num_keys + 63) / 64 : 0;
-  Sections sections{0};
-  sections.add(sizeof(PlanHeader));
-  layout.row_segments = sections.add((num_rows * layout.key_blocks + 1) * 8);
-  layout.columns = sections.add((nnz + kPlanPadding) * 2);
-  layout.column_segments = sections.add((layout.heads * num_keys * layout.query_blocks + 1) * 8);
-  layout.rows = sections.add((nnz + kPlanPadding) * 2);
-  layout.positions = sections.add(nnz * 4);
-  layout.bits = sections.add(num_rows * layout.row_words * 8);
-  layout.tiles = sections.add(has_bits ? layout.heads * 8 : 0);
-  layout.bytes = sections.end;
+  PlanLayoutOf<Size> layout{};
+  layout.heads = num_rows / larger(num_queries, one);  // there are no rows where there are no queries
+  layout.has_long_offsets = is_positive(nnz - kPlanMostShortOffset);
+  layout.has_wide_columns = is_positive(num_keys - kPlanShort);
+  // Of 10 bytes for each row and each entry, offsets of rows take 4, entries 8 or 10; bits may take 2 of each, if
+  // columns leave as many; columns' offsets what is left. By division: products might overflow.
+  const Size words = (num_keys + 63) / 64;
+  const Size is_narrow = one - layout.has_wide_columns;
+  layout.row_words = is_narrow * words * is_positive((num_rows + nnz) * 2 / (larger(words, one) * 8) - num_rows + one);
+  const Size bits_bytes = num_rows * layout.row_words * 8;
+  const Size left = num_rows * 6 + nnz * 2 * is_narrow - bits_bytes;
+  layout.has_column_offsets = is_positive(left / (larger(num_keys, one) * 4) - layout.heads + one);
+  const Size offset_bytes = layout.has_long_offsets * 4 + 4;
+  add(static_cast<int64_t>(sizeof(PlanHeader)));
+  layout.row_offsets = add((num_rows + one) * offset_bytes);
+  layout.columns = add((nnz + kPlanPadding) * (layout.has_wide_columns * 2 + 2));
+  layout.column_offsets = add((layout.heads * (layout.has_column_offsets * num_keys) + one) * offset_bytes);
+  layout.rows = add((nnz + kPlanPadding) * 2);
+  layout.positions = add(nnz * 4);
+  layout.bits = add(bits_bytes);
+  layout.tiles = add(layout.heads * is_positive(layout.row_words) * 8);
+  layout.bytes = end;
   return layout;
 }
+
+/// Offsets of 32 or 64 bits.
+struct PlanOffsets {
+  const void* data = nullptr;
+  bool is_long = false;
+  FIAK_HOST_DEVICE int64_t operator[](int64_t i) const {
+    return is_long ? static_cast<const int64_t*>(data)[i] : static_cast<const uint32_t*>(data)[i];
+  }
+};
+
+/// Entries [begin, end).
+struct PlanRange {
+  int64_t begin, end;
+};
 
 /// What the kernels read.
 struct PlanView {
   const PlanHeader* header = nullptr;
-  int64_t heads = 0, num_queries = 0, num_keys = 0, nnz = 0, key_blocks = 1, query_blocks = 1;
-  const int64_t* row_segments = nullptr;     ///< [heads * num_queries * key_blocks + 1], offsets into columns
-  const uint16_t* columns = nullptr;         ///< [nnz], column - 65536 * block
-  const int64_t* column_segments = nullptr;  ///< [heads * num_keys * query_blocks + 1], offsets into rows
-  const uint16_t* rows = nullptr;            ///< [nnz], row in its head - 65536 * block
-  const uint32_t* positions = nullptr;       ///< [nnz], the entry's place among its head's row-major entries
+  int64_t heads = 0, num_queries = 0, num_keys = 0, nnz = 0;
+  PlanOffsets row_offsets;                 ///< [heads * num_queries + 1], into columns
+  const uint16_t* columns = nullptr;       ///< [nnz], or null where they are wide
+  const uint32_t* wide_columns = nullptr;  ///< the same
+  PlanOffsets column_offsets;              ///< [heads * num_keys + 1], into rows; data is null where there are none
+  const uint16_t* rows = nullptr;          ///< [nnz], row in its head modulo 65536: query_of() completes it
+  const uint32_t* positions = nullptr;     ///< [nnz], the entry's place among its head's row-major entries
   int64_t row_words = 0;
   const uint64_t* bits = nullptr;  ///< [heads * num_queries, row_words], key j in bit j % 64 of word j / 64, or null
   const int64_t* tiles = nullptr;  ///< [heads], tiles of kPlanTileRows x kPlanTileKeys with an entry, or null
+
+  /// The entries of a row of the pattern.
+  FIAK_HOST_DEVICE PlanRange row(int64_t row) const { return {row_offsets[row], row_offsets[row + 1]}; }
+  FIAK_HOST_DEVICE int64_t first_entry(int64_t head) const { return row_offsets[head * num_queries]; }
+  FIAK_HOST_DEVICE int64_t column(int64_t entry) const {
+    return columns != nullptr ? columns[entry] : wide_columns[entry];
+  }
+
+  /// The places of a key's entries in the transpose.
+  FIAK_HOST_DEVICE PlanRange places(int64_t head, int64_t key) const {
+    if (column_offsets.data != nullptr) {
+      const int64_t column = head * num_keys + key;
+      return {column_offsets[column], column_offsets[column + 1]};
+    }
+    const int64_t begin = first_place(head, key, first_entry(head));
+    return {begin, first_place(head, key + 1, begin)};
+  }
+  /// The row in its head of the entry at a place.
+  FIAK_HOST_DEVICE int64_t query_of(int64_t head, int64_t place) const {
+    if (num_queries <= kPlanShort) return rows[place];
+    // Rows of which 16 bits are known are in blocks of 65536: the last one that starts at or before the entry.
+    const int64_t first_row = head * num_queries, entry = row_offsets[first_row] + positions[place];
+    int64_t low = 0, high = (num_queries - 1) / kPlanShort;
+    while (low < high) {
+      const int64_t middle = low + (high - low + 1) / 2;
+      if (row_offsets[first_row + middle * kPlanShort] <= entry) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low * kPlanShort + rows[place];
+  }
+
+ private:
+  /// The first place, from `begin` on, of the head's entries in columns from `key` on.
+  FIAK_HOST_DEVICE int64_t first_place(int64_t head, int64_t key, int64_t begin) const {
+    const int64_t first = first_entry(head);
+    int64_t low = begin, high = first_entry(head + 1);
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (column(first + positions[middle]) < key) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
 };
 
 /// A CSR matrix with 32 or 64 bit indices (both arrays alike), num_rows + 1 offsets and nnz columns.
@@ -101,23 +193,27 @@ void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, vo
 
 /// Empty if `plan` (`bytes` long) is a plan made by build_plan for these indices, as far as its header and samples of
 /// the indices tell, in O(1); else what is wrong. `deep` compares the body with a newly built plan.
-std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, int64_t num_keys, bool deep);
+std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, bool deep);
 
 FIAK_HOST_DEVICE static inline PlanView view_plan(const void* plan) {
   const auto* header = static_cast<const PlanHeader*>(plan);
   const auto* bytes = static_cast<const char*>(plan);
-  const PlanLayout layout = plan_layout(header->num_rows, header->num_queries, header->num_keys, header->nnz);
+  const PlanLayout& layout = header->layout;
   PlanView view;
   view.header = header;
   view.heads = layout.heads;
   view.num_queries = header->num_queries;
   view.num_keys = header->num_keys;
   view.nnz = header->nnz;
-  view.key_blocks = layout.key_blocks;
-  view.query_blocks = layout.query_blocks;
-  view.row_segments = reinterpret_cast<const int64_t*>(bytes + layout.row_segments);
-  view.columns = reinterpret_cast<const uint16_t*>(bytes + layout.columns);
-  view.column_segments = reinterpret_cast<const int64_t*>(bytes + layout.column_segments);
+  view.row_offsets = {bytes + layout.row_offsets, layout.has_long_offsets != 0};
+  if (layout.has_wide_columns != 0) {
+    view.wide_columns = reinterpret_cast<const uint32_t*>(bytes + layout.columns);
+  } else {
+    view.columns = reinterpret_cast<const uint16_t*>(bytes + layout.columns);
+  }
+  if (layout.has_column_offsets != 0) {
+    view.column_offsets = {bytes + layout.column_offsets, layout.has_long_offsets != 0};
+  }
   view.rows = reinterpret_cast<const uint16_t*>(bytes + layout.rows);
   view.positions = reinterpret_cast<const uint32_t*>(bytes + layout.positions);
   if (layout.row_words > 0) {
