@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import fiak_ext  # noqa: F401 - registers torch.ops.fiak
 from benchmarks import peers
 from benchmarks.cases import Case
 
-__all__ = ["MEMORY_CASE", "peak_bytes", "peak_memory"]
+__all__ = ["MEMORY_CASE", "peak_bytes", "peak_memory", "peak_of"]
 
 MEMORY_CASE = Case("memory", 16, 4, 4, 785, 785, 48, 48, is_causal=False, recorded="")
 
@@ -54,9 +54,14 @@ def _measure(name: str) -> int:
     small, inputs = _inputs(_SMALL), _inputs(MEMORY_CASE)
     grad_output = torch.randn_like(inputs[0])
     train(small, torch.randn_like(small[0]))  # threads, code and scratch memory of the libraries
+    return peak_of(lambda: train(inputs, grad_output))
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes of this process while ``call`` runs, at most, beyond those before (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    train(inputs, grad_output)
+    call()
     return _status("VmHWM") - before
 
 

@@ -1191,7 +1191,7 @@ void csr_blocks(const CsrArgs& args, int64_t threads, BlockCounts& blocks) {
   csr_decode_blocks(args, blocks);
   dense_forward_blocks(args, !is_decoding(args), blocks);
   dense_backward_blocks(args, threads, blocks);
-  blocks.add(args.keys, kPlanBlock);
+  blocks.add(args.keys, kPlanShort);
   blocks.add(args.queries, kPlanBlock);
 #if defined(FIAK_ISA_AVX512_BF16)
   blocks.add(csr_storage(args) == Storage::kBFloat16);
