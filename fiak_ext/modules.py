@@ -354,17 +354,19 @@ class PriorAttention(nn.Module):
                 scale=self.scale,
                 enable_gqa=key.size(1) != self.num_heads,
             )
+        weight, log_weights = self._dense_weight(query, key, query_offsets, bias)
         output: Tensor = torch.ops.fiak.prior_attention(
             query,
             key,
             value,
-            self._dense_weight(query, key, query_offsets, bias),
+            weight,
             is_causal=self.is_causal and query_offsets is None,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
             seed=_draw_seed(dropout_p, query.device),
             scale=self.scale,
             score=self.score,
+            log_weights=log_weights,
         )
         return output
 
@@ -399,26 +401,44 @@ class PriorAttention(nn.Module):
 
     def _dense_weight(
         self, query: Tensor, key: Tensor, query_offsets: Tensor | None, bias: Tensor | None
-    ) -> Tensor | None:
-        """The weights as fiak::prior_attention takes them, for the rows and columns of this input."""
+    ) -> tuple[Tensor | None, bool]:
+        """The weights as fiak::prior_attention takes them, and whether they are logarithms.
+
+        Only the rows and columns of this input are looked at: weights are relative, so that the normalisation of a
+        softmax, or the largest prior or bias of a row, is left to the op, which knows what is visible.
+        """
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         batch, _, queries, _ = query.shape
-        weight = None if self.prior is None else self.weight()
-        if query_offsets is not None and self.is_causal:
-            # The op aligns causality with the first row; rows from elsewhere carry it in their weights.
-            weight = self.eligible()[None, None].float() if weight is None else weight * self.eligible()
+        keys = key.size(2)
+        rows = None
+        if query_offsets is not None:
+            rows = query_offsets.unsqueeze(-1) + torch.arange(queries, device=query.device)  # [B, n]
+
+        def of_input(x: Tensor) -> Tensor:
+            x = x[..., :keys]
+            if rows is not None and x.size(2) > 1:
+                group = torch.arange(batch, device=query.device) % x.size(0)
+                return x[group.unsqueeze(-1), :, rows].transpose(1, 2).to(dtype)
+            return x[:, :, :queries].to(dtype)
+
+        are_logs = self.prior is None or self.parameterization == "softmax" or bias is not None
+        weight = None if self.prior is None else of_input(self.prior)
+        if weight is not None and self.parameterization == "clamp":
+            weight = weight.abs().clamp(max=1.0)
+            if are_logs:  # a prior of 0 has no gradient, as |0| has none
+                absent = weight == 0
+                weight = weight.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
         if bias is not None:
-            # An additive bias is the weight exp(bias), and a factor of a whole row changes nothing.
-            bias = bias if query.dtype == torch.float64 else bias.float()
-            factor = (bias - bias.detach().amax(-1, keepdim=True)).exp()
-            weight = factor if weight is None else weight * factor
-        if weight is None:
-            return None
-        if query_offsets is not None and weight.size(2) > 1:
-            group = torch.arange(batch, device=query.device) % weight.size(0)
-            rows = query_offsets.unsqueeze(-1) + torch.arange(queries, device=query.device)
-            weight = weight[group.unsqueeze(-1), :, rows].transpose(1, 2)
-        weight = weight[:, :, :queries, : key.size(2)]
-        return weight.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+            weight = of_input(bias) if weight is None else weight + of_input(bias)
+        if rows is not None and self.is_causal:
+            # The op aligns causality with the first row; rows from elsewhere carry it in their weights.
+            hidden = (torch.arange(keys, device=query.device) > rows.unsqueeze(-1)).unsqueeze(1)
+            if weight is None:
+                weight = torch.zeros(hidden.shape, dtype=dtype, device=query.device)
+            elif weight.size(0) not in (1, batch):
+                weight = weight[torch.arange(batch, device=query.device) % weight.size(0)]
+            weight = weight.masked_fill(hidden, -torch.inf if are_logs else 0.0)
+        return weight, are_logs
 
     def _attend_pattern(
         self,
@@ -447,7 +467,8 @@ class PriorAttention(nn.Module):
             query_offsets = torch.zeros(batch, dtype=torch.int64, device=query.device)
         values = None
         if bias is not None:
-            values = pattern.exponentials(bias if query.dtype == torch.float64 else bias.float(), self.keep)
+            weight_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+            values = pattern.entries(bias, self.keep).to(weight_dtype)
         return pattern.attend(
             query,
             key,
@@ -459,6 +480,7 @@ class PriorAttention(nn.Module):
             seed=_draw_seed(dropout_p, query.device),
             scale=self.scale,
             score=self.score,
+            log_weights=values is not None,
         )
 
     # ---------------------------------------------------------------- copies, moves and checkpoints

@@ -552,14 +552,13 @@ class SparsePattern:
 
     # ---------------------------------------------------------------- attention
 
-    def exponentials(self, bias: Tensor, keep: Tensor | None = None) -> Tensor:
-        """``values [nnz]`` for :meth:`attend`: ``exp(bias)`` of the kept pairs, divided by the largest of their row.
+    def entries(self, bias: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``bias`` of the kept pairs, ``[nnz]``: what :meth:`attend` takes as ``values`` with ``log_weights``.
 
-        This is how an additive bias becomes weights: a factor of a whole row changes no attention. The largest counts
-        as a constant in the gradient, which the normalisation of attention makes exact.
+        This is how an additive bias, the logarithm of a weight, joins attention.
 
         Args:
-            bias: ``[1 | groups, num_heads, num_queries, num_keys]``, finite; with ``keep``, over all keys. Of one head
+            bias: ``[1 | groups, num_heads, num_queries, num_keys]``; with ``keep``, over all keys. Of one head
                 where all share the pattern, which has one weight for each of its pairs.
             keep: of :meth:`compact`, where this pattern is what it returned.
 
@@ -568,17 +567,14 @@ class SparsePattern:
         """
         if bias.size(1) != self._pattern_heads:
             raise ValueError(
-                f"SparsePattern.exponentials: bias must have the pattern's {self._pattern_heads} heads "
+                f"SparsePattern.entries: bias must have the pattern's {self._pattern_heads} heads "
                 f"(got shape {tuple(bias.shape)})"
             )
         rows, columns = self._entry_rows(), self.col_indices.long()
         if keep is not None:
             head = rows // max(self.num_queries, 1) % self._pattern_heads
             columns = keep[head // (self.num_heads // keep.size(0)), columns]
-        entries = bias.expand(self.groups, -1, -1, -1).flatten(0, 2)[rows, columns]
-        largest = entries.new_full((self._num_rows,), -torch.inf)
-        largest = largest.scatter_reduce(0, rows, entries.detach(), "amax")
-        return (entries - largest[rows]).exp()
+        return bias.expand(self.groups, -1, -1, -1).flatten(0, 2)[rows, columns]
 
     def attend(
         self,
@@ -593,6 +589,7 @@ class SparsePattern:
         seed: Tensor | None = None,
         scale: float | None = None,
         score: str = "dot",
+        log_weights: bool = False,
     ) -> Tensor:
         """Attention over the pairs of this pattern only: ``fiak::csr_attention`` with its plan.
 
@@ -607,6 +604,7 @@ class SparsePattern:
             dropout_p: probability of dropping a normalised weight; needs ``seed``, an int64 tensor of one element.
             scale: factor of the scores, by default ``1 / sqrt(D)``.
             score: ``"dot"`` or ``"gaussian"``.
+            log_weights: ``values`` holds the weights' logarithms; -inf is a weight of 0.
 
         Returns:
             ``[B, num_heads, N, Dv]``; 0 for a query without keys.
@@ -659,6 +657,7 @@ class SparsePattern:
             seed=seed,
             scale=scale,
             score=score,
+            log_weights=log_weights,
         )
         return output.reshape(batch, self.num_heads, queries, value.size(3)) if lens_of_heads else output
 

@@ -38,6 +38,7 @@ class Case:
     dropout_p: float = 0.0
     groups: int = 1
     kept: float = 0.6  # share of the pairs in the support
+    log_weights: bool = False
     # prior_attention
     prior: str | None = "GHNM"  # its shape, with 1 for a broadcast dimension
     is_causal: bool = False
@@ -62,6 +63,7 @@ class Case:
         key = _laid_out((*key_sizes, self.head_size), self.layouts[1], dtype, generator)
         value = _laid_out((*key_sizes, self.value_size), self.layouts[2], dtype, generator)
         options: dict[str, Any] = {"score": self.score, "scale": self.scale, "dropout_p": self.dropout_p}
+        options["log_weights"] = self.log_weights
         if self.dropout_p > 0:
             options["seed"] = torch.randint(2**62, (1,), generator=generator)
         if self.kv_lens:
@@ -77,7 +79,8 @@ class Case:
             return None, (), options
         sizes = {"G": self.groups, "H": self.query_heads, "N": self.queries, "M": self.keys, "1": 1}
         weight = _weights(tuple(sizes[name] for name in self.prior), dtype, generator)
-        return weight * (torch.rand(weight.shape, generator=generator) < self.kept), (), options
+        weight = weight * (torch.rand(weight.shape, generator=generator) < self.kept)
+        return weight.log() if self.log_weights else weight, (), options
 
     def _pattern(
         self, dtype: torch.dtype, generator: torch.Generator
@@ -88,6 +91,8 @@ class Case:
         mask = torch.rand(self.groups * heads * num_queries, num_keys, generator=generator) < self.kept
         crow, col = csr_of(mask, self.index_dtype)
         weight = _weights((col.numel(),), dtype, generator) if self.values else None
+        if weight is not None and self.log_weights:
+            weight = weight.log()
         options: dict[str, Any] = {}
         if self.more_rows:
             options["query_offsets"] = torch.randint(self.more_rows + 1, (self.batch,), generator=generator)
@@ -207,6 +212,8 @@ PRIOR_CASES = [
     Case("prior_attention", dropout_p=0.3, score="gaussian", is_causal=True, groups=2),
     Case("prior_attention", kept=0.2, scale=-0.7, layouts=("strided columns",) * 3),
     Case("prior_attention", scale=0.0, kept=1.0),
+    Case("prior_attention", log_weights=True, kv_lens=True),
+    Case("prior_attention", log_weights=True, prior="GH1M", is_causal=True, dropout_p=0.3, score="gaussian"),
 ]
 CSR_CASES = [
     Case("csr_attention"),
@@ -218,6 +225,8 @@ CSR_CASES = [
     Case("csr_attention", more_rows=2, dropout_p=0.4, score="gaussian", groups=2),
     Case("csr_attention", values=True, dropout_p=0.3, kept=0.2, scale=-0.7, layouts=("strided columns",) * 3),
     Case("csr_attention", kept=0.0),
+    Case("csr_attention", values=True, log_weights=True, kv_lens=True),
+    Case("csr_attention", values=True, log_weights=True, groups=2, dropout_p=0.3, more_rows=2, score="gaussian"),
     Case("csr_attention", scale=0.0, kept=1.0, planned=True),
     Case("csr_attention", query_heads=4, key_heads=2, shared_pattern=True, values=True, score="gaussian"),
     Case("csr_attention", query_heads=4, groups=2, batch=4, shared_pattern=True, more_rows=2, dropout_p=0.4, kept=0.3),
@@ -273,6 +282,7 @@ def random_case(op: str, seed: int) -> Case:
         more_rows=int(rng.integers(0, 6)) if rng.random() < 0.3 else 0,
         more_keys=int(rng.integers(0, 60)) if rng.random() < 0.3 else 0,
         shared_pattern=bool(rng.random() < 0.3),
+        log_weights=bool(rng.random() < 0.3),
     )
 
 
@@ -353,6 +363,8 @@ def _roundings(problem: Problem, exact: Results) -> dict[str, float]:
     attention, logsumexp = undropped.reference(*problem.tensors[:2], units)
     unweighted, unweighted_logsumexp = undropped.reference(*problem.tensors[:2], units, None)
     ratio = unweighted * (unweighted_logsumexp - logsumexp).exp().nan_to_num(0, 0)[..., None]
+    if case.log_weights:
+        ratio = attention
 
     delta = (grad_output * exact.output.abs()).sum(-1, keepdim=True)
     grad_weight = kept * grad_output @ value.mT + delta

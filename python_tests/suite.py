@@ -11,6 +11,8 @@ from cases import DTYPES, ISAS, Case, Problem, assert_close_enough, cpu_isa, num
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fiak_ext import reference
+
 SWEEP = range(60)
 
 
@@ -23,6 +25,10 @@ class AttentionSuite:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """The op's forward over the pairs of a mask ``[Hq, N, M]``: weights 1, the others pruned."""
+        raise NotImplementedError
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """The op's forward over all pairs, of weights ``[Hq, N, M]``, float32 (float64 with float64 inputs)."""
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -61,9 +67,11 @@ class AttentionSuite:
             assert torch.autograd.gradcheck(problem.public, leaves)
             return
         # Central differences are halved at the edge of the support, so pairs of weight 0 keep it here.
-        support = weight > 0
-        positive = weight.masked_fill(~support, 0.5).requires_grad_()
-        assert torch.autograd.gradcheck(lambda q, k, v, w: problem.public(q, k, v, w * support), [*leaves, positive])
+        outside = weight == (-torch.inf if case.log_weights else 0)
+        inside = weight.masked_fill(outside, 0.5).requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, w: problem.public(q, k, v, torch.where(outside, weight, w)), [*leaves, inside]
+        )
 
     def test_every_requires_grad_subset(self, case: Case) -> None:
         problem = case.problem(torch.float32)
@@ -244,6 +252,105 @@ class AttentionSuite:
         assert all(_same_bits(x, y) for x, y in zip(*results, strict=True))
         assert all(grad.isfinite().all() for grad in results[1][2:])
         assert (results[1][3][1, :, 1:] == 0).all()
+
+    # Weights are relative, and of any size
+
+    def _compare_weighted(
+        self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, tolerance: float = 0.0, **options: Any
+    ) -> None:
+        """Output, logsumexp and the gradients of query, key, value and weight against float64; all but the last alone
+        where weights are given as such, since that gradient is over the weight."""
+        dtype = query.dtype
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, weight)]
+        output, logsumexp = self.weigh(*leaves, **options)
+        exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+        exact, exact_logsumexp = reference.prior_attention(*exact_leaves[:3], exact_leaves[3][None], **options)
+        grad_output = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        grads = torch.autograd.grad(output, leaves, grad_output.to(dtype))
+        exact_grads = torch.autograd.grad(exact, exact_leaves, grad_output)
+        tolerance = max(tolerance, {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2}.get(dtype, 6e-2))
+        pairs = [(output, exact), (logsumexp, exact_logsumexp), *zip(grads[:3], exact_grads[:3], strict=True)]
+        if options.get("log_weights"):
+            pairs.append((grads[3], exact_grads[3]))
+        for ours, wanted in pairs:
+            assert ours.isfinite().all() or not wanted.isfinite().all()
+            torch.testing.assert_close(ours.double(), wanted, rtol=tolerance, atol=tolerance)
+        assert not grads[3].isnan().any()
+
+    @pytest.mark.parametrize("queries", [3, 19])  # decoded, and packed
+    @pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-20, 1e35, 1e37, 3e38])
+    def test_weights_are_relative(self, isa: str, dtype: torch.dtype, size: float, queries: int) -> None:
+        generator = torch.Generator().manual_seed(4)
+        query = torch.randn(2, 2, queries, 8, generator=generator).to(dtype)
+        key, value = (torch.randn(2, 2, 33, 8, generator=generator).to(dtype) for _ in range(2))
+        weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        same = torch.full((2, queries, 33), size, dtype=weight_dtype)
+        with cpu_isa(isa):
+            self._compare_weighted(query, key, value, same)
+            ones, _ = self.weigh(query, key, value, torch.ones_like(same))
+            torch.testing.assert_close(self.weigh(query, key, value, same)[0], ones)
+            mixed = same * torch.rand(same.shape, generator=generator).mul(0.9).add(0.1)
+            mixed[:, 0, :7] = 1e-30
+            mixed[:, 1, 7:] = 0
+            self._compare_weighted(query, key, value, mixed)
+
+    @pytest.mark.parametrize("queries", [3, 19])
+    def test_weights_outweigh_scores(self, isa: str, dtype: torch.dtype, queries: int) -> None:
+        """Scores 90 and 60 below the others, and above them, with weights that make up for it."""
+        query = torch.ones(1, 1, queries, 1, dtype=dtype)
+        key = torch.zeros(1, 1, 40, 1, dtype=dtype)
+        key[..., 3, :], key[..., 20, :], key[..., 30, :] = -90, 60, -60
+        value = torch.randn(1, 1, 40, 5, generator=torch.Generator().manual_seed(5)).to(dtype)
+        weight = torch.ones(1, queries, 40, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        weight[..., 3], weight[..., 20], weight[..., 30] = 1e38, 1e-26, 1e25
+        with cpu_isa(isa):
+            self._compare_weighted(query, key, value, weight, scale=1.0, tolerance=5e-5)
+            self._compare_weighted(query, key, value, weight.log(), scale=1.0, tolerance=5e-5, log_weights=True)
+
+    @pytest.mark.parametrize("queries", [3, 19])
+    @pytest.mark.parametrize("hidden", [95.0, 104.0, 1e4, 1e30])
+    def test_hidden_weights_may_be_of_any_size(self, isa: str, dtype: torch.dtype, hidden: float, queries: int) -> None:
+        generator = torch.Generator().manual_seed(6)
+        query = torch.randn(2, 2, queries, 8, generator=generator).to(dtype)
+        key, value = (torch.randn(2, 2, 40, 8, generator=generator).to(dtype) for _ in range(2))
+        weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.randn(2, queries, 40, generator=generator).to(weight_dtype)
+        weight[:, :, 25:] = hidden
+        weight[:, 2, :4] = -torch.inf
+        kv_lens = torch.tensor([25, 10])
+        with cpu_isa(isa):
+            self._compare_weighted(query, key, value, weight, kv_lens=kv_lens, log_weights=True)
+            self._compare_weighted(query, key, value, weight.exp().clamp(max=1e38), kv_lens=kv_lens)
+
+    @pytest.mark.parametrize("queries", [3, 19])
+    def test_log_weights(self, isa: str, dtype: torch.dtype, queries: int) -> None:
+        """Any finite number is a weight, -inf is none, NaN and inf make their row NaN."""
+        generator = torch.Generator().manual_seed(7)
+        query = torch.randn(2, 2, queries, 8, generator=generator).to(dtype)
+        key, value = (torch.randn(2, 2, 40, 8, generator=generator).to(dtype) for _ in range(2))
+        weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.zeros(2, queries, 40, dtype=weight_dtype)
+        least = torch.finfo(torch.float32).min
+        with cpu_isa(isa):
+            plain, plain_lse = self.weigh(query, key, value, torch.ones_like(weight))
+            for row, size in enumerate([0.0, 300.0, least]):  # of whole rows
+                weight[:, row] = size
+            output, logsumexp = self.weigh(query, key, value, weight, log_weights=True)
+            torch.testing.assert_close(output, plain)
+            torch.testing.assert_close(logsumexp - weight[None, ..., 0], plain_lse, rtol=0, atol=1e30)
+            weight[0, 0], weight[1, 0, 3], weight[0, 1, 5] = -torch.inf, torch.nan, torch.inf
+            weight[1, 1, 1:], weight[0, 2, 4] = least, torch.inf
+            leaves = [x.clone().requires_grad_() for x in (query, key, value, weight)]
+            output, logsumexp = self.weigh(*leaves, log_weights=True)
+            rows = torch.zeros(logsumexp.shape, dtype=torch.bool)
+            rows[:, 1, 0] = rows[:, 0, 1] = rows[:, 0, 2] = True
+            assert output[rows].isnan().all() and logsumexp[rows].isnan().all()
+            assert (output[:, 0, 0] == 0).all() and (logsumexp[:, 0, 0] == -torch.inf).all()
+            torch.testing.assert_close(output[:, 1, 1], value[:, 1, 0])
+            kept = rows.logical_not()
+            assert output[kept].isfinite().all()
+            (grad,) = torch.autograd.grad(output[:, 1, 1:].sum(), leaves[3])
+            assert grad[1, 1:].isfinite().all()
 
     def test_low_precision_is_accumulated_in_float32(self, isa: str) -> None:
         keys = 4096  # in bfloat16, 256 + 1 is 256

@@ -27,6 +27,10 @@ class TestCsrAttention(AttentionSuite):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return csr_attention_forward(query, key, value, *csr_of(mask), **options)
 
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        all_pairs = csr_of(torch.ones(weight.shape, dtype=torch.bool))
+        return csr_attention_forward(query, key, value, *all_pairs, weight.flatten(), **options)
+
     @pytest.mark.parametrize("kept", [0.1, 0.5])
     def test_at_most_twice_the_error_of_scaled_dot_product_attention(
         self, isa: str, dtype: torch.dtype, kept: float

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -618,6 +619,148 @@ def test_a_bias_is_added_to_the_scores(shared: bool, state: str) -> None:
     factor = (bias - largest.amax(-1, keepdim=True).clamp(min=-1e4)).exp().nan_to_num(posinf=0.0)
     expected, _ = reference.prior_attention(query, key, value, (weight * factor).expand(groups, HEADS, QUERIES, KEYS))
     torch.testing.assert_close(attention(*inputs, bias=bias), expected)
+
+
+# ---------------------------------------------------------------- priors and biases that an input hides
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, lens: list[int], mask: Tensor | None = None) -> Tensor:
+    """SDPA of each element over its first keys, with a float mask over these."""
+    outputs = [
+        F.scaled_dot_product_attention(q, k[:, :n], v[:, :n], None if mask is None else mask[..., :n])
+        for q, k, v, n in zip(query, key, value, lens, strict=True)
+    ]
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [95.0, 103.0, 104.0, 200.0, 1e4])
+@pytest.mark.parametrize("kind", ["fiak", "gmm"])
+def test_a_prior_behind_kv_lens_changes_nothing(kind: Any, size: float, dtype: torch.dtype) -> None:
+    attention = PriorAttention(2, 64, kind=kind)
+    attention.prior.data[..., 50] = size
+    query, key, value = (x.requires_grad_() for x in random_inputs(2, 64, 64, heads=2, key_heads=2, dtype=dtype))
+    for lens in ([10, 10], [10, 50], [1, 33]):
+        output = attention(query, key, value, kv_lens=torch.tensor(lens))
+        expected = sdpa(query, key, value, lens)
+        cotangent = torch.randn_like(expected)
+        grads = torch.autograd.grad(output, (query, key, value, attention.prior), cotangent)
+        tolerance: dict[str, float] = {} if dtype != torch.bfloat16 else {"rtol": 5e-2, "atol": 5e-2}
+        torch.testing.assert_close(output, expected, **tolerance)
+        for ours, wanted in zip(grads, torch.autograd.grad(expected, (query, key, value), cotangent), strict=False):
+            torch.testing.assert_close(ours, wanted, **tolerance)
+        assert grads[3].isfinite().all()
+        assert (grads[3][..., 50:] == 0).all()
+
+
+@pytest.mark.parametrize("size", [95.0, 103.0, 104.0, 200.0, 1e4])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["fiak", "gmm"])
+def test_a_prior_behind_a_shorter_input_changes_nothing(kind: Any, is_causal: bool, size: float) -> None:
+    attention = PriorAttention(2, 64, kind=kind, is_causal=is_causal)
+    attention.prior.data[..., 50] = size
+    query, key, value = random_inputs(2, 20, 20, heads=2, key_heads=2, dtype=torch.float32)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    torch.testing.assert_close(attention(query, key, value), expected)
+    # And behind the queries that cached decoding is at.
+    offsets = torch.tensor([17, 17])
+    output = attention(query[:, :, 17:], key, value, query_offsets=offsets)
+    torch.testing.assert_close(output, expected[:, :, 17:])
+
+
+@pytest.mark.parametrize("size", [95.0, 104.0, 1e4])
+@pytest.mark.parametrize("state", ["fiak", "clamp", "softmax", "pruned", "compacted"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_bias_behind_kv_lens_changes_nothing(state: str, size: float, is_causal: bool) -> None:
+    tokens = 24
+    bias = torch.randn(1, 2, tokens, tokens, generator=torch.Generator().manual_seed(3))
+    visible = bias.clone()
+    bias[..., 20] = size
+    bias.requires_grad_()
+    mask = torch.ones(2, tokens, tokens, dtype=torch.bool)
+    mask = mask.tril() if is_causal else mask
+    options: dict[str, Any] = {"is_causal": is_causal}
+    if state == "clamp":
+        options["parameterization"] = "clamp"
+    attention = PriorAttention(2, tokens, kind="softmax" if state == "softmax" else "fiak", **options)
+    if state == "clamp":
+        attention.prior.data.fill_(0.5)  # 1, where causal ones start, is where the gradient of clamp ends
+        attention.prior.data[..., 3] = 0
+        mask[..., 3] = False
+        mask[:, 3, 2] = True
+    inputs = random_inputs(2, tokens, tokens, heads=2, key_heads=2, dtype=torch.float32)
+    query, key, value = inputs
+    if state in ("pruned", "compacted"):
+        mask[..., 5] = False
+        attention.set_pattern(SparsePattern.from_mask(mask))
+        if state == "compacted":
+            inputs = (query, *torch.ops.fiak.compact_kv(key, value, attention.compact()))
+    lens = [10, 20]
+    expected = sdpa(query, key, value, lens, visible[0].masked_fill(~mask, -torch.inf))
+    leaves = [bias, *attention.parameters()]
+    output = attention(*inputs, kv_lens=torch.tensor(lens), bias=bias)
+    torch.testing.assert_close(output, expected)
+    for grad in torch.autograd.grad(output.square().sum(), leaves):
+        assert grad.isfinite().all()
+        assert (grad[..., 20:] == 0).all()
+        assert grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("state", ["fiak", "pruned"])
+def test_rows_without_keys_leave_gradients_finite(state: str) -> None:
+    """Padding: an element without keys, and priors that are the largest where it would be."""
+    attention = PriorAttention(2, 16)
+    if state == "pruned":
+        attention.set_pattern(SparsePattern.from_mask(torch.ones(2, 16, 16, dtype=torch.bool)))
+    else:
+        attention.prior.data[..., 8:] = 1e4
+    leaves = [x.requires_grad_() for x in random_inputs(3, 16, 16, heads=2, key_heads=2, dtype=torch.float32)]
+    bias = torch.zeros(1, 2, 16, 16)
+    bias[..., 8:] = 300
+    bias.requires_grad_()
+    output = attention(*leaves, kv_lens=torch.tensor([0, 8, 3]), bias=bias)
+    assert (output[0] == 0).all()
+    for grad in torch.autograd.grad(output.square().sum(), [*leaves, bias, *attention.parameters()]):
+        assert grad.isfinite().all()
+
+
+def test_decoding_looks_at_its_own_rows_and_columns_only() -> None:
+    """Memory of a step in proportion to its queries and keys, not to the longest input."""
+    tokens, keys = 2048, 40
+    for kind in ("softmax", "fiak", "gmm"):
+        attention = PriorAttention(2, tokens, kind=kind, is_causal=True)
+        query, key, value = random_inputs(2, 1, keys, heads=2, key_heads=2, dtype=torch.float32)
+        offsets = torch.tensor([30, 39])
+        with torch.no_grad(), Largest() as largest:
+            output = attention(query, key, value, query_offsets=offsets)
+        assert largest.numel <= 2 * 2 * 2 * keys * 8
+        torch.testing.assert_close(output, sdpa(query, key, value, [31, 40]))
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest new tensor that an op returns; views are as large as their result."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_a_clamped_prior_of_zero_with_a_bias() -> None:
+    attention = dense(parameterization="clamp")
+    attention.prior.data[..., 2] = 0.0
+    inputs = random_inputs(2, QUERIES, KEYS)
+    bias = torch.randn(1, HEADS, QUERIES, KEYS, dtype=torch.float64)
+    weight = attention.weight() * bias.exp()
+    expected, _ = reference.prior_attention(*inputs, weight)
+    output = attention(*inputs, bias=bias)
+    torch.testing.assert_close(output, expected)
+    (ours,) = torch.autograd.grad(output.square().sum(), attention.prior)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), attention.prior)
+    torch.testing.assert_close(ours, wanted)
 
 
 def test_a_bias_of_other_sizes_is_refused() -> None:

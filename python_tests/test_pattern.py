@@ -527,14 +527,14 @@ def test_weights_of_a_shared_pattern() -> None:
     shared = SparsePattern.from_mask(random_mask(1, 1, 6, 9), num_heads=4)
     bias = torch.randn(1, 1, 6, 9, dtype=torch.float64, requires_grad=True)
     query, key, value = (torch.randn(2, 4, n, 5, dtype=torch.float64) for n in (6, 9, 9))
-    ours = shared.attend(query, key, value, shared.exponentials(bias))
+    ours = shared.attend(query, key, value, shared.entries(bias), log_weights=True)
     mask = torch.where(shared.to_mask(), bias, -torch.inf)
     theirs = torch.nan_to_num(torch.nn.functional.scaled_dot_product_attention(query, key, value, mask))
     torch.testing.assert_close(ours, theirs)
     grads = [torch.autograd.grad(output.square().sum(), bias, retain_graph=True)[0] for output in (ours, theirs)]
     torch.testing.assert_close(grads[0], torch.nan_to_num(grads[1]))
-    with pytest.raises(ValueError, match=r"exponentials: bias must have the pattern's 1 heads \(got shape"):
-        shared.exponentials(torch.zeros(1, 4, 6, 9))
+    with pytest.raises(ValueError, match=r"entries: bias must have the pattern's 1 heads \(got shape"):
+        shared.entries(torch.zeros(1, 4, 6, 9))
 
 
 def test_shared_patterns_that_the_op_would_take_for_heads_are_refused() -> None:

@@ -26,6 +26,9 @@ class TestPriorAttention(AttentionSuite):
         weight_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         return prior_attention_forward(query, key, value, mask.to(weight_dtype)[None], **options)
 
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return prior_attention_forward(query, key, value, weight[None], **options)
+
     @pytest.mark.parametrize("is_causal", [False, True])
     def test_at_most_twice_the_error_of_scaled_dot_product_attention(
         self, isa: str, dtype: torch.dtype, is_causal: bool

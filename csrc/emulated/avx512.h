@@ -181,6 +181,31 @@ FIAK_EMULATED_CALL __m256 dpbf16_ps(__m256 c, __m256i a, __m256i b) {
   return sum;
 }
 
+/// The exponent of x, -inf for 0; inf and NaN as they are.
+FIAK_EMULATED_CALL __m512 getexp_ps(__m512 x) {
+  Lanes<float, __m512> a(x);
+  for (float& lane : a.lane) {
+    if (lane == 0) {
+      lane = -INFINITY;
+    } else {
+      lane = std::isfinite(lane) ? static_cast<float>(std::ilogb(lane)) : lane * lane;
+    }
+  }
+  return a;
+}
+/// x over 2^exponent, of 1 to 2; 1 for 0 and infinity.
+FIAK_EMULATED_CALL __m512 getmant_ps(__m512 x) {
+  Lanes<float, __m512> a(x);
+  for (float& lane : a.lane) {
+    if (lane == 0 || std::isinf(lane)) {
+      lane = std::copysign(1.0f, lane);
+    } else if (std::isfinite(lane)) {
+      lane = std::scalbn(lane, -std::ilogb(lane));
+    }
+  }
+  return a;
+}
+
 }  // namespace fiak::emulated
 
 #undef __m512bh
@@ -189,6 +214,8 @@ FIAK_EMULATED_CALL __m256 dpbf16_ps(__m256 c, __m256i a, __m256i b) {
 #define __m256bh __m256i
 
 #undef _mm256_dpbf16_ps
+#undef _mm512_getexp_ps
+#undef _mm512_getmant_ps
 #undef _mm512_scalef_ps
 #undef _mm512_dpbf16_ps
 #undef _mm512_shuffle_f32x4
@@ -205,6 +232,8 @@ FIAK_EMULATED_CALL __m256 dpbf16_ps(__m256 c, __m256i a, __m256i b) {
 #define _mm512_cvtps_ph(x, rounding) fiak::emulated::cvtps_ph<rounding>(x)
 #define _mm512_dpbf16_ps(c, a, b) fiak::emulated::dpbf16_ps(c, a, b)
 #define _mm512_extractf32x8_ps(x, i) fiak::emulated::half(x, i)
+#define _mm512_getexp_ps(x) fiak::emulated::getexp_ps(x)
+#define _mm512_getmant_ps(x, interval, sign) fiak::emulated::getmant_ps(x)
 #define _mm512_mask_cmp_ps_mask(mask, a, b, op) static_cast<__mmask16>((mask)&_mm512_cmp_ps_mask(a, b, op))
 #define _mm512_mask_storeu_ps(p, mask, x) fiak::emulated::mask_storeu_ps(p, mask, x)
 #define _mm512_maskz_loadu_epi16(mask, p) (fiak::emulated::maskz_loadu<uint16_t, __m512i>(mask, p))

@@ -15,6 +15,7 @@ struct AttentionArgs {
   Score score = Score::kDot;
   double scale = 1.0;
   double dropout_p = 0.0;
+  bool log_weights = false;  ///< whether the weights are given as ln w
   uint64_t seed = 0;
   const int64_t* kv_lens = nullptr;  ///< [batch], each in 0..keys, or null: what lies behind is never read
   Input query, key, value;

@@ -96,6 +96,35 @@ void fill_weights(Random& random, Tensor& weight) {
   }
 }
 
+/// The weights' gradient where some weight is very small or large, each number in units of 1 / w: of its own weight or,
+/// where that is outside the support, of the smallest of its row. Numbers that leave float32's range are 0 in all that
+/// is compared.
+void scale_weight_gradients(const Problem& problem, Results& actual, Results& exact, Results& yardstick) {
+  const Tensor& weight = problem.weight;
+  bool extreme = false;
+  for (const double w : weight.values()) extreme |= w > 0 && (w < 1e-3 || w > 1e3);
+  if (!extreme) return;
+  constexpr double kLeast = 1e-20;  // below, a rounded (dA - delta) alone may leave the range
+  for (int64_t g = 0; g < weight.batch; ++g) {
+    for (int64_t h = 0; h < weight.heads; ++h) {
+      for (int64_t n = 0; n < weight.rows; ++n) {
+        double least = 1;
+        for (int64_t j = 0; j < weight.columns; ++j) {
+          if (weight.at(g, h, n, j) > 0) least = std::min(least, weight.at(g, h, n, j));
+        }
+        for (int64_t j = 0; j < weight.columns; ++j) {
+          const double w = weight.at(g, h, n, j) > 0 ? weight.at(g, h, n, j) : least;
+          const bool left = w < kLeast && std::isinf(actual.grad_weight.at(g, h, n, j));
+          for (Results* results : {&actual, &exact, &yardstick}) {
+            const double x = results->grad_weight.at(g, h, n, j);
+            results->grad_weight.set(g, h, n, j, left ? 0 : x * w);
+          }
+        }
+      }
+    }
+  }
+}
+
 void expect_all_close(const Results& actual, const Results& exact, const Results& yardstick, const std::string& what) {
   for (const auto& [member, name] :
        {std::pair(&Results::output, "output"), std::pair(&Results::logsumexp, "logsumexp"),
@@ -186,13 +215,14 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
 
 bool Problem::in_support(int64_t b, int64_t h, int64_t n, int64_t j) const {
   if (j >= keys_of(b) || (is_causal && j > n)) return false;
+  const double below = args.log_weights ? -std::numeric_limits<double>::infinity() : 0;
   if (pattern == nullptr) {
-    return !has_weight || weight.at(b % weight.batch, weight.heads == 1 ? 0 : h, weight.rows == 1 ? 0 : n, j) > 0;
+    return !has_weight || weight.at(b % weight.batch, weight.heads == 1 ? 0 : h, weight.rows == 1 ? 0 : n, j) > below;
   }
   const int64_t row = PatternHeads(pattern->heads, args.query_heads).head_of(b, h) * pattern->queries + n +
                       (query_offsets.empty() ? 0 : query_offsets[b]);
   for (int64_t entry = pattern->crow[row]; entry < pattern->crow[row + 1]; ++entry) {
-    if (pattern->col[entry] == j) return !has_weight || weight.at(0, 0, 0, entry) > 0;
+    if (pattern->col[entry] == j) return !has_weight || weight.at(0, 0, 0, entry) > below;
   }
   return false;
 }
@@ -211,6 +241,7 @@ std::string Problem::describe() const {
   } else if (has_weight) {
     text << " prior " << weight.batch << " " << weight.heads << " " << weight.rows;
   }
+  if (has_weight && args.log_weights) text << " logarithms";
   return text.str();
 }
 
@@ -484,6 +515,59 @@ Problem random_long_csr_problem(Random& random, DType dtype) {
   });
 }
 
+namespace {
+
+/// Gives a problem's weights sizes of the whole range of float32, or of logarithms far beyond. A row has one size for
+/// all, weights of all sizes, or, where some keys of it are hidden, the largest by far among these.
+void make_extreme(Random& random, Problem& problem) {
+  if (!problem.has_weight) return;
+  const bool logs = problem.args.log_weights = random.chance(0.5);
+  const double most = logs ? 150 : 87;
+  Tensor& weight = problem.weight;
+  const auto keep = [&](double log) {
+    return logs ? log : static_cast<float>(std::exp(std::clamp(log, -100.0, 88.0)));
+  };
+  const auto set = [&](int64_t g, int64_t h, int64_t n, int64_t j, double log) {
+    const bool outside = weight.at(g, h, n, j) <= 0;
+    const double none = logs ? -std::numeric_limits<double>::infinity() : weight.at(g, h, n, j);
+    weight.set(g, h, n, j, outside ? none : static_cast<float>(keep(log)));
+  };
+  const int kind = static_cast<int>(random.integer(0, 3));
+  for (int64_t g = 0; g < weight.batch; ++g) {
+    for (int64_t h = 0; h < weight.heads; ++h) {
+      for (int64_t n = 0; n < weight.rows; ++n) {
+        const double size = random.real(-most, most);
+        for (int64_t j = 0; j < weight.columns; ++j) {
+          const bool hidden = problem.pattern == nullptr && (j >= problem.keys_of(g) || (problem.is_causal && j > n));
+          double log = kind == 0 || kind == 3 ? size : random.real(-most, most);
+          if (kind == 2) log = random.real(-2, 2);
+          if (hidden && kind >= 2) log = logs ? 1000 : most;
+          set(g, h, n, j, log);
+        }
+      }
+    }
+  }
+}
+
+Problem one_of(Random& random, DType dtype, std::initializer_list<MakeProblem> kinds) {
+  const MakeProblem make = kinds.begin()[random.integer(0, static_cast<int64_t>(kinds.size()) - 1)];
+  Problem problem = make(random, dtype);
+  make_extreme(random, problem);
+  return problem;
+}
+
+}  // namespace
+
+Problem random_extreme_prior_problem(Random& random, DType dtype) {
+  return one_of(random, dtype,
+                {random_prior_problem, random_prior_problem, random_prior_problem, random_long_prior_problem,
+                 random_prior_decode_problem});
+}
+
+Problem random_extreme_csr_problem(Random& random, DType dtype) {
+  return one_of(random, dtype, {random_csr_problem, random_csr_problem, random_csr_problem, random_csr_decode_problem});
+}
+
 void KernelTest::SetUp() {
   if (!machine_has(isa())) GTEST_SKIP() << "hardware: no " << cpu::isa_name(isa());
 }
@@ -506,7 +590,11 @@ void KernelChecks::matches(const Reference& reference, const Problem& problem, i
   problem.backward(kernels(), threads(thread_count), grads);
   grads.output = actual.output;
   grads.logsumexp = actual.logsumexp;
-  expect_all_close(grads, reference.exact, reference.yardstick, what);
+  Reference scaled = reference;
+  if (problem.has_weight && !problem.args.log_weights) {
+    scale_weight_gradients(problem, grads, scaled.exact, scaled.yardstick);
+  }
+  expect_all_close(grads, scaled.exact, scaled.yardstick, what);
 }
 
 void KernelChecks::matches_scalar_float64(const Problem& problem, const std::string& what) const {

@@ -24,7 +24,7 @@ struct Problem {
   bool is_causal = false;
   std::vector<int64_t> kv_lens, query_offsets;  // empty: none
   Tensor query, key, value, grad_output, weight;
-  bool has_weight = false;
+  bool has_weight = false;           // where args.log_weights, `weight` holds logarithms
   std::shared_ptr<Pattern> pattern;  // null: prior_attention
 
   Results forward(const cpu::Kernels& kernels, DType dtype, const Parallel& parallel) const;
@@ -57,6 +57,9 @@ Problem random_long_prior_problem(Random& random, DType dtype);
 /// Of few queries and up to thousands of keys.
 Problem random_prior_decode_problem(Random& random, DType dtype);
 Problem random_csr_decode_problem(Random& random, DType dtype);
+/// Calls of all these kinds, with weights of extreme sizes: all of a row's, some or what is hidden; some as logarithms.
+Problem random_extreme_prior_problem(Random& random, DType dtype);
+Problem random_extreme_csr_problem(Random& random, DType dtype);
 using MakeProblem = Problem (*)(Random&, DType);
 
 /// A call of prior_attention whose every property is given.

@@ -332,7 +332,7 @@ TEST_P(AllBlocks, CsrAttentionMatchesScalarFloat64AroundBlocksOfThePlan) {
   c.value_size = 2;
   c.scale_factor = 2;
   c.has_values = true;
-  for (const int64_t size : {kPlanBlock - 1, kPlanBlock, kPlanBlock + 1, 2 * kPlanBlock, 2 * kPlanBlock + 1}) {
+  for (const int64_t size : {kPlanShort - 1, kPlanShort, kPlanShort + 1, 2 * kPlanShort, 2 * kPlanShort + 1}) {
     for (const auto& [queries, keys] :
          {std::pair(size, int64_t{2}), std::pair(int64_t{2}, size), std::pair(int64_t{40}, size)}) {
       if (!is_drawn(random)) continue;

@@ -62,6 +62,17 @@ TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupportOfFewQueries) {
   ignores_huge_scores_outside_the_support(random_csr_decode_problem, 6);
 }
 
+TEST_P(CsrAttention, MatchesScalarFloat64WithWeightsOfAnySize) {
+  matches_scalar_float64(random_extreme_csr_problem, 120);
+}
+TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreadsWithWeightsOfAnySize) {
+  gives_the_same_bits_on_any_number_of_threads(random_extreme_csr_problem, 12);
+}
+TEST_P(CsrAttention, KeepsNanInItsPlaceWithWeightsOfAnySize) { keeps_nan_in_its_place(random_extreme_csr_problem, 12); }
+TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupportWithWeightsOfAnySize) {
+  ignores_huge_scores_outside_the_support(random_extreme_csr_problem, 12);
+}
+
 /// A call whose pattern has rows and columns that 16 bits may not tell apart.
 Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys, double density) {
   Problem problem;

@@ -88,6 +88,9 @@ TEST_P(CsrAttentionCuda, MatchesScalarFloat64OnLongPatterns) {
   if (kSanitized) GTEST_SKIP() << "the plain build does it";
   with_each_kernel([&] { matches_scalar_float64(random_long_csr_problem, 1); });
 }
+TEST_P(CsrAttentionCuda, MatchesScalarFloat64WithWeightsOfAnySize) {
+  with_each_kernel([&] { matches_scalar_float64(random_extreme_csr_problem, 2 * kRounds); });
+}
 TEST_P(CsrAttentionCuda, LeavesOutUnwantedGradients) { leaves_out_unwanted_gradients(random_csr_problem, 1); }
 TEST_P(CsrAttentionCuda, KeepsNanInItsPlace) {
   with_each_kernel([&] { keeps_nan_in_its_place(random_csr_problem, kRounds / 6 + 1); });

@@ -46,6 +46,7 @@ Operands<Args> attention_operands(const char* op, const Inputs& in) {
   args.score = in.score == "dot" ? Score::kDot : Score::kGaussian;
   args.scale = in.scale.value_or(1.0 / std::sqrt(static_cast<double>(args.head_size)));
   args.dropout_p = in.dropout_p;
+  args.log_weights = in.log_weights;
   const bool on_cpu = in.query.is_cpu();
   if (in.dropout_p > 0 && on_cpu) args.seed = static_cast<uint64_t>(*in.seed->template const_data_ptr<int64_t>());
   if (in.kv_lens.has_value()) {

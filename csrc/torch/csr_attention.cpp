@@ -25,14 +25,14 @@ constexpr const char* kPlan = "csr_plan";
 ForwardTensors call_forward(const CsrInputs& in) {
   static const auto op = find_op<CsrInputs::Signature<ForwardTensors>>("fiak::csr_attention_forward");
   return op.call(in.query, in.key, in.value, in.crow_indices, in.col_indices, in.values, in.plan, in.query_offsets,
-                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score);
+                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_weights);
 }
 
 GradTensors call_backward(const CsrGradInputs& in) {
   static const auto op = find_op<CsrGradInputs::Signature>("fiak::csr_attention_backward");
   return op.call(in.grad_output, in.query, in.key, in.value, in.crow_indices, in.col_indices, in.values, in.output,
                  in.logsumexp, in.plan, in.query_offsets, in.kv_lens, in.dropout_p, in.seed, in.scale, in.score,
-                 in.output_mask);
+                 in.log_weights, in.output_mask);
 }
 
 Tensor attention(const CsrInputs& in) {
@@ -55,6 +55,7 @@ struct CsrAttention : torch::autograd::Function<CsrAttention> {
     context->saved_data["dropout_p"] = in.dropout_p;
     context->saved_data["scale"] = in.scale;
     context->saved_data["score"] = std::string(in.score);
+    context->saved_data["log_weights"] = in.log_weights;
     context->mark_non_differentiable({logsumexp});
     context->set_materialize_grads(false);
     return {output, logsumexp};
@@ -67,10 +68,11 @@ struct CsrAttention : torch::autograd::Function<CsrAttention> {
     auto& data = context->saved_data;
     const std::string score = data["score"].toStringRef();
     const OptionalTensor values = if_defined(saved[3]);
-    std::tie(grads[0], grads[1], grads[2], grads[3]) = call_backward(
-        {grad_outputs[0], saved[0], saved[1], saved[2], saved[6], saved[7], values, saved[4], saved[5],
-         if_defined(saved[8]), if_defined(saved[9]), if_defined(saved[10]), data["dropout_p"].toDouble(),
-         if_defined(saved[11]), data["scale"].toOptional<double>(), score, wanted_grads(*context, values.has_value())});
+    std::tie(grads[0], grads[1], grads[2], grads[3]) =
+        call_backward({grad_outputs[0], saved[0], saved[1], saved[2], saved[6], saved[7], values, saved[4], saved[5],
+                       if_defined(saved[8]), if_defined(saved[9]), if_defined(saved[10]), data["dropout_p"].toDouble(),
+                       if_defined(saved[11]), data["scale"].toOptional<double>(), score, data["log_weights"].toBool(),
+                       wanted_grads(*context, values.has_value())});
     return grads;
   }
 };

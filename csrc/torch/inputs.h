@@ -25,11 +25,12 @@ struct PriorInputs {
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
+  bool log_weights;
 
   template <class Result>
   using Signature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
                            const OptionalTensor&, double, const OptionalTensor&, std::optional<double>,
-                           std::string_view);
+                           std::string_view, bool);
 };
 
 struct PriorGradInputs {
@@ -42,14 +43,17 @@ struct PriorGradInputs {
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
+  bool log_weights;
   OutputMask output_mask;
 
   using Signature = GradTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                 const OptionalTensor&, const at::Tensor&, const at::Tensor&, bool,
                                 const OptionalTensor&, double, const OptionalTensor&, std::optional<double>,
-                                std::string_view, OutputMask);
+                                std::string_view, bool, OutputMask);
 
-  PriorInputs inputs() const { return {query, key, value, prior, is_causal, kv_lens, dropout_p, seed, scale, score}; }
+  PriorInputs inputs() const {
+    return {query, key, value, prior, is_causal, kv_lens, dropout_p, seed, scale, score, log_weights};
+  }
 };
 
 struct CsrInputs {
@@ -59,12 +63,13 @@ struct CsrInputs {
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
+  bool log_weights;
 
   template <class Result>
   using Signature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                            const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                            const OptionalTensor&, double, const OptionalTensor&, std::optional<double>,
-                           std::string_view);
+                           std::string_view, bool);
 };
 
 struct CsrGradInputs {
@@ -76,16 +81,18 @@ struct CsrGradInputs {
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
+  bool log_weights;
   OutputMask output_mask;
 
   using Signature = GradTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                 const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
                                 const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                double, const OptionalTensor&, std::optional<double>, std::string_view, OutputMask);
+                                double, const OptionalTensor&, std::optional<double>, std::string_view, bool,
+                                OutputMask);
 
   CsrInputs inputs() const {
     return {query,         key,     value,     crow_indices, col_indices, values, plan,
-            query_offsets, kv_lens, dropout_p, seed,         scale,       score};
+            query_offsets, kv_lens, dropout_p, seed,         scale,       score,  log_weights};
   }
 };
 

@@ -41,12 +41,15 @@ void refuse_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 TORCH_LIBRARY(fiak, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   const auto def = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
-  const std::string options = "float dropout_p=0.0, Tensor? seed=None, float? scale=None, str score=\"dot\"";
+  const std::string options =
+      "float dropout_p=0.0, Tensor? seed=None, float? scale=None, str score=\"dot\", bool log_weights=False";
   const std::string forward_results = " -> (Tensor output, Tensor logsumexp)";
   const std::string qkv = "Tensor query, Tensor key, Tensor value, ";
 
   // Attention with a weight w for every pair (Eq. 12 of the paper): a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij').
-  // prior [G, 1|Hq, 1|N, M] is w, or None for all ones; its gradient comes in its own shape.
+  // prior [G, 1|Hq, 1|N, M] is w, or None for all ones; its gradient comes in its own shape. With log_weights it, or
+  // csr_attention's values, is ln w, and -inf is what w = 0 is without. Weights are relative: what multiplies all of a
+  // row's changes nothing.
   const std::string prior_options = "*, bool is_causal=False, Tensor? kv_lens=None, " + options;
   const std::string prior_inputs = "(" + qkv + "Tensor? prior=None, " + prior_options + ")";
   def("prior_attention" + prior_inputs + " -> Tensor");

@@ -125,12 +125,43 @@ class Scores {
 //   int64_t row_begin(g, wh, wr)                    where the row's gradient starts
 //   for_row(b, h, n, visit(j, w, slot))             all pairs of a query with a gradient, slot in its weight row
 //   for_column(b, h, j, visit(n, w))                all pairs of a key
-// w <= 0 is outside the support. Prior weights there still have a gradient, so for_row visits them too.
+// w <= 0 is outside the support. Prior weights there still have a gradient, so for_row visits them too. A visitor gets
+// weights as they are given: w or, with log_weights, ln w.
 
+/// What weights mean. They join the scores in the exponent, so that only their ratios within a row matter: a weight is
+/// factor * exp(log), where the factor is in [1, 2), or 1 where the logarithm is given. Logarithms are in float64, and
+/// two of them, or one and a maximum, are subtracted before anything is rounded.
 template <class Real>
-bool in_support(Real w) {
-  return !(w <= 0);  // true for NaN, which must reach its row
-}
+class Weights {
+ public:
+  struct Parts {
+    Real factor;
+    double log;
+  };
+  explicit Weights(const AttentionArgs& args) : logs_(args.log_weights), least_(logs_ ? -kInfinity : 0) {}
+  bool are_logs() const { return logs_; }
+  /// Of a weight that is left out: 1.
+  Real one() const { return logs_ ? 0 : 1; }
+  bool in_support(Real w) const { return !(w <= least_); }  // true for NaN, which must reach its row
+  /// Of a weight in the support; NaN where it is NaN or infinite.
+  Parts split(Real w) const {
+    if (logs_) return {1, w};
+    if (!(w < kInfinity)) return {w - w, 0};
+    const int exponent = std::ilogb(w);
+    return {std::scalbn(w, -exponent), exponent * 0.693147180559945309417};
+  }
+  /// The logarithm of w exp(s), without the factor's.
+  static Real log_of(const Parts& w, Real s) { return static_cast<Real>(w.log + s); }
+  /// w exp(s - shift).
+  static Real exp_of(const Parts& w, Real s, Real shift) {
+    return w.factor * std::exp(s + static_cast<Real>(w.log - shift));
+  }
+
+ private:
+  static constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  bool logs_;
+  Real least_;
+};
 
 /// work(b, h, n) for every query of every weight row in [begin, end).
 template <class Pairs, class Work>
@@ -154,11 +185,13 @@ void attention_forward(const AttentionArgs& args, const Pairs& pairs, const Forw
                        const Parallel& parallel) {
   using Real = typename Number<T>::Real;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+  const Weights<Real> weights(args);
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
   parallel_range(parallel, pairs.groups * pairs.weight_heads * pairs.weight_rows, [&](int64_t begin, int64_t end) {
     struct Pair {
       int64_t j;
-      Real w, s;
+      typename Weights<Real>::Parts w;
+      Real s;
     };
     std::vector<Pair> row;
     RowSum<T> sum(args.value_size);
@@ -170,15 +203,15 @@ void attention_forward(const AttentionArgs& args, const Pairs& pairs, const Forw
         row.clear();
         Real maximum = -kInfinity;
         pairs.for_row(b, h, n, [&](int64_t j, Real w, int64_t) {
-          if (!in_support(w)) return;
-          const Real s = score(n, j);
-          if (s > maximum) maximum = s;
-          row.push_back({j, w, s});
+          if (!weights.in_support(w)) return;
+          const Pair& pair = row.emplace_back(Pair{j, weights.split(w), score(n, j)});
+          const Real weighted = weights.log_of(pair.w, pair.s);
+          if (weighted > maximum) maximum = weighted;
         });
         sum.clear();
         Real total = 0;
         for (const Pair& pair : row) {
-          const Real weighted = pair.w * std::exp(pair.s - maximum);
+          const Real weighted = weights.exp_of(pair.w, pair.s, maximum);
           total += weighted;
           const Real kept =
               dropout.active() ? static_cast<Real>(dropout.factor(b, h, pairs.row_of_query(b, n), pair.j)) : Real{1};
@@ -199,6 +232,12 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
                         const Parallel& parallel) {
   using Real = typename Number<T>::Real;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
+  const Weights<Real> weights(args);
+  // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
+  const auto probability = [&](Real w, Real s, Real lse) {
+    const Real a = weights.exp_of(weights.split(w), s, lse);
+    return weights.are_logs() ? std::min(a, Real{1}) : a;
+  };
   const auto* logsumexp = static_cast<const Real*>(grads.logsumexp);
   const Real scale = static_cast<Real>(args.scale);
   const auto index = [&](int64_t b, int64_t h, int64_t n) { return (b * args.query_heads + h) * args.queries + n; };
@@ -237,9 +276,14 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
             pairs.for_row(b, h, n, [&](int64_t j, Real w, int64_t slot) {
               const Real da =
                   factor(b, h, n, j) * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
-              const Real dw = std::exp(score(n, j) - lse) * (da - delta[index(b, h, n)]);
-              grad_weight[slot] += dw;
-              if (in_support(w)) sum.add(w * dw, score.key(j));
+              const Real s = score(n, j), da_minus_delta = da - delta[index(b, h, n)];
+              const bool inside = weights.in_support(w);
+              const Real ds = inside ? probability(w, s, lse) * da_minus_delta : Real{0};
+              // d L / d ln w = d L / d s; d L / d w is that over w, which may be 0.
+              grad_weight[slot] += weights.are_logs()
+                                       ? ds
+                                       : std::exp(static_cast<double>(s) - static_cast<double>(lse)) * da_minus_delta;
+              if (inside) sum.add(ds, score.key(j));
             });
           }
           if (grads.grad_query.data != nullptr) sum.store(scale, row_of<T>(grads.grad_query, b, h, n));
@@ -267,8 +311,8 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
           const Scores<T> score(args, b, h);
           pairs.for_column(b, h, j, [&](int64_t n, Real w) {
             const Real lse = logsumexp[index(b, h, n)];
-            if (!in_support(w) || lse == -std::numeric_limits<Real>::infinity()) return;
-            const Real a = w * std::exp(score(n, j) - lse);
+            if (!weights.in_support(w) || lse == -std::numeric_limits<Real>::infinity()) return;
+            const Real a = probability(w, score(n, j), lse);
             const Real kept = factor(b, h, n, j);
             const Real da = kept * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
             const Real ds = a * (da - delta[index(b, h, n)]);

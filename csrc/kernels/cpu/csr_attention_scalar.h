@@ -12,7 +12,11 @@ class CsrPairs {
   const bool one_query = true;
 
   explicit CsrPairs(const CsrArgs& args)
-      : groups(args.groups()), weight_heads(args.pattern_heads()), weight_rows(args.plan.num_queries), args_(args) {}
+      : groups(args.groups()),
+        weight_heads(args.pattern_heads()),
+        weight_rows(args.plan.num_queries),
+        args_(args),
+        one_(Weights<Real>(args).one()) {}
 
   int64_t row_of_query(int64_t b, int64_t n) const { return n + offset(b); }
   int64_t query_of_row(int64_t b, int64_t row) const {
@@ -51,11 +55,12 @@ class CsrPairs {
   int64_t keys(int64_t b) const { return args_.kv_lens != nullptr ? args_.kv_lens[b] : args_.keys; }
   int64_t offset(int64_t b) const { return args_.query_offsets != nullptr ? args_.query_offsets[b] : 0; }
   Real weight(int64_t entry) const {
-    return args_.values != nullptr ? static_cast<const Real*>(args_.values)[entry] : Real{1};
+    return args_.values != nullptr ? static_cast<const Real*>(args_.values)[entry] : one_;
   }
   PlanRange entries(int64_t head, int64_t row) const { return args_.plan.row(head * args_.plan.num_queries + row); }
 
   const CsrArgs& args_;
+  const Real one_;
 };
 
 template <class T>

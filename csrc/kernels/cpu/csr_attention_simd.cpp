@@ -145,7 +145,7 @@ class RowRuns {
     bool picking = false;
     if (args_.values != nullptr) {
       weights = static_cast<const float*>(args_.values) + entries.begin;
-      picking = !all_in_support(weights, count);
+      picking = !all_in_support(weights, count, below_support(args_.log_weights));
     }
     if (blocks_.count == 1 && !picking && blocks_.keys == plan.num_keys) {
       runs[r] = {index, r, static_cast<uint32_t>(count), 0};
@@ -155,7 +155,7 @@ class RowRuns {
     if (picking) {
       uint16_t* picked = picked_ + i * room_;
       float* picked_weights = picked_weights_ + i * room_;
-      count = pick_support(weights, index, count, picked, picked_weights);
+      count = pick_support(weights, index, count, below_support(args_.log_weights), picked, picked_weights);
       index = picked;
       weights = picked_weights;
     }
@@ -241,14 +241,16 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce * kElements, pass_rows) : pass_rows;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
   const int64_t flat = padded(pass_rows * kElements) + kLanes;
+  const int64_t weight_floats = args.values != nullptr ? WeightArrays::floats(longest) : 0;
 
   Carver scratch{static_cast<char*>(thread_scratch(
-      Runs::bytes(args, blocks, pass_rows, longest) + carved(pass_rows * row_floats) +
+      Runs::bytes(args, blocks, pass_rows, longest) + carved(weight_floats) + carved(pass_rows * row_floats) +
       3 * carved(pass_rows * kGroupFloats) + 5 * carved(flat) + carved((group_rows + kMaxElements) * sum_floats) +
       carved(bundle_panel_floats(group_rows, head_chunks)) + carved(bundle_panel_floats(keys, head_chunks)) +
       carved(bundle_panel_floats(keys, value_chunks)) +
       carved(pack_scratch(larger(args.head_size, args.value_size)))))};
   Runs runs(args, blocks, pass_rows, longest, scratch);
+  const WeightArrays parts(scratch.floats(weight_floats), longest);
   float* scores = scratch.floats(pass_rows * row_floats);
   // A group for each row.
   float* row_maxima = scratch.floats(pass_rows * kGroupFloats);
@@ -307,6 +309,25 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         task.ahead = &ahead;
         dots<kStorage, kElements>(task, query, key, 0);
       }
+      // use(run, row of its group, scores of a group of entries, its first entry) with the run's weights in `parts`.
+      const auto for_weight_groups = [&](auto&& use) {
+        for (const Run* run = first; run < last; ++run) {
+          parts.take(runs.weights(run), run->count, args.log_weights);
+          float* p = scores + run->place;
+          for (int64_t k = 0; k < run->count; k += kGroup, p += kGroupFloats) {
+            use(*run, run->row * kGroupFloats, p, k);
+          }
+        }
+      };
+      if (args.values != nullptr) {  // the largest scores with their weights
+        for (int64_t i = 0; i < count * kGroupFloats; i += kGroupFloats) {
+          store_lanes(group_maxima + i, broadcast_group<kElements>(-kInfinity));
+        }
+        for_weight_groups([&](const Run& run, int64_t at, const float* p, int64_t k) {
+          const auto score = load_group<kElements>(p) + entry_group<kElements>(parts.exponents + k, run.count - k);
+          store_lanes(group_maxima + at, max_lanes(score, load_group<kElements>(group_maxima + at)));
+        });
+      }
       for (int64_t r = 0; r < count; ++r) {
         float* maximum = group_maxima + r * kGroupFloats;
         store_lanes(maximum, max_in_blocks(load_group<kElements>(maximum)));
@@ -317,16 +338,21 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
                                                                           group_totals, group_divisors);
         continue;
       }
+      if (args.values != nullptr) {
+        // The exponent less the maximum is exact, or nearly.
+        for_weight_groups([&](const Run& run, int64_t at, float* p, int64_t k) {
+          const auto shifted =
+              entry_group<kElements>(parts.exponents + k, run.count - k) - load_group<kElements>(group_maxima + at);
+          store_lanes(p, load_group<kElements>(p) + shifted);
+        });
+        std::memset(group_maxima, 0, count * kGroupFloats * sizeof(float));
+      }
       exp2_and_total<kStorage, kElements, true, Weights::kAlone>(first, last, scores, group_maxima, group_totals,
                                                                  group_divisors);
-      if (args.values != nullptr) {
-        for (const Run* run = first; run < last; ++run) {
-          const float* weights = runs.weights(run);
-          float* p = scores + run->place;
-          for (int64_t k = 0; k < run->count; k += kGroup, p += kGroupFloats) {
-            store_lanes(p, load_group<kElements>(p) * entry_group<kElements>(weights + k, run->count - k));
-          }
-        }
+      if (args.values != nullptr && !args.log_weights) {
+        for_weight_groups([&](const Run& run, int64_t, float* p, int64_t k) {
+          store_lanes(p, load_group<kElements>(p) * entry_group<kElements>(parts.factors + k, run.count - k));
+        });
         std::memset(group_totals, 0, count * kGroupFloats * sizeof(float));
         std::memset(group_divisors, 0, count * kGroupFloats * sizeof(float));
         exp2_and_total<kStorage, kElements, false, Weights::kAlone>(first, last, scores, group_maxima, group_totals,
@@ -660,14 +686,15 @@ class CsrBackward {
     const int64_t head = plan_head(bundle, h), offset = offset_of(args_, bundle.b[0]);
     const int64_t columns = tile.key_end - tile.key;
     const auto* values = static_cast<const float*>(args_.values);
-    const bool weighing = values != nullptr || dropout_.active();
+    const bool weighing = values != nullptr || dropout_.active(), logs = values != nullptr && args_.log_weights;
     const int64_t row_floats = most_run_floats<kElements>(1, columns);
     const int64_t pass_rows = most_grad_pass_rows(end - begin, row_floats);
     const int64_t most = pass_rows * row_floats;
     const int64_t picked_floats = values != nullptr ? (pass_rows * columns + kIndexPadding) / 2 : 0;
-    Carver scratch{static_cast<char*>(thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) +
-                                                     carved(pass_rows * kGroupFloats) + carved(columns) +
-                                                     carved(weighing ? row_floats : 0) + carved(picked_floats)))};
+    const int64_t weight_floats = values != nullptr ? WeightArrays::floats(columns) : 0;
+    Carver scratch{static_cast<char*>(thread_scratch(
+        carved(pass_rows * kRunFloats) + 2 * carved(most) + carved(pass_rows * kGroupFloats) + carved(columns) +
+        carved(weighing ? row_floats : 0) + carved(picked_floats) + carved(weight_floats)))};
     auto* runs = reinterpret_cast<Run*>(scratch.floats(pass_rows * kRunFloats));
     float* scores = scratch.floats(most);
     float* products = scratch.floats(most);
@@ -675,6 +702,7 @@ class CsrBackward {
     auto* places = reinterpret_cast<uint32_t*>(scratch.floats(columns));
     float* factors = scratch.floats(weighing ? row_floats : 0);  // of dropout, for one row
     auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(picked_floats));
+    const WeightArrays parts(scratch.floats(weight_floats), columns);
     if (columns_wanted()) first_places(x, head, tile, begin, places);
     const int64_t first_index = tile.key;
 
@@ -693,7 +721,8 @@ class CsrBackward {
         for (int e = 0; e < kElements; ++e) {
           const int64_t at = (bundle.b[e] * args_.query_heads + h) * args_.queries + pass + r - offset;
           const float lse = static_cast<const float*>(grads_.logsumexp)[at];
-          shift[e] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no entry counts where there is no support
+          // No entry counts where there is no support. Logarithms are subtracted as they are.
+          shift[e] = lse == -kInfinity ? kInfinity : logs ? lse : lse * kLog2E;
         }
         spread_elements<kElements>(shift, shifts + r * kGroupFloats);
       }
@@ -714,7 +743,7 @@ class CsrBackward {
         float *p = scores + run.place, *ds = products + run.place;
         const float *shift = shifts + r * kGroupFloats, *delta = deltas + r * kGroupFloats;
         if (weighing) {
-          weigh(x, run, bundle, h, pass + r, p, ds, factors, shift, delta, free_index, places, first_index);
+          weigh(x, run, bundle, h, pass + r, p, ds, factors, parts, shift, delta, free_index, places, first_index);
         } else {
           differentiate(run, p, ds, shift, delta);
         }
@@ -791,7 +820,7 @@ class CsrBackward {
   /// to the columns. Entries outside the support are taken out of the run, because nothing may touch their rows; its
   /// indices then stand at `free_index`, which moves on.
   void weigh(const Slot& x, Run& run, const Bundle& bundle, int64_t h, int64_t row, float* p, float* ds, float* factors,
-             const float* shift, const float* delta, uint16_t*& free_index, uint32_t* places,
+             const WeightArrays& parts, const float* shift, const float* delta, uint16_t*& free_index, uint32_t* places,
              int64_t first_index) const {
     const int64_t entry = run.index - args_.plan.columns;
     const float* weights = args_.values != nullptr ? static_cast<const float*>(args_.values) + entry : nullptr;
@@ -806,32 +835,52 @@ class CsrBackward {
         ds[at] *= factors[at];
       });
     }
-    differentiate(run, p, ds, shift, delta);
+    const bool logs = args_.log_weights;
+    const float below = below_support(logs);
+    if (weights == nullptr) {
+      differentiate(run, p, ds, shift, delta);
+    } else {
+      alignas(64) float none[kGroupFloats];
+      store_lanes(none, broadcast_group<kElements>(0));
+      parts.take(weights, run.count, logs);
+      for (int64_t k = 0; k < run.count; k += kGroup) {
+        float* group = p + offset_of_entry<kElements>(k, 0);
+        auto shifted = entry_group<kElements>((logs ? weights : parts.exponents) + k, run.count - k) -
+                       load_group<kElements>(shift);
+        if (logs) shifted = shifted * broadcast_group<kElements>(kLog2E);
+        auto score = load_group<kElements>(group) + shifted;
+        // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
+        if (logs) score = -max_lanes(load_group<kElements>(none), -score);
+        store_lanes(group, score);
+      }
+      differentiate(run, p, ds, none, delta);
+    }
     if (grads_.grad_weight != nullptr) {
       float* target = static_cast<float*>(grads_.grad_weight) + entry;
       for_entries([&](int64_t k, int e, int64_t at) {
-        // Of a row without support nothing counts, not even NaN.
-        if (shift[e * kGroup] != kInfinity) target[k] += ds[at];
+        // Of a row without support nothing counts, not even NaN, and of a logarithm of 0 neither.
+        if (shift[e * kGroup] == kInfinity || (logs && !in_support(weights[k], below))) return;
+        target[k] += ds[at] * parts.inverses[k];
       });
     }
-    for (int64_t k = 0; weights != nullptr && k < run.count; k += kGroup) {
-      const auto group = entry_group<kElements>(weights + k, run.count - k);
+    for (int64_t k = 0; weights != nullptr && !logs && k < run.count; k += kGroup) {
+      const auto group = entry_group<kElements>(parts.factors + k, run.count - k);
       const int64_t at = offset_of_entry<kElements>(k, 0);
       store_lanes(p + at, load_group<kElements>(p + at) * group);
       store_lanes(ds + at, load_group<kElements>(ds + at) * group);
     }
     if (dropout_.active()) for_entries([&](int64_t, int, int64_t at) { p[at] *= factors[at]; });
-    const bool all = weights == nullptr || all_in_support(weights, run.count);
+    const bool all = weights == nullptr || all_in_support(weights, run.count, below);
     alignas(64) float outside[kGroupFloats];
     store_lanes(outside, broadcast_group<kElements>(kOutside));
     for (int64_t k = 0; columns_wanted() && k < run.count; ++k) {
-      const bool inside = all || in_support(weights[k]);
+      const bool inside = all || in_support(weights[k], below);
       const int64_t at = offset_of_entry<kElements>(k, 0);
       leave(x, places[run.index[k] - first_index], inside ? p + at : outside, inside ? ds + at : outside);
     }
     if (all) return;
     take_out(
-        run, free_index, [&](int64_t k) { return in_support(weights[k]); },
+        run, free_index, [&](int64_t k) { return in_support(weights[k], below); },
         [&](int64_t to, int64_t from, int e) {
           for (float* numbers : {p, ds}) {
             numbers[offset_of_entry<kElements>(to, e)] = from < 0 ? 0.0f : numbers[offset_of_entry<kElements>(from, e)];
@@ -1192,7 +1241,7 @@ void csr_blocks(const CsrArgs& args, int64_t threads, BlockCounts& blocks) {
   dense_forward_blocks(args, !is_decoding(args), blocks);
   dense_backward_blocks(args, threads, blocks);
   blocks.add(args.keys, kPlanShort);
-  blocks.add(args.queries, kPlanBlock);
+  blocks.add(args.queries, kPlanShort);
 #if defined(FIAK_ISA_AVX512_BF16)
   blocks.add(csr_storage(args) == Storage::kBFloat16);
   if (csr_storage(args) == Storage::kBFloat16) return count_blocks<Storage::kBFloat16>(args, blocks);

@@ -13,22 +13,32 @@ constexpr int64_t kRoom = kMostPairs + kIndexPadding;
 struct Pairs {
   int64_t origin, count;
   const uint16_t* index;
-  const float* log_weights;  // in powers of two, or null where all weights are 1
-  int64_t entry;             // of the plan, of the first of them, where they are entries that follow each other
+  const float* weights;  // or logarithms, with their parts in the memory; null where all weights are 1
+  int64_t entry;         // of the plan, of the first of them, where they are entries that follow each other
 };
 
-/// Memory for pairs whose indices or weights do not stand in the plan and in the call.
+/// Memory for pairs whose indices do not stand in the plan, and for weights and their parts.
 struct PairMemory {
   uint16_t* index;
-  float* log_weights;
+  float* weights;
+  WeightArrays parts;
 
-  static int64_t bytes() { return carved(kRoom / 2) + carved(kRoom); }
+  static int64_t bytes() { return carved(kRoom / 2) + carved(kRoom) + carved(WeightArrays::floats(kRoom)); }
   explicit PairMemory(Carver& scratch)
-      : index(reinterpret_cast<uint16_t*>(scratch.floats(kRoom / 2))), log_weights(scratch.floats(kRoom)) {}
+      : index(reinterpret_cast<uint16_t*>(scratch.floats(kRoom / 2))),
+        weights(scratch.floats(kRoom)),
+        parts(scratch.floats(WeightArrays::floats(kRoom)), kRoom) {}
 };
 
-/// -inf outside the support; NaN stays NaN, which must reach its row.
-float log2_of(float weight) { return weight <= 0 ? -kInfinity : __builtin_log2f(weight); }
+/// The power of two of a pair's probability before its weight's factor: `score` in powers of two, with the weight,
+/// less `shift`, which is a natural logarithm where the weights are, so that these cancel before they are rounded.
+FIAK_INLINE Vec shifted(Vec score, const CsrArgs& args, const Pairs& pairs, const PairMemory& memory, int64_t i,
+                        Vec shift) {
+  if (pairs.weights == nullptr) return sub(score, shift);
+  if (!args.log_weights) return add(score, sub(load(memory.parts.exponents + i), shift));
+  // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
+  return min(zero(), fmadd(sub(load(pairs.weights + i), shift), broadcast(kLog2E), score));
+}
 
 int64_t offset_of(const CsrArgs& args, int64_t b) { return args.query_offsets != nullptr ? args.query_offsets[b] : 0; }
 
@@ -66,15 +76,16 @@ class QueryPairs {
       entry_ += pairs.count;
       return pairs.count > 0;
     }
-    pairs = {0, 0, memory_.index, values != nullptr ? memory_.log_weights : nullptr, entry_};
+    pairs = {0, 0, memory_.index, values != nullptr ? memory_.weights : nullptr, entry_};
     for (; entry_ < end_ && pairs.count < kMostPairs; ++entry_) {
-      if (picks_ && values != nullptr && !in_support(values[entry_])) continue;
+      if (picks_ && values != nullptr && !in_support(values[entry_], below_support(args_.log_weights))) continue;
       const int64_t column = plan.column(entry_);
       if (pairs.count == 0) pairs.origin = column / kPlanShort * kPlanShort;
       if (column - pairs.origin >= kPlanShort) break;
-      if (values != nullptr) memory_.log_weights[pairs.count] = log2_of(values[entry_]);
+      if (values != nullptr) memory_.weights[pairs.count] = values[entry_];
       memory_.index[pairs.count++] = static_cast<uint16_t>(column - pairs.origin);
     }
+    if (values != nullptr) memory_.parts.take(memory_.weights, pairs.count, args_.log_weights);
     return pairs.count > 0;
   }
 
@@ -106,17 +117,17 @@ class KeyPairs {
       place_ += pairs.count;
       return pairs.count > 0;
     }
-    pairs = {0, 0, memory_.index, values != nullptr ? memory_.log_weights : nullptr, 0};
+    pairs = {0, 0, memory_.index, values != nullptr ? memory_.weights : nullptr, 0};
     for (; place_ < end_ && pairs.count < kMostPairs; ++place_) {
-      float weight = 1.0f;
-      if (values != nullptr) weight = values[first_entry_ + plan.positions[place_]];
-      if (!in_support(weight)) continue;
+      const float weight = values != nullptr ? values[first_entry_ + plan.positions[place_]] : 1.0f;
+      if (values != nullptr && !in_support(weight, below_support(args_.log_weights))) continue;
       const int64_t n = plan.query_of(head_, place_) - offset_;
       if (pairs.count == 0) pairs.origin = n / kPlanShort * kPlanShort;
       if (n - pairs.origin >= kPlanShort) break;
-      if (values != nullptr) memory_.log_weights[pairs.count] = log2_of(weight);
+      if (values != nullptr) memory_.weights[pairs.count] = weight;
       memory_.index[pairs.count++] = static_cast<uint16_t>(n - pairs.origin);
     }
+    if (values != nullptr) memory_.parts.take(memory_.weights, pairs.count, args_.log_weights);
     return pairs.count > 0;
   }
 
@@ -211,8 +222,8 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
                     products.rows(args.value, args.value_size, b, key_head, pairs), s);
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
         Vec x = mul(load(s + i), scale);
-        if (pairs.log_weights != nullptr) x = add(x, load(pairs.log_weights + i));
         store(s + i, x);
+        if (pairs.weights != nullptr) x = add(x, load(memory.parts.exponents + i));
         maxima = keep_max(first_lanes(smaller(kLanes, pairs.count - i)), x, maxima);
       }
     }
@@ -220,24 +231,26 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
     // Without a finite score: 2^-inf = 0.
     const Vec shift = broadcast(maximum == -kInfinity ? 0.0f : maximum);
     double total = 0;
-    for (int64_t first = 0; first < count; first += kMostPairs) {
-      Vec sum = zero();
-      for (int64_t i = first; i < smaller(count, first + kMostPairs); i += kLanes) {
-        const Vec e = keep(first_lanes(smaller(kLanes, count - i)), exp2_below_128(sub(load(scores + i), shift)));
-        store(scores + i, e);
-        sum = add(sum, e);
-      }
-      total += reduce_add(sum);
-    }
     clear(sums, sum_floats);
     int64_t done = 0;
     for (QueryPairs all(args, b, h, n, true, memory); all.next(pairs); done += pairs.count) {
-      for (int64_t k = 0; dropout.active() && k < pairs.count; ++k) {
-        scores[done + k] *=
-            static_cast<float>(dropout.factor(b, h, n + offset_of(args, b), pairs.origin + pairs.index[k]));
+      float* p = scores + done;
+      Vec sum = zero();
+      for (int64_t i = 0; i < pairs.count; i += kLanes) {
+        // The exponent less the maximum is exact, or nearly.
+        Vec x = load(p + i);
+        x = pairs.weights != nullptr ? add(x, sub(load(memory.parts.exponents + i), shift)) : sub(x, shift);
+        Vec e = exp2_below_128(x);
+        if (pairs.weights != nullptr) e = mul(e, load(memory.parts.factors + i));
+        const Mask lanes = first_lanes(smaller(kLanes, pairs.count - i));
+        sum = add(sum, keep(lanes, e));
+        store_first(p + i, smaller(kLanes, pairs.count - i), e);  // behind stand the scores of the next ones
       }
-      products.add(scores + done, args.value_size, products.rows(args.value, args.value_size, b, key_head, pairs),
-                   sums);
+      total += reduce_add(sum);
+      for (int64_t k = 0; dropout.active() && k < pairs.count; ++k) {
+        p[k] *= static_cast<float>(dropout.factor(b, h, n + offset_of(args, b), pairs.origin + pairs.index[k]));
+      }
+      products.add(p, args.value_size, products.rows(args.value, args.value_size, b, key_head, pairs), sums);
     }
     float factor = 0.0f, logsumexp = -kInfinity;
     if (count > 0) {
@@ -305,24 +318,28 @@ class RowsBackward {
         fill_factors(factors, pairs, [&](int64_t j) { return dropout_.factor(b, h, n + offset_of(args_, b), j); });
       }
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
-        const Vec power = sub(mul(load(scores + i), broadcast(scale_)), broadcast(shift));
+        const Vec power = mul(load(scores + i), broadcast(scale_));
         Vec product = load(ds + i);
         if (dropout_.active()) product = mul(product, load(factors + i));
         const Vec grad = sub(product, broadcast(delta));
-        const Vec weighted = pairs.log_weights != nullptr ? add(power, load(pairs.log_weights + i)) : power;
-        store(ds + i, mul(exp2(weighted), grad));
-        if (values != nullptr) store(scores + i, mul(exp2(power), grad));
+        const Vec p = mul(exp2(shifted(power, args_, pairs, memory, i, broadcast(shift))), grad);
+        store(ds + i, values != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
+        if (values != nullptr) store(scores + i, mul(p, load(memory.parts.inverses + i)));
       }
       if (grads_.grad_weight != nullptr && shift != kInfinity) {  // of a row without support nothing counts
         float* target = static_cast<float*>(grads_.grad_weight) + pairs.entry;
-        for (int64_t k = 0; k < pairs.count; ++k) target[k] += scores[k];
+        for (int64_t k = 0; k < pairs.count; ++k) {
+          // Of a logarithm of 0 nothing counts, not even NaN.
+          if (args_.log_weights && !in_support(pairs.weights[k], below_support(true))) continue;
+          target[k] += scores[k];
+        }
       }
       if (values != nullptr) {  // outside the support nothing may touch a row
         int64_t kept = 0;
         for (int64_t k = 0; k < pairs.count; ++k) {
           memory.index[kept] = pairs.index[k];
           ds[kept] = ds[k];
-          kept += in_support(values[pairs.entry + k]);
+          kept += in_support(pairs.weights[k], below_support(args_.log_weights));
         }
         keys.count = kept;
       }
@@ -375,9 +392,9 @@ class RowsBackward {
             fill_factors(factors, pairs, [&](int64_t n) { return dropout_.factor(b, h, n + offset, j); });
           }
           for (int64_t i = 0; i < pairs.count; i += kLanes) {
-            Vec power = mul(sub(load(scores + i), broadcast(half_square)), broadcast(scale_));
-            if (pairs.log_weights != nullptr) power = add(power, load(pairs.log_weights + i));
-            store(scores + i, exp2(sub(power, load(shifts + i))));
+            const Vec power = mul(sub(load(scores + i), broadcast(half_square)), broadcast(scale_));
+            const Vec p = exp2(shifted(power, args_, pairs, memory, i, load(shifts + i)));
+            store(scores + i, pairs.weights != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
           }
           if (key_wanted) {
             for (int64_t k = 0; k < pairs.count; ++k) shifts[k] = deltas_[at(b, h, pairs.origin + pairs.index[k])];
@@ -415,10 +432,11 @@ class RowsBackward {
 
  private:
   int64_t at(int64_t b, int64_t h, int64_t n) const { return (b * args_.query_heads + h) * args_.queries + n; }
-  /// logsumexp in powers of two; no entry counts where there is no support.
+  /// logsumexp, in powers of two unless shifted() takes it as it is; no entry counts where there is no support.
   float shift_of(int64_t b, int64_t h, int64_t n) const {
     const float logsumexp = static_cast<const float*>(grads_.logsumexp)[at(b, h, n)];
-    return logsumexp == -kInfinity ? kInfinity : logsumexp * kLog2E;
+    if (logsumexp == -kInfinity) return kInfinity;
+    return args_.values != nullptr && args_.log_weights ? logsumexp : logsumexp * kLog2E;
   }
 
   const CsrArgs& args_;

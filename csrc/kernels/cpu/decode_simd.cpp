@@ -35,9 +35,9 @@ struct Run {
 };
 
 /// The run of those entries whose weights are of the support.
-FIAK_INLINE Run pick_run(Run run, uint16_t* index, float* weights) {
-  if (all_in_support(run.weights, run.count)) return run;
-  const int64_t kept = pick_support(run.weights, run.index, run.count, index, weights);
+FIAK_INLINE Run pick_run(Run run, float below, uint16_t* index, float* weights) {
+  if (all_in_support(run.weights, run.count, below)) return run;
+  const int64_t kept = pick_support(run.weights, run.index, run.count, below, index, weights);
   return {run.origin, index, weights, kept};
 }
 
@@ -151,7 +151,8 @@ class PriorKeys {
 
 /// What a query row has gathered so far: a vector of these, then the sum of the values.
 struct RowState {
-  float maximum, total, any;  // largest score, in powers of two; sum of the weighted powers; 0 where there is no pair
+  // Largest score with its weight, or about that, in powers of two; sum of the powers; 0 where there is no pair.
+  float maximum, total, any;
 };
 constexpr int64_t kStateFloats = kLanes;
 
@@ -183,26 +184,38 @@ FIAK_INLINE void combine(float* row, const float* other, int64_t sum_floats) {
   state.any += added.any;
 }
 
-/// scores *= scale in [0, count); their largest, ignoring NaN.
-FIAK_INLINE float scale_scores(float* scores, int64_t count, float scale) {
+/// The weights of a run's entries, which are all of the support.
+enum class RunWeights { kOnes, kWeights, kLogs };
+
+/// scores *= scale in [0, count); the largest with their weights, ignoring NaN.
+template <RunWeights kWeights>
+static float scale_scores(float* scores, const float* weights, int64_t count, float scale) {
   const Vec factor = broadcast(scale);
   Vec maxima = broadcast(-kInfinity);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec s = mul(load(scores + i), factor);
+    const int64_t n = smaller(kLanes, count - i);
+    Vec s = mul(load(scores + i), factor);
     store(scores + i, s);
-    maxima = keep_max(first_lanes(smaller(kLanes, count - i)), s, maxima);
+    if constexpr (kWeights == RunWeights::kWeights) s = add_log2(s, load_first(weights + i, n));
+    if constexpr (kWeights == RunWeights::kLogs) s = add(s, exponent_of_log(load_first(weights + i, n)));
+    maxima = keep_max(first_lanes(n), s, maxima);
   }
   return reduce_max(maxima);
 }
 
-/// scores = weights 2^(scores - maximum) in [0, count); their sum.
-FIAK_INLINE float weigh_scores(float* scores, const float* weights, int64_t count, float maximum) {
+/// scores = 2^(scores + log2 w - maximum) in [0, count); their sum.
+template <RunWeights kWeights>
+static float weigh_scores(float* scores, const float* weights, int64_t count, float maximum) {
   const Vec shift = broadcast(maximum == -kInfinity ? 0.0f : maximum);  // without a finite score: 2^-inf = 0
   Vec sums = zero();
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = smaller(kLanes, count - i);
-    Vec e = exp2_below_128(sub(load(scores + i), shift));
-    if (weights != nullptr) e = mul(e, load_first(weights + i, n));
+    Vec exponent = sub(zero(), shift), w = zero();
+    if constexpr (kWeights != RunWeights::kOnes) w = load_first(weights + i, n);
+    if constexpr (kWeights == RunWeights::kWeights) exponent = exponent_minus(w, shift);
+    if constexpr (kWeights == RunWeights::kLogs) exponent = sub(exponent_of_log(w), shift);
+    Vec e = exp2_below_128(add(load(scores + i), exponent));
+    if constexpr (kWeights == RunWeights::kWeights) e = mul(e, weight_factor(w));
     e = keep(first_lanes(n), e);
     sums = add(sums, e);
     store(scores + i, e);
@@ -340,7 +353,8 @@ class Decoder {
       Run& run = chunk.runs[r];
       run = pairs.run(r, first, end);
       if (run.weights != nullptr) {
-        run = pick_run(run, chunk.picked + r * cuts_.chunk, chunk.picked_weights + r * cuts_.chunk);
+        run = pick_run(run, below_support(args_.log_weights), chunk.picked + r * cuts_.chunk,
+                       chunk.picked_weights + r * cuts_.chunk);
       }
       cut(run.index, run.count, first - run.origin, chunk.cuts + r * (cuts_.stages + 1));
     }
@@ -479,11 +493,22 @@ class Decoder {
       loops_.weighted_sum[vectors - 1](weights, values, pass, sums + from, pass.first ? fetched : PickedRows{});
     });
   }
+  template <RunWeights kWeights>
+  void exponentiate(const Run& run, float* scores, float* state) const {
+    const auto scale = static_cast<float>(args_.scale * kLog2E);
+    raise_maximum(state, scale_scores<kWeights>(scores, run.weights, run.count, scale), sum_floats_);
+    state_of(state).total += weigh_scores<kWeights>(scores, run.weights, run.count, state_of(state).maximum);
+  }
   /// The weights of a run's values, from its scores.
   void weigh(const QueryRow& row, const Run& run, float* scores, float* state) const {
     if (run.count == 0) return;
-    raise_maximum(state, scale_scores(scores, run.count, static_cast<float>(args_.scale * kLog2E)), sum_floats_);
-    state_of(state).total += weigh_scores(scores, run.weights, run.count, state_of(state).maximum);
+    if (run.weights == nullptr) {
+      exponentiate<RunWeights::kOnes>(run, scores, state);
+    } else if (args_.log_weights) {
+      exponentiate<RunWeights::kLogs>(run, scores, state);
+    } else {
+      exponentiate<RunWeights::kWeights>(run, scores, state);
+    }
     state_of(state).any = 1.0f;
     if (!dropout_.active()) return;
     const int64_t n = Keys::dropout_row(args_, row);

@@ -1,9 +1,9 @@
 // Dense attention, backward: blocks of queries against all keys, as matrix products; which pairs count, and by what
 // weight, is the caller's business.
 //
-// S = scale Q K^T again, dA = dO V^T, dw = exp(S - lse) (dA - delta), dS = w dw, dQ = dS K, dK = dS^T Q, dV = P^T dO,
-// with powers of two for exp. bfloat16 runs on pairs or tiles (tile_grads.h), where the instruction set has them: P and
-// dS are rounded to bfloat16, sums are float32.
+// S = scale Q K^T again, P = exp(S + ln w - lse), dA = dO V^T, dS = P (dA - delta), dw = exp(S - lse) (dA - delta),
+// dQ = dS K, dK = dS^T Q, dV = P^T dO, with powers of two for exp. bfloat16 runs on pairs or tiles (tile_grads.h),
+// where the instruction set has them: P and dS are rounded to bfloat16, sums are float32.
 //
 // It runs in waves. A wave is a range of queries, a range of keys and a few heads and batch elements. First its rows
 // are computed: P and dS of the wave, dQ and the weights' gradient; then its columns, dK and dV, from the P and dS that
@@ -55,19 +55,21 @@ template <bool kScale, class Support>
 static void grad_row(float* scores, float* products, const Support& support, int64_t count, int64_t columns,
                      float factor, float logsumexp, float delta, const float* bias, const float* kept,
                      float* grad_weights) {
-  const Vec shift = broadcast(logsumexp * kLog2E), d = broadcast(delta), f = broadcast(factor);
+  const Vec lse = broadcast(logsumexp), shift = broadcast(logsumexp * kLog2E), d = broadcast(delta),
+            f = broadcast(factor);
   for_vectors(
       count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         Vec s = load(scores + j), grad = load(products + j);
         if constexpr (kScale) s = mul(s, f);
         if (bias != nullptr) s = add(s, load(bias + j));
         if (kept != nullptr) grad = mul(grad, load(kept + j));
-        const Vec e = exp2(sub(s, shift)), dw = mul(e, sub(grad, d));
-        Vec attention = support.weighted(j, n, e);
+        const Vec e = exp2(support.grad_shifted(j, n, s, lse, shift)), ds = mul(e, sub(grad, d));
+        Vec attention = support.grad_weighted(j, n, e);
         if (kept != nullptr) attention = mul(attention, load(kept + j));
         store(scores + j, attention);
-        store(products + j, support.weighted(j, n, dw));
+        store(products + j, support.grad_weighted(j, n, ds));
         if (grad_weights == nullptr) return;
+        const Vec dw = support.weight_gradient(j, n, ds);
         if (n == kLanes) {
           store(grad_weights + j, add(load(grad_weights + j), dw));
         } else {

@@ -1,9 +1,9 @@
 // Dense attention, forward: blocks of queries against all keys, as matrix products with the softmax between; which
 // pairs count, and by what weight, is the caller's business.
 //
-// S = scale Q K^T (K transposed once for each head), P = w 2^(S - max), O = P V, with log2(e) in the scale; the
-// maximum, the sum of P and O are carried from one block of keys to the next. bfloat16 runs on pairs where the
-// instruction set has them: P is rounded to bfloat16, sums are float32.
+// S = scale Q K^T (K transposed once for each head), P = 2^(S + log2 w - max), O = P V, with log2(e) in the scale; the
+// maximum, of S + log2 w or about that, the sum of P and O are carried from one block of keys to the next. bfloat16
+// runs on pairs where the instruction set has them: P is rounded to bfloat16, sums are float32.
 #pragma once
 
 #include "kernels/cpu/attention_simd.h"
@@ -116,12 +116,31 @@ static void guarded_product(bool finite, const float* a, int64_t a_row, int64_t 
   product_of_nonzeros<kPairs>(a, a_row, a_column, b, rows, columns, depth, out, out_row);
 }
 
-// The support of a row of weights, from some key on. kept(j, n): which of keys j to j + n - 1, n <= kLanes, are inside;
-// weighted(j, n, x): x times their weights, 0 outside.
+// The support of a row of weights, from some key on, for keys j to j + n - 1, n <= kLanes:
+//
+//   kept(j, n)                  which of them are inside
+//   raised(j, n, s)             scores with their weights' logarithms, or about that, in powers of two; any outside
+//   shifted(j, n, s, f, shift)  s f - shift with their weights' exponents; f = 1 without kScale; any outside
+//   weighted(j, n, x)           2^shifted times what is left of the weights; 0 outside
+//   grad_shifted(j, n, s, lse, shift), grad_weighted(j, n, x)
+//                               the same, where a weight of 0 has an exponent, too; shift is the logsumexp times
+//                               log2(e)
+//   weight_gradient(j, n, x)    from 2^grad_shifted (dA - delta), that of the weight or its logarithm
 
+/// Keys whose weights are 1.
 struct AllKeys {
   __attribute__((always_inline)) Mask kept(int64_t, int64_t n) const { return first_lanes(n); }
+  __attribute__((always_inline)) Vec raised(int64_t, int64_t, Vec s) const { return s; }
+  template <bool kScale>
+  __attribute__((always_inline)) Vec shifted(int64_t, int64_t, Vec s, Vec f, Vec shift) const {
+    return kScale ? fmsub(s, f, shift) : sub(s, shift);
+  }
   __attribute__((always_inline)) Vec weighted(int64_t, int64_t n, Vec x) const { return keep(first_lanes(n), x); }
+  __attribute__((always_inline)) Vec grad_shifted(int64_t, int64_t, Vec s, Vec, Vec shift) const {
+    return sub(s, shift);
+  }
+  __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
+  __attribute__((always_inline)) Vec weight_gradient(int64_t, int64_t, Vec x) const { return x; }
 };
 
 struct WeightedKeys {
@@ -130,20 +149,64 @@ struct WeightedKeys {
     return n == kLanes ? load(weights + j) : load_first(weights + j, n);
   }
   __attribute__((always_inline)) Mask kept(int64_t j, int64_t n) const {
-    return not_below_zero(first_lanes(n), weight(j, n));
+    return above_or_nan(first_lanes(n), weight(j, n), zero());
+  }
+  __attribute__((always_inline)) Vec raised(int64_t j, int64_t n, Vec s) const { return add_log2(s, weight(j, n)); }
+  template <bool kScale>
+  __attribute__((always_inline)) Vec shifted(int64_t j, int64_t n, Vec s, Vec f, Vec shift) const {
+    // The exponent less the shift is exact, or nearly.
+    const Vec exponent = exponent_minus(weight(j, n), shift);
+    return kScale ? fmadd(s, f, exponent) : add(s, exponent);
   }
   __attribute__((always_inline)) Vec weighted(int64_t j, int64_t n, Vec x) const {
-    return keep(kept(j, n), mul(x, weight(j, n)));
+    return keep(kept(j, n), mul(x, weight_factor(weight(j, n))));
+  }
+  __attribute__((always_inline)) Vec grad_shifted(int64_t j, int64_t n, Vec s, Vec, Vec shift) const {
+    return add(s, WeightParts(weight(j, n)).exponent_minus(shift));
+  }
+  __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const {
+    return keep(kept(j, n), mul(x, WeightParts(weight(j, n)).factor()));
+  }
+  __attribute__((always_inline)) Vec weight_gradient(int64_t j, int64_t n, Vec x) const {
+    return mul(x, WeightParts(weight(j, n)).inverse());
   }
 };
 
+/// Keys whose weights' logarithms are given.
+struct LogWeightedKeys {
+  const float* weights;
+  __attribute__((always_inline)) Vec weight(int64_t j, int64_t n) const {
+    return n == kLanes ? load(weights + j) : load_first(weights + j, n);
+  }
+  __attribute__((always_inline)) Mask kept(int64_t j, int64_t n) const {
+    return above_or_nan(first_lanes(n), weight(j, n), broadcast(-kInfinity));
+  }
+  __attribute__((always_inline)) Vec raised(int64_t j, int64_t n, Vec s) const {
+    return add(s, exponent_of_log(weight(j, n)));
+  }
+  template <bool kScale>
+  __attribute__((always_inline)) Vec shifted(int64_t j, int64_t n, Vec s, Vec f, Vec shift) const {
+    const Vec exponent = sub(exponent_of_log(weight(j, n)), shift);
+    return kScale ? fmadd(s, f, exponent) : add(s, exponent);
+  }
+  __attribute__((always_inline)) Vec weighted(int64_t j, int64_t n, Vec x) const { return keep(kept(j, n), x); }
+  /// No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
+  __attribute__((always_inline)) Vec grad_shifted(int64_t j, int64_t n, Vec s, Vec lse, Vec) const {
+    return min(zero(), fmadd(sub(weight(j, n), lse), broadcast(kLog2E), s));
+  }
+  __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
+  __attribute__((always_inline)) Vec weight_gradient(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
+};
+
 /// The support of a pattern's row, given as bits from key j = 0 on.
-struct KeptKeys {
+struct KeptKeys : AllKeys {
   const char* bits;
+  explicit __attribute__((always_inline)) KeptKeys(const char* bits) : bits(bits) {}
   __attribute__((always_inline)) Mask kept(int64_t j, int64_t n) const {
     return n == kLanes ? bit_lanes(bits + j / 8) : first_of(bit_lanes(bits + j / 8), n);
   }
   __attribute__((always_inline)) Vec weighted(int64_t j, int64_t n, Vec x) const { return keep(kept(j, n), x); }
+  __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
 };
 
 /// visit(j, n) for whole vectors of keys [0, count) and what is left.
@@ -154,8 +217,8 @@ FIAK_INLINE void for_vectors(int64_t count, Visit&& visit) {
   if (j < count) visit(j, count - j);
 }
 
-/// The largest score of the support among keys [0, count), -inf if there is none. Where kScale, scores are still to be
-/// multiplied by `factor`.
+/// The largest score of the support among keys [0, count), its weight in it, -inf if there is none. Where kScale,
+/// scores are still to be multiplied by `factor`.
 template <bool kScale, class Support>
 static float row_maximum(const float* scores, const Support& support, int64_t count, float factor) {
   const Vec f = broadcast(factor);
@@ -163,7 +226,7 @@ static float row_maximum(const float* scores, const Support& support, int64_t co
   for_vectors(
       count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         const Vec s = load(scores + j);
-        maxima = keep_max(support.kept(j, n), kScale ? mul(s, f) : s, maxima);
+        maxima = keep_max(support.kept(j, n), support.raised(j, n, kScale ? mul(s, f) : s), maxima);
       });
   return reduce_max(maxima);
 }
@@ -177,7 +240,7 @@ static bool is_empty(const Support& support, int64_t count) {
   return reduce_max(inside) == 0.0f;
 }
 
-/// scores[0, count) = w 2^(scores - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
+/// scores[0, count) = 2^(scores + log2 w - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
 /// padded(count of the block). Returns the sum before `kept`.
 template <bool kPairs, class Support>
 static float weigh_row(float* scores, const Support& support, int64_t count, int64_t columns, float shift,
@@ -186,7 +249,8 @@ static float weigh_row(float* scores, const Support& support, int64_t count, int
   Vec sums = zero();
   const auto weigh = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
     // Above 128 is only what the support leaves out.
-    Vec e = support.weighted(j, n, exp2_below_128(sub(load(scores + j), s)));
+    const Vec shifted = support.template shifted<false>(j, n, load(scores + j), broadcast(1.0f), s);
+    Vec e = support.weighted(j, n, exp2_below_128(shifted));
     sums = add(sums, e);
     if (kept != nullptr) e = mul(e, load(kept + j));
     return e;
@@ -215,7 +279,8 @@ static float weigh_row(float* scores, const Support& support, int64_t count, int
   return reduce_add(sums);
 }
 
-/// A row's largest score and sum so far: key blocks are added one after another, scaled to the largest score.
+/// A row's largest score, with its weight in it, and sum so far: key blocks are added one after another, scaled to the
+/// largest score.
 struct RowState {
   float maximum, total;
 };

@@ -1,4 +1,5 @@
-// Runs of a plan's indices, which ascend: where they pass a bound, and which of their weights are in the support.
+// Runs of a plan's indices, which ascend: where they pass a bound, which of their weights are in the support, and the
+// parts of these.
 #pragma once
 
 #include "kernels/cpu/simd.h"
@@ -41,29 +42,50 @@ FIAK_INLINE int64_t search_below(const uint16_t* index, int64_t count, int64_t b
   return index - begin;
 }
 
-FIAK_INLINE bool in_support(float w) { return !(w <= 0); }  // true for NaN, which must reach its row
+/// What weights of the support are above: they are given as such or as logarithms.
+constexpr float below_support(bool log_weights) { return log_weights ? -kInfinity : 0.0f; }
+FIAK_INLINE bool in_support(float w, float below) { return !(w <= below); }  // true for NaN, which must reach its row
 
 /// Copies the entries of the support: a pruned weight's key and value rows must not be touched.
-FIAK_INLINE int64_t pick_support(const float* values, const uint16_t* index, int64_t count, uint16_t* picked,
-                                 float* weights) {
+FIAK_INLINE int64_t pick_support(const float* values, const uint16_t* index, int64_t count, float below,
+                                 uint16_t* picked, float* weights) {
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     picked[kept] = index[i];
     weights[kept] = values[i];
-    kept += in_support(values[i]);
+    kept += in_support(values[i], below);
   }
   return kept;
 }
 
-FIAK_INLINE bool all_in_support(const float* weights, int64_t count) {
+FIAK_INLINE bool all_in_support(const float* weights, int64_t count, float below) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    if (!all_positive_or_nan(weights + i)) return false;
+    if (!all_above_or_nan(weights + i, below)) return false;
   }
   for (; i < count; ++i) {
-    if (!in_support(weights[i])) return false;
+    if (!in_support(weights[i], below)) return false;
   }
   return true;
 }
+
+/// The parts of some weights (WeightParts), of which at most `most` are taken at once.
+struct WeightArrays {
+  float *exponents, *factors, *inverses;
+
+  static int64_t floats(int64_t most) { return 3 * padded(most); }
+  WeightArrays(float* memory, int64_t most)
+      : exponents(memory), factors(memory + padded(most)), inverses(memory + 2 * padded(most)) {}
+  /// Whatever is outside the support has some finite exponent; the other parts of logarithms are 1.
+  void take(const float* weights, int64_t count, bool log_weights) const {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec w = load_first(weights + i, smaller(kLanes, count - i));
+      const WeightParts parts(w);
+      store(exponents + i, log_weights ? exponent_of_log(w) : parts.exponent_minus(zero()));
+      store(factors + i, log_weights ? broadcast(1.0f) : parts.factor());
+      store(inverses + i, log_weights ? broadcast(1.0f) : parts.inverse());
+    }
+  }
+};
 
 }  // namespace fiak::cpu::FIAK_ISA

@@ -16,7 +16,8 @@ class PriorPairs {
         weight_heads(args.prior_heads),
         weight_rows(args.prior_rows),
         one_query(args.prior_rows == args.queries),
-        args_(args) {}
+        args_(args),
+        one_(Weights<Real>(args).one()) {}
 
   int64_t row_of_query(int64_t, int64_t n) const { return n; }
   int64_t query_of_row(int64_t, int64_t row) const { return row; }
@@ -29,7 +30,7 @@ class PriorPairs {
   void for_row(int64_t b, int64_t h, int64_t n, Visit&& visit) const {
     const Real* weights = row(b, h, n);
     const int64_t end = args_.is_causal ? std::min(n + 1, keys(b)) : keys(b);
-    for (int64_t j = 0; j < end; ++j) visit(j, weights != nullptr ? weights[j] : Real{1}, j);
+    for (int64_t j = 0; j < end; ++j) visit(j, weights != nullptr ? weights[j] : one_, j);
   }
 
   template <class Visit>
@@ -37,7 +38,7 @@ class PriorPairs {
     if (j >= keys(b)) return;
     for (int64_t n = args_.is_causal ? j : 0; n < args_.queries; ++n) {
       const Real* weights = row(b, h, n);
-      visit(n, weights != nullptr ? weights[j] : Real{1});
+      visit(n, weights != nullptr ? weights[j] : one_);
     }
   }
 
@@ -50,6 +51,7 @@ class PriorPairs {
   }
 
   const PriorArgs& args_;
+  const Real one_;
 };
 
 template <class T>

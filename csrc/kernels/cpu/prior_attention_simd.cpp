@@ -36,7 +36,8 @@ class PriorHead {
   template <class Call>
   __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
     const float* weights = weights_of(args_, b_, h_, n);
-    return weights == nullptr ? call(AllKeys{}) : call(WeightedKeys{weights + j});
+    if (weights == nullptr) return call(AllKeys{});
+    return args_.log_weights ? call(LogWeightedKeys{weights + j}) : call(WeightedKeys{weights + j});
   }
   __attribute__((always_inline)) int64_t spans(int64_t, int64_t, int64_t from, int64_t keys, int64_t,
                                                KeySpan* spans) const {

@@ -77,7 +77,9 @@ FIAK_INLINE bool all_between(Vec x, float low, float high) {
   return (_mm512_cmp_ps_mask(x, broadcast(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, broadcast(high), _CMP_LT_OQ)) ==
          0xffff;
 }
-FIAK_INLINE bool all_positive_or_nan(const float* x) { return _mm512_cmp_ps_mask(load(x), zero(), _CMP_LE_OQ) == 0; }
+FIAK_INLINE bool all_above_or_nan(const float* x, float low) {
+  return _mm512_cmp_ps_mask(load(x), broadcast(low), _CMP_LE_OQ) == 0;
+}
 
 /// Which lanes of a vector to keep.
 using Mask = __mmask16;
@@ -91,8 +93,8 @@ FIAK_INLINE Mask bit_lanes(const void* p) {
   __builtin_memcpy(&bits, p, sizeof bits);
   return bits;
 }
-/// The lanes of `kept` where !(x <= 0): NaN stays.
-FIAK_INLINE Mask not_below_zero(Mask kept, Vec x) { return _mm512_mask_cmp_ps_mask(kept, x, zero(), _CMP_NLE_UQ); }
+/// The lanes of `kept` where !(x <= low): NaN stays.
+FIAK_INLINE Mask above_or_nan(Mask kept, Vec x, Vec low) { return _mm512_mask_cmp_ps_mask(kept, x, low, _CMP_NLE_UQ); }
 /// x in the kept lanes, 0 in the others.
 FIAK_INLINE Vec keep(Mask kept, Vec x) { return _mm512_maskz_mov_ps(kept, x); }
 /// max(x, y) in the kept lanes, y in the others and where x is NaN.
@@ -110,6 +112,12 @@ FIAK_INLINE void split(Vec x, Vec& m, Vec& n) {
 }
 /// The bits that both have.
 FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm512_and_ps(x, bits); }
+/// The difference of the bits as whole numbers.
+FIAK_INLINE Vec subtract_bits(Vec x, Vec y) {
+  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y)));
+}
+/// The bits as whole numbers, rounded.
+FIAK_INLINE Vec bits_as_numbers(Vec x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
 FIAK_INLINE Vec load_bfloat16(const void* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -214,6 +222,7 @@ FIAK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 FIAK_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 FIAK_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 FIAK_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+FIAK_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 /// The larger; b where either is NaN.
 FIAK_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 FIAK_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -252,8 +261,8 @@ FIAK_INLINE bool all_between(Vec x, float low, float high) {
   return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(x, broadcast(low), _CMP_GE_OQ),
                                           _mm256_cmp_ps(x, broadcast(high), _CMP_LT_OQ))) == 0xff;
 }
-FIAK_INLINE bool all_positive_or_nan(const float* x) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(load(x), zero(), _CMP_LE_OQ)) == 0;
+FIAK_INLINE bool all_above_or_nan(const float* x, float low) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(load(x), broadcast(low), _CMP_LE_OQ)) == 0;
 }
 
 /// Which lanes of a vector to keep.
@@ -271,8 +280,10 @@ FIAK_INLINE Mask bit_lanes(const void* p) {
   const __m256i bits = _mm256_set1_epi32(*static_cast<const uint8_t*>(p));
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit));
 }
-/// The lanes of `kept` where !(x <= 0): NaN stays.
-FIAK_INLINE Mask not_below_zero(Mask kept, Vec x) { return _mm256_and_ps(kept, _mm256_cmp_ps(x, zero(), _CMP_NLE_UQ)); }
+/// The lanes of `kept` where !(x <= low): NaN stays.
+FIAK_INLINE Mask above_or_nan(Mask kept, Vec x, Vec low) {
+  return _mm256_and_ps(kept, _mm256_cmp_ps(x, low, _CMP_NLE_UQ));
+}
 /// x in the kept lanes, 0 in the others.
 FIAK_INLINE Vec keep(Mask kept, Vec x) { return _mm256_and_ps(kept, x); }
 /// max(x, y) in the kept lanes, y in the others and where x is NaN.
@@ -294,6 +305,12 @@ FIAK_INLINE void split(Vec x, Vec& m, Vec& n) {
 }
 /// The bits that both have.
 FIAK_INLINE Vec both(Vec x, Vec bits) { return _mm256_and_ps(x, bits); }
+/// The difference of the bits as whole numbers.
+FIAK_INLINE Vec subtract_bits(Vec x, Vec y) {
+  return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+}
+/// The bits as whole numbers, rounded.
+FIAK_INLINE Vec bits_as_numbers(Vec x) { return _mm256_cvtepi32_ps(_mm256_castps_si256(x)); }
 FIAK_INLINE Vec load_bfloat16(const void* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -371,6 +388,44 @@ FIAK_INLINE Vec exp2_above_125(Vec x) {
 }
 #endif
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+
+// Weights join the scores in the exponent, as powers of two, before anything is rounded away: only their ratios within
+// a row matter then, however large or small they are.
+
+/// A weight w > 0 as factor * 2^exponent, exactly. Exponents lie in -64..126, so that 2^-exponent is a number too, and
+/// so do those of any other w, which has some finite exponent.
+struct WeightParts {
+  Vec weight, power;
+  explicit __attribute__((always_inline)) WeightParts(Vec w)
+      : weight(w), power(both(min(broadcast(0x1p126f), max(w, broadcast(0x1p-64f))), broadcast(kInfinity))) {}
+  __attribute__((always_inline)) Vec exponent_minus(Vec shift) const {
+    return fmsub(bits_as_numbers(subtract_bits(power, broadcast(1.0f))), broadcast(0x1p-23f), shift);
+  }
+  /// 2^-exponent
+  __attribute__((always_inline)) Vec inverse() const { return subtract_bits(broadcast(0x1p127f), power); }
+  __attribute__((always_inline)) Vec factor() const { return mul(weight, inverse()); }
+};
+#if defined(FIAK_ISA_AVX512)
+/// s + log2(w) or up to 1 less, for w > 0.
+FIAK_INLINE Vec add_log2(Vec s, Vec w) { return add(s, _mm512_getexp_ps(w)); }
+/// The exponent of w > 0, minus `shift`, where the weight's factor is that below.
+FIAK_INLINE Vec exponent_minus(Vec w, Vec shift) { return sub(_mm512_getexp_ps(w), shift); }
+FIAK_INLINE Vec weight_factor(Vec w) { return _mm512_getmant_ps(w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
+#else
+/// s + log2(w) or about .1 more, for w > 0; up to 23 more where w is subnormal.
+FIAK_INLINE Vec add_log2(Vec s, Vec w) {
+  return fmadd(bits_as_numbers(subtract_bits(w, broadcast(1.0f))), broadcast(0x1p-23f), s);
+}
+/// The exponent of w > 0, minus `shift`, where the weight's factor is that below.
+FIAK_INLINE Vec exponent_minus(Vec w, Vec shift) { return WeightParts(w).exponent_minus(shift); }
+FIAK_INLINE Vec weight_factor(Vec w) { return WeightParts(w).factor(); }
+#endif
+/// The exponent of a weight whose logarithm is given, rounded. What is finite stays so, unless above 2e38.
+FIAK_INLINE Vec exponent_of_log(Vec log_weight) {
+  return max(broadcast(-3.4028234663852886e38f), mul(log_weight, broadcast(kLog2E)));
+}
 
 /// log(x) for finite x > 0 that are not subnormal, to about one unit in the last place: Cephes' logf.
 FIAK_INLINE Vec log_of_normal(Vec x) {
@@ -408,8 +463,5 @@ constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 #endif
-
-constexpr float kInfinity = __builtin_inff();
-constexpr float kNaN = __builtin_nanf("");
 
 }  // namespace fiak::cpu::FIAK_ISA

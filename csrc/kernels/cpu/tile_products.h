@@ -91,7 +91,7 @@ class TileProducts {
     const Vec f = broadcast(factor), s = broadcast(shift);
     Vec sums = zero();
     const auto weight = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-      Vec e = support.weighted(j, n, exp2_above_125(fmsub(load(row + j), f, s)));
+      Vec e = support.weighted(j, n, exp2_above_125(support.template shifted<true>(j, n, load(row + j), f, s)));
       sums = add(sums, e);
       if (kept != nullptr) e = mul(e, load(kept + j));
       return e;

@@ -54,8 +54,13 @@ struct Head {
   }
 };
 
-/// log2 of a weight, -inf outside the support; NaN stays NaN, which must reach its row.
-__device__ __forceinline__ float log_weight(float w) { return w <= 0 ? -kInfinity : log2_approx(w); }
+/// log2 of a weight, -inf outside the support; NaN stays NaN, which must reach its row. Of a logarithm that is given,
+/// what is finite stays so, unless above 2e38.
+__device__ __forceinline__ float log_weight(const AttentionParams& params, float w) {
+  if (!params.log_weights) return w <= 0 ? -kInfinity : log2_approx(w);
+  const float log = w * kLog2E;
+  return log == -kInfinity && w > -kInfinity ? -3.4028234663852886e38f : log;
+}
 
 /// Whether dropout keeps a pair, by its word of Philox: times what.
 __device__ __forceinline__ float dropout_factor(const AttentionParams& params, uint32_t word) {
@@ -77,7 +82,23 @@ struct RowState {
   }
 };
 
-/// d s of a pair, or d w where `probability` is that over w. Nothing reaches a pair that is not there.
+/// The logarithm of a pair's w exp(s - logsumexp): -inf outside the support and in empty rows. What may be as large as
+/// the other is subtracted first.
+__device__ __forceinline__ float log_probability(float score, float log_weight, float logsumexp,
+                                                 const AttentionParams& params) {
+  if (log_weight == -kInfinity || logsumexp == -kInfinity) return -kInfinity;
+  const float log = score + (log_weight - logsumexp);
+  // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
+  return params.log_weights && log > 0 ? 0 : log;
+}
+
+/// d w of a pair, which has a weight of 1 in `log_probability`, or d ln w. Infinite only where it leaves the range.
+__device__ __forceinline__ float weight_gradient(float log_probability, float grad_probability, float delta) {
+  const float root = exp2_approx(0.5f * log_probability);
+  return root == 0 ? 0 : root * (grad_probability - delta) * root;
+}
+
+/// d s of a pair. Nothing reaches a pair that is not there.
 __device__ __forceinline__ float score_gradient(float probability, float grad_probability, float delta) {
   return probability == 0 ? 0 : probability * (grad_probability - delta);
 }

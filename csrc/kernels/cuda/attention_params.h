@@ -27,7 +27,7 @@ struct AttentionParams {
   float dropout_kept;          ///< what the others are multiplied by
   float scale;
   int32_t batch, query_heads, key_heads, queries, keys, head_size, value_size;
-  bool is_gaussian;  ///< 1 byte; 3 of padding
+  bool is_gaussian, log_weights;  ///< 1 byte each; 2 of padding; the latter: weights are given as ln w
 };
 static_assert(sizeof(Input) == 32 && sizeof(Output) == 32 && sizeof(AttentionParams) == 160, "as said above");
 
@@ -86,7 +86,8 @@ inline AttentionParams attention_params(const AttentionArgs& args, const int64_t
           static_cast<int32_t>(args.keys),
           static_cast<int32_t>(args.head_size),
           static_cast<int32_t>(args.value_size),
-          args.score == Score::kGaussian};
+          args.score == Score::kGaussian,
+          args.log_weights};
 }
 
 inline PriorWeights weights_of(const PriorArgs& args) {

@@ -221,14 +221,16 @@ __device__ __forceinline__ float dropout_of(const AttentionParams& params, int64
 }
 
 /// That of an entry.
-__device__ __forceinline__ float log_weight_of(const CsrWeights& weights, int64_t entry) {
-  return weights.values == nullptr ? 0 : log_weight(weights.values[entry]);
+template <class Params>
+__device__ __forceinline__ float log_weight_of(const Params& params, int64_t entry) {
+  const float* values = params.weights.values;
+  return values == nullptr ? 0 : log_weight(params, values[entry]);
 }
 
 /// A pair's w exp(s - logsumexp); 0 in empty rows.
 __device__ __forceinline__ float probability_of(float score, float log_weight, float logsumexp,
                                                 const AttentionParams& params) {
-  return logsumexp == -kInfinity ? 0 : exp2_approx(params.scale * kLog2E * score + log_weight - logsumexp);
+  return exp2_approx(log_probability(params.scale * kLog2E * score, log_weight, logsumexp, params));
 }
 
 /// Up to kElements batch elements of one group, b = first + e * groups.
@@ -294,7 +296,7 @@ __device__ __forceinline__ void csr_entries_forward(const CsrForwardParams& para
     }
     for_rounds<kHead>(pattern.plan, pattern.first_row(params, elements.first, h) + row,
                       [&](int64_t entry, int key, int steps) {
-                        const float weight = key < 0 ? -kInfinity : log_weight_of(params.weights, entry);
+                        const float weight = key < 0 ? -kInfinity : log_weight_of(params, entry);
                         if (weight == -kInfinity) key = -1;
                         float scores[kElements] = {};
 #pragma unroll 1
@@ -393,7 +395,8 @@ struct RowPairs {
     }
   }
 
-  /// d s of the lane's own entry in every element, or d w where log_weight is 0.
+  /// d s of the lane's own entry in every element or, of the weights, d w where log_weight is 0 or d ln w.
+  template <bool kOfWeights = false>
   __device__ __forceinline__ void gradients(float (&grads)[kElements], int key, float log_weight, int steps) const {
     float scores[kElements] = {}, products[kElements] = {};
 #pragma unroll 1
@@ -417,8 +420,9 @@ struct RowPairs {
       grads[e] = 0;
       if (static_cast<unsigned>(key) < static_cast<unsigned>(end[e])) {
         const float factor = dropout_of(params, elements.at(e), h, row, key);
-        const float p = probability_of(scores[e], log_weight, states[e].logsumexp, params);
-        grads[e] = score_gradient(p, factor * products[e], states[e].delta);
+        const float log = log_probability(params.scale * kLog2E * scores[e], log_weight, states[e].logsumexp, params);
+        grads[e] = kOfWeights ? weight_gradient(log, factor * products[e], states[e].delta)
+                              : score_gradient(exp2_approx(log), factor * products[e], states[e].delta);
       }
     }
   }
@@ -437,7 +441,7 @@ __device__ __forceinline__ void csr_entries_grad_query(const CsrBackwardParams& 
     float sums[kElements][kLaneColumns] = {};
     const int64_t pattern_row = pattern.first_row(params, elements.first, h) + row;
     for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
-      const float weight = key < 0 ? -kInfinity : log_weight_of(params.weights, entry);
+      const float weight = key < 0 ? -kInfinity : log_weight_of(params, entry);
       if (weight == -kInfinity) key = -1;
       float grads[kElements];
       pairs.gradients(grads, key, weight, steps);
@@ -495,7 +499,7 @@ __device__ __forceinline__ void csr_entries_grad_column(const CsrBackwardParams&
         float weight = -kInfinity;
         int query = -1;
         if (place < last) {
-          weight = log_weight_of(params.weights, first_entry + plan.positions[place]);
+          weight = log_weight_of(params, first_entry + plan.positions[place]);
           const int64_t at = plan.query_of(pattern_head, place) - offset;
           if (at >= 0 && at < params.queries && weight != -kInfinity) query = static_cast<int>(at);
         }
@@ -589,7 +593,8 @@ __device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams&
       const bool is_first = first == group && h == first_head;
       for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
         float grads[kElements], sum = 0;
-        pairs.gradients(grads, key, 0, steps);
+        const float weight = params.log_weights && key >= 0 ? log_weight_of(params, entry) : 0;
+        pairs.template gradients<true>(grads, key, weight, steps);
 #pragma unroll
         for (int e = 0; e < kElements; ++e) sum += grads[e];
         if (key >= 0) params.grad_weight[entry] = is_first ? sum : params.grad_weight[entry] + sum;

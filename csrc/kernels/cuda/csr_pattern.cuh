@@ -31,7 +31,9 @@ struct CsrPattern {
   }
 
   /// The first of the pattern's rows that belongs to query head h of element b.
-  __device__ int64_t first_row(const AttentionParams&, int b, int h) const { return heads.head_of(b, h) * plan.num_queries; }
+  __device__ int64_t first_row(const AttentionParams&, int b, int h) const {
+    return heads.head_of(b, h) * plan.num_queries;
+  }
 
   /// Whether the kernels over tiles compute this key head of this element, with all its query heads, rather than those
   /// over entries.

@@ -134,7 +134,7 @@ struct CsrSupport {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int before = __popcll(bits & ((uint64_t{1} << (8 * t + group_column() + e)) - 1));
-          if (tiles[t][2 * r + e] == 0) tiles[t][2 * r + e] = log_weight(values[before]);
+          if (tiles[t][2 * r + e] == 0) tiles[t][2 * r + e] = log_weight(support_.params, values[before]);
         }
       }
     }
@@ -199,7 +199,7 @@ struct CsrSupport {
             if ((bits >> key & 1) != 0 && first_key_ + key < head.keys) {
               const float* values = support_.weights.values;
               const int before = __popcll(bits & ((uint64_t{1} << key) - 1));
-              weight = values == nullptr ? 0 : log_weight(values[staged.entry[query] + before]);
+              weight = values == nullptr ? 0 : log_weight(support_.params, values[staged.entry[query] + before]);
             }
             tiles[t][2 * r + e] = weight;
             any = any || !(weight == -kInfinity);

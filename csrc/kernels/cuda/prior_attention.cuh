@@ -62,7 +62,7 @@ struct PriorSupport {
         const Pair<kKeysAreRows> pair(n, j, t, e);
         float weight = -kInfinity;
         if (pair.query < params.queries && pair.key < head.keys && !(weights.is_causal && pair.key > pair.query)) {
-          weight = prior == nullptr ? 0.0f : log_weight(prior[pair.query * weights.row_stride + pair.key]);
+          weight = prior == nullptr ? 0.0f : log_weight(params, prior[pair.query * weights.row_stride + pair.key]);
         }
         tiles[t][e] = weight;
         any = any || !(weight == -kInfinity);
@@ -173,7 +173,8 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
         const RowState rows[2] = {{params, head, warp_query + group_row()},
                                   {params, head, warp_query + group_row() + 8}};
         float weights[T::kTiles][4], scores[T::kTiles][4] = {}, grads[T::kTiles][4] = {};
-        support.load<false>(weights, head, nullptr, warp_query, first_key);  // pairs of weight 0 have a gradient, too
+        // Pairs of weight 0 have a gradient, too, but not those of a logarithm of -inf.
+        support.load<false>(weights, head, params.log_weights ? support.prior(head) : nullptr, warp_query, first_key);
         multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key, params.head_size);
         multiply_by_rows(grads, &shared.grad_output[16 * warp_index()], shared.value, params.value_size);
         if (params.dropout_threshold != 0) apply_dropout<false>(grads, params, head, warp_query, first_key);
@@ -182,8 +183,9 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const float bias = params.is_gaussian ? shared.key_bias[8 * t + group_column() + e % 2] : 0.0f;
-            const float p = probability(scores[t][e], weights[t][e], bias, rows[e / 2].logsumexp, params);
-            sums[t][e] += score_gradient(p, grads[t][e], rows[e / 2].delta);
+            const float log = log_probability(params.scale * kLog2E * scores[t][e] + bias, weights[t][e],
+                                              rows[e / 2].logsumexp, params);
+            sums[t][e] += weight_gradient(log, grads[t][e], rows[e / 2].delta);
           }
         }
         __syncthreads();  // all have read what is loaded next

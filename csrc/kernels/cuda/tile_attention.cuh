@@ -275,8 +275,7 @@ struct GradKeyValueShared {
 /// Makes of a score its pair's w exp(s - logsumexp): 0 outside the support and in empty rows.
 __device__ __forceinline__ float probability(float score, float log_weight, float key_bias, float logsumexp,
                                              const AttentionParams& params) {
-  if (log_weight == -kInfinity || logsumexp == -kInfinity) return 0;
-  return exp2_approx(params.scale * kLog2E * score + log_weight + key_bias - logsumexp);
+  return exp2_approx(log_probability(params.scale * kLog2E * score + key_bias, log_weight, logsumexp, params));
 }
 
 /// A block computes the gradients of BackwardTiling's kOwn queries of one head.
