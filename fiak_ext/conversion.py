@@ -135,13 +135,14 @@ class ConvertedAttention(nn.Module):
 
 
 class PatchGrid(nn.Module):
-    """Base of the classes that patch embeddings get by :func:`convert`: they know what grid the priors are for.
+    """Base of the classes that image models, or their patch embeddings, get by :func:`convert`.
 
     Attributes:
-        grid: rows and columns of patches; :func:`resize_priors` sets it.
+        prior_grid: rows and columns of the patches that priors or patterns of attention belong to;
+            :func:`resize_priors` sets it.
     """
 
-    grid: tuple[int, int]
+    prior_grid: tuple[int, int]
 
     def expect_grid(self, got: tuple[int, int]) -> None:
         """Refuses images whose patches would meet the rows and columns of others.
@@ -149,11 +150,21 @@ class PatchGrid(nn.Module):
         Raises:
             ValueError: another grid, also one of as many patches.
         """
-        if got != self.grid:
+        if got != self.prior_grid:
             raise ValueError(
-                f"{type(self).__name__}: images must have {self.grid[0]} x {self.grid[1]} patches, as the priors have "
+                f"{type(self).__name__}: images must have {self.prior_grid[0]} x {self.prior_grid[1]} patches, as the priors have "
                 f"(got {got[0]} x {got[1]}); before pruning, resize_priors fits priors to another size"
             )
+
+
+class GridModel(PatchGrid):
+    """Base of the classes that whole image models get."""
+
+    @property
+    def has_places(self) -> bool:
+        """Whether attention tells positions apart, or measures them: all but softmax attention before pruning."""
+        attentions = [module for module in self.modules() if isinstance(module, PriorAttention)]
+        return any(a.is_pruned or a.prior is not None or a.recorder is not None for a in attentions)
 
 
 _ADAPTERS: dict[type[nn.Module], type[ConvertedAttention]] = {}
@@ -294,8 +305,8 @@ def resize_priors(
     """Fits the priors of an image model to another size of images, as position embeddings are, by bicubic resizing.
 
     Queries and keys are positions of the grid of patches, row by row, behind the tokens that are none (class token).
-    Logits or pi are interpolated along both. Resize what else depends on the size with the model's own library (timm:
-    ``model.set_input_size``).
+    Logits or pi are interpolated along both. Resize what else depends on the size with the model's own library. timm's
+    ``set_input_size`` of a converted vision transformer calls this function; after it there is nothing left to do.
 
     Args:
         model: all its ``PriorAttention`` modules have as many queries and keys as ``grid`` and prefix say; none is
@@ -316,6 +327,12 @@ def resize_priors(
         raise ValueError(f"resize_priors: model must hold PriorAttention modules (got {type(model).__name__})")
     if min(new_grid) < 1:
         raise ValueError(f"resize_priors: new_grid must have at least one row and one column (got {new_grid})")
+    models = [module for module in model.modules() if isinstance(module, PatchGrid)]
+    if models and all(module.prior_grid == tuple(new_grid) for module in models):
+        return model
+    for module in models:
+        if module.prior_grid != tuple(grid):
+            raise ValueError(f"resize_priors: grid must be that of all attention, {module.prior_grid} (got {grid})")
     tokens = num_prefix_tokens + grid[0] * grid[1]
     for name, attention in attentions.items():
         if attention.is_pruned:
@@ -334,9 +351,8 @@ def resize_priors(
             if prior.size(2) > 1:
                 resized = _resize(resized.mT, grid, new_grid, num_prefix_tokens).mT
             attention.prior = nn.Parameter(resized.contiguous(), requires_grad=prior.requires_grad)
-    for module in model.modules():
-        if isinstance(module, PatchGrid):
-            module.grid = (new_grid[0], new_grid[1])
+    for module in models:
+        module.prior_grid = (new_grid[0], new_grid[1])
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -226,6 +227,71 @@ def test_padding_in_an_encoder(state: str, left: bool) -> None:
             torch.testing.assert_close(output[element, ~hidden[element]][None], expected)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("mask_check", [True, False])
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_padded_positions_of_an_encoder(nested: bool, mask_check: bool, final_norm: bool) -> None:
+    """In each mode what the original gives: zeros where it makes nested tensors, so that mean pooling stays."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 24, 0.0, batch_first=True)
+    norm = nn.LayerNorm(DIM) if final_norm else None
+    model = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=nested, mask_check=mask_check).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    converted = convert(copy.deepcopy(model), num_tokens=8)
+    again = nn.TransformerEncoder(converted.layers[0], 2, norm, enable_nested_tensor=nested, mask_check=mask_check)
+    again.load_state_dict(converted.state_dict())
+    x = CASES["torch.nn"].inputs()["src"]
+    for lengths in ([8, 5, 1], [6, 5, 2]):
+        hidden = torch.arange(8) >= torch.tensor(lengths)[:, None]
+        for training in (True, False):
+            for gradients in (True, False):
+                with torch.set_grad_enabled(gradients):
+                    expected = model.train(training)(x, src_key_padding_mask=hidden)
+                    for candidate in (converted, again):
+                        output = candidate.train(training)(x, src_key_padding_mask=hidden)
+                        torch.testing.assert_close(output, expected)
+        if nested and not final_norm:
+            assert not bool(output[hidden].any())
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+def test_nested_tensors_have_gradients(state: str) -> None:
+    """Where all that the encoder looks at is frozen, it makes nested tensors although priors are trained."""
+    case = CASES["torch.nn"]
+    model = case.converted() if state == "dense" else case.pruned()
+    model = compact(model) if state == "compacted" else model
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.shape[0] == 1)  # priors
+    for name, parameter in model.layers[1].named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name == "linear1.weight")
+    hidden = padded(left=False)
+    grads = []
+    for nested in (True, False):
+        model.use_nested_tensor = nested
+        output = model(case.inputs()["src"], src_key_padding_mask=hidden)
+        assert nested is not bool(output[hidden].any())
+        grads.append(
+            torch.autograd.grad(output[~hidden].square().sum(), [p for p in model.parameters() if p.requires_grad])
+        )
+    torch.testing.assert_close(grads[0], grads[1])
+    assert len(grads[0]) == (3 if state == "dense" else 1)
+
+
+def test_what_is_put_into_an_encoder_layer_after_conversion_is_called() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 24, batch_first=True).eval()
+    layer.self_attn = convert(layer.self_attn, num_tokens=8)
+    priors(layer)[0].prior.data.normal_()  # type: ignore[union-attr]
+    x = torch.randn(BATCH, 8, DIM)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), expected)
+        torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+    assert convert(layer) is layer and len(priors(layer)[0]._forward_pre_hooks) == 1
+
+
 def test_layouts_of_multihead_attention() -> None:
     torch.manual_seed(0)
     for bias in (False, True):
@@ -245,7 +311,7 @@ def test_what_multihead_attention_refuses() -> None:
     causal = nn.Transformer.generate_square_subsequent_mask(6)
     for arguments, message in (
         (((x, x, x), {}), "need_weights must be False"),
-        (((x, x + 1, x), {"need_weights": False}), "key and value must be query itself"),
+        (((x, x + 1, x), {"need_weights": False}), "key and value must be query itself, or equal to it"),
         (((x, x, x), {"need_weights": False, "key_padding_mask": hole}), "must hide tokens at the ends only"),
         (((x, x, x), {"need_weights": False, "attn_mask": causal}), "attn_mask must hide nothing"),
         (((x, x, x), {"need_weights": False, "is_causal": True}), "is_causal must be False unless converted with"),

@@ -224,9 +224,14 @@ def test_what_swin_refuses() -> None:
     with pytest.raises(ValueError, match="WindowAttention, which must be in a SwinTransformerBlock"):
         convert(swin().layers[0].blocks[0].attn)
     converted = convert(swin())
-    converted.set_input_size((32, 32), window_size=2)
-    with pytest.raises(ValueError, match=r"mask must have 4 windows, as at conversion \(got 16\)"):
-        converted(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    expected = converted(images())
+    for size in ((32, 32), (8, 32), (16, 16)):  # the second has as many windows
+        with pytest.raises(ValueError, match="set_input_size must come before convert"):
+            converted.set_input_size(size, window_size=2)
+    torch.testing.assert_close(converted(images()), expected)
+    block = converted.layers[0].blocks[1]
+    with pytest.raises(ValueError, match=r"mask must have 4 windows, as at conversion \(got 1\)"):
+        block.attn(torch.randn(1, 4, 8, dtype=torch.float64))
 
 
 def test_normalised_and_gated_attention() -> None:
@@ -284,10 +289,10 @@ def test_priors_follow_the_size_of_images(kind: str) -> None:
     )
     original.double().eval().load_state_dict(converted.state_dict(), strict=False)
     larger = torch.randn(BATCH, 3, 24, 20, dtype=torch.float64)
-    for model in (original, converted):
-        model.set_input_size((24, 20))
-    with pytest.raises(ValueError, match="query must have at most 17 rows"):
+    original.set_input_size((24, 20))
+    with pytest.raises(AssertionError, match="Input height"):
         converted(larger)
+    converted.set_input_size((24, 20))
     assert resize_priors(converted, (4, 4), (6, 5)) is converted
     assert {attention.num_queries for attention in priors(converted)} == {31}
     torch.testing.assert_close(converted(larger), original(larger))  # uniform priors stay uniform
@@ -323,3 +328,136 @@ def test_what_resizing_refuses() -> None:
     prune(converted, 0.5, importance="random")
     with pytest.raises(ValueError, match=r"model must not be pruned \(got 'blocks\.0\.attn\.prior_attention' pruned"):
         resize_priors(converted, (4, 4), (5, 5))
+
+
+# ---------------------------------------------------------------- patches that are not where the priors are
+
+
+def flexible(**arguments: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"num_classes": 5, "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **arguments}).double().eval()
+
+
+def in_state(model: Any, state: str) -> Any:
+    if state == "softmax":
+        return convert(model, kind="softmax")
+    convert(model)
+    if state != "dense":
+        prune(model, 0.5, importance="random", generator=torch.Generator().manual_seed(0))
+    return compact(model) if state == "compacted" else model
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+@pytest.mark.parametrize("size", [(8, 32), (32, 8), (8, 8), (16, 12)])
+def test_images_of_another_grid_are_refused(state: str, size: tuple[int, int]) -> None:
+    """Also where it has as many patches; images of the grid of the priors are taken."""
+    original = flexible(dynamic_img_size=True)
+    model = in_state(copy.deepcopy(original), state)
+    if state == "dense":
+        torch.testing.assert_close(model(images()), original(images()))
+    other = torch.randn(BATCH, 3, *size, dtype=torch.float64)
+    for run in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=r"images must have \(4, 4\) patches, .* call model\.set_input_size"):
+            run(other)
+
+
+def test_images_that_are_padded_to_the_grid_are_taken() -> None:
+    original = flexible(dynamic_img_size=True, dynamic_img_pad=True)
+    model = convert(copy.deepcopy(original))
+    padded, larger = images()[..., :15, :13], torch.randn(BATCH, 3, 15, 17, dtype=torch.float64)
+    torch.testing.assert_close(model(padded), original(padded))
+    with pytest.raises(
+        ValueError, match=r"images must have \(4, 4\) patches, as priors and patterns have \(got \(4, 5"
+    ):
+        model(larger)
+
+
+def test_softmax_attention_takes_any_grid_but_is_not_calibrated_by_two() -> None:
+    original = flexible(dynamic_img_size=True)
+    model = in_state(copy.deepcopy(original), "softmax")
+    for size in ((8, 32), (8, 12), (16, 16)):
+        other = torch.randn(BATCH, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(model(other), original(other))
+        if size != (16, 16):
+            for batches in ([images(), other], [other, images()], [other]):
+                with pytest.raises(ValueError, match=r"images must have \(4, 4\) patches"):
+                    calibrate(model, batches)
+    assert all(attention.posterior is None for attention in priors(model))
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted", "softmax"])
+def test_dropped_patches_are_refused_in_training(state: str) -> None:
+    model = in_state(flexible(patch_drop_rate=0.5), state)
+    expected = model(images())
+    model.train()
+    if state == "softmax":
+        assert bool(model(images()).isfinite().all())
+        return
+    with pytest.raises(
+        ValueError, match=r"patch_drop must be off .*got a rate of 0.5 in training.*torch\.nn\.Identity"
+    ):
+        model(images())
+    model.patch_drop.prob = 0.0
+    torch.testing.assert_close(model(images()), expected)
+    model.patch_drop = nn.Identity()
+    torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_gap_224"]
+)
+@pytest.mark.parametrize("arguments", [{"img_size": (24, 20)}, {"img_size": (8, 32)}, {"patch_size": (2, 4)}])
+def test_set_input_size_resizes_priors(name: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_classes": 5, "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
+    original = timm.create_model(name, **sizes).double().eval()
+    model = convert(copy.deepcopy(original))
+    before = copy.deepcopy(priors(model)[0])
+    assert before.prior is not None
+    priors(model)[0].prior.data.copy_(before.prior.data.normal_())  # type: ignore[union-attr]
+    twin, expected = copy.deepcopy(model), copy.deepcopy(original)
+    expected.set_input_size(**arguments)
+    model.set_input_size(**arguments)
+    grid = model.patch_embed.grid_size
+    resize_priors(before, (4, 4), grid, num_prefix_tokens=model.num_prefix_tokens)
+    torch.testing.assert_close(priors(model)[0].prior, before.prior)
+    resize_priors(model, (4, 4), grid, num_prefix_tokens=model.num_prefix_tokens)  # nothing is left to do
+    torch.testing.assert_close(priors(model)[0].prior, before.prior)
+    resize_priors(twin, (4, 4), grid, num_prefix_tokens=model.num_prefix_tokens)  # in the other order
+    with pytest.raises(ValueError, match="images must have"):
+        twin(images())
+    twin.set_input_size(**arguments)
+    x = torch.randn(BATCH, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    torch.testing.assert_close(twin(x), model(x))
+    for attention in priors(model):
+        attention.reset_parameters()
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_set_input_size_of_a_pruned_model_is_refused() -> None:
+    for state in ("pruned", "compacted"):
+        model = in_state(flexible(), state)
+        expected = model(images())
+        for arguments in ({"img_size": (24, 20)}, {"img_size": (8, 32)}, {"patch_size": 8}):
+            with pytest.raises(ValueError, match=r"resize_priors: model must not be pruned"):
+                model.set_input_size(**arguments)
+        torch.testing.assert_close(model(images()), expected)
+        model.set_input_size((16, 16))
+        torch.testing.assert_close(model(images()), expected)
+
+
+def test_other_models_with_patches_anywhere_are_refused() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Derived(VisionTransformer):
+        pass
+
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    convert(Derived(**sizes))
+    for flexibility in ({"dynamic_img_size": True}, {"patch_drop_rate": 0.5}):
+        with pytest.raises(ValueError, match="dynamic_img_size and patch_drop must be off in Derived"):
+            convert(Derived(**sizes, **flexibility))
+    naflex = timm.create_model("naflexvit_base_patch16_gap", embed_dim=32, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match="which is in a NaFlexVit, whose patches have places of their own"):
+        convert(naflex, num_tokens=64)

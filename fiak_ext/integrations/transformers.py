@@ -505,7 +505,7 @@ class PriorViTAttention(_HuggingFaceAttention, ViTAttention):
             if type(module) is ViTEmbeddings:
                 embeddings: Any = module
                 embeddings.__class__ = PriorViTEmbeddings
-                embeddings.grid = embeddings.grid_of(embeddings.image_size)
+                embeddings.prior_grid = embeddings.grid_of(embeddings.image_size)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         tokens = self.prior_attention.num_queries
