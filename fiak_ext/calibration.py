@@ -583,7 +583,9 @@ def dense_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
 
 def plain_names(named: Mapping[str, Value]) -> dict[str, Value]:
     """Things by the names of modules, without what ``torch.compile`` adds to these."""
-    return {".".join(part for part in name.split(".") if part != "_orig_mod"): value for name, value in named.items()}
+    return {
+        ".".join(part for part in str(name).split(".") if part != "_orig_mod"): value for name, value in named.items()
+    }
 
 
 def _reduce(tensors: list[Tensor]) -> None:

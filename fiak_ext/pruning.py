@@ -6,15 +6,16 @@ one. ``patterns`` and ``set_patterns`` take such patterns from one model to anot
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fiak_ext.calibration import all_attentions, dense_attentions
+from fiak_ext.calibration import all_attentions, arguments_of, dense_attentions, plain_names
 from fiak_ext.flops import model_report, pair_flops
 from fiak_ext.modules import PriorAttention
 from fiak_ext.pattern import SparsePattern
@@ -27,6 +28,8 @@ Importance: TypeAlias = Literal["prior", "posterior", "gradient", "random"]
 
 _SCOPES = ("layer", "head", "global", "row")
 _IMPORTANCES = ("prior", "posterior", "gradient", "random")
+
+_CHUNK = 1 << 20  # pairs that are looked at at a time
 
 
 def prune(
@@ -108,8 +111,9 @@ def prune(
         raise ValueError(f"prune: scope must be one of {', '.join(_SCOPES)} (got {scope!r})")
     if generator is not None and not (isinstance(importance, str) and importance == "random"):
         raise ValueError("prune: generator must be None unless importance='random'")
+    importance = plain_names(importance) if isinstance(importance, Mapping) else importance
     own = _own_importance(attentions, importance)
-    dead = _checked_rows(attentions, dead_rows)
+    dead = _checked_rows(attentions, plain_names(dead_rows) if isinstance(dead_rows, Mapping) else dead_rows)
 
     layers = [_Layer(name, attention, keep_diagonal, dead.get(name)) for name, attention in attentions.items()]
     pools = []
@@ -127,13 +131,13 @@ def prune(
             pool.check(amount, keys)
             for layer, kept in zip(pool.layers, pool.kept_after(amount), strict=True):
                 layer.kept = kept
-            budgets.append(pool.budgets(amount))
+            budgets.append(pool.budgets(amount).tolist())
 
     reports = []
     for index, layer in enumerate(layers):
         asked = budgets[index] if budgets and scope != "global" else []
         reports.append(layer.report(asked, round(keys * layer.num_keys)))
-    found = [SparsePattern.from_mask(layer.kept.unflatten(0, (layer.attention.groups, -1))) for layer in layers]
+    found = [layer.pattern() for layer in layers]
     # Everything that can be wrong has been refused by now: an error leaves the model as it was.
     for layer, pattern in zip(layers, found, strict=True):
         layer.attention.set_pattern(pattern)
@@ -188,6 +192,7 @@ def set_patterns(model: nn.Module, patterns: Mapping[str, SparsePattern]) -> Non
     Source: Table 6 of the paper: the mask of a FiAK model on a softmax model.
     """
     attentions = all_attentions("set_patterns", model)
+    patterns = plain_names(patterns)
     _check_names("set_patterns: patterns", attentions, patterns)
     fitting = {}
     for name, attention in attentions.items():
@@ -215,18 +220,29 @@ class _Layer:
         shape = (attention.groups * attention.num_heads, *visible.shape)
         self.visible = visible  # [N, M]; eligible and kept: [R, N, M]
         self.dead = None if dead is None else dead.cpu().reshape(shape[:2])  # [R, N]
-        alive = torch.ones(*shape[:2], 1, dtype=torch.bool) if self.dead is None else ~self.dead.unsqueeze(-1)
-        live = visible & alive
-        reached = attention.reached
-        self.eligible = live.expand(shape) if reached is None else live & (reached.cpu() > 0).reshape(shape)
         if attention.kind == "gmm":  # one prior per key: no pair goes alone
-            protected = torch.ones_like(visible)
+            self.protected = visible
         else:
-            protected = torch.eye(*visible.shape, dtype=torch.bool) & keep_diagonal
-        self.protected = protected & alive
-        self.kept = live & (self.eligible | self.protected)
-        self.unreached = live & ~self.eligible
+            self.protected = torch.eye(*visible.shape, dtype=torch.bool) & visible & keep_diagonal
+        live = visible.expand(shape).clone() if self.dead is None else visible & ~self.dead.unsqueeze(-1)
+        if attention.reached is None:
+            self.eligible, self.kept = live, live.clone()
+        else:
+            self.eligible = (attention.reached > 0).cpu().reshape(shape).logical_and_(live)
+            self.kept = live.logical_and_(self.protected).logical_or_(self.eligible)
         self.keys_pruned = torch.zeros(shape[0], shape[2], dtype=torch.bool)  # [R, M]
+
+    def candidates(self, head: int, rows: slice) -> Tensor:
+        """bool [rows, M]: what may go pair by pair; protected pairs of dead rows are not kept, so these are not it."""
+        return self.kept[head, rows] & self.eligible[head, rows] & ~self.protected[rows]
+
+    def blocks(self) -> Iterator[tuple[int, slice]]:
+        """Heads and rows of ``_CHUNK`` pairs each, in their order."""
+        heads, queries, keys = self.kept.shape
+        size = max(1, _CHUNK // keys)
+        for head in range(heads):
+            for start in range(0, queries, size):
+                yield head, slice(start, min(start + size, queries))
 
     def prune_keys(self, rank: Tensor, count: int) -> None:
         """Prunes the ``count`` keys with the smallest S(j) from every head (Step 3 of Algorithms 2 and 3)."""
@@ -240,9 +256,18 @@ class _Layer:
         if self.attention.is_causal:
             score /= queries.clamp(min=1)
         score.masked_fill_(queries == 0, -math.inf)
-        for head in range(len(score)):
-            self.keys_pruned[head] = _smallest(score[head], count)
+        self.keys_pruned = _smallest(score, torch.full((len(score),), count))
         self.kept &= ~self.keys_pruned[:, None]
+
+    def pattern(self) -> SparsePattern:
+        """What is kept."""
+        attention = self.attention
+        counts = torch.stack([head.sum(1) for head in self.kept]).flatten()
+        # Head after head: nonzero gives 16 bytes for each pair.
+        columns = torch.cat([head.nonzero()[:, 1].int() for head in self.kept])
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        sizes = (attention.num_heads, attention.num_queries, attention.num_keys, attention.groups)
+        return SparsePattern(crow.int() if len(columns) < 2**31 else crow, columns, *sizes)
 
     def report(self, budgets: Sequence[int], keys_asked: int) -> LayerReport:
         """Counts of all heads; budgets: one for the layer, for each head or for each row, or none."""
@@ -254,6 +279,7 @@ class _Layer:
         for index in range(heads):
             kept, eligible = self.kept[index], self.eligible[index]
             pairs, pruned = int(eligible.sum()), int((eligible & ~kept).sum())
+            live = self.visible if self.dead is None else self.visible & ~self.dead[index, :, None]
             reports.append(
                 HeadReport(
                     group=index // self.attention.num_heads,
@@ -262,7 +288,7 @@ class _Layer:
                     asked=budgets[index] if len(budgets) == heads else None,
                     pruned=pruned,
                     kept=int(kept.sum()),
-                    unreached=int(self.unreached[index].sum()),
+                    unreached=int(live.sum()) - pairs,
                     dead=0 if self.dead is None else int(self.visible[self.dead[index]].sum()),
                     density=density(pairs, pruned),
                     keys_asked=keys_asked,
@@ -285,74 +311,108 @@ class _Pool:
     """Layers that share a scope, or the one layer of its own, and the units in it that have a budget each."""
 
     def __init__(self, layers: Sequence[_Layer], ranks: Sequence[Tensor], scope: Scope) -> None:
-        heads, rows = layers[0].kept.shape[:2]
         self.layers = layers
+        self.ranks = ranks
         self.scope = scope
-        self.units = {"layer": 1, "global": 1, "head": heads, "row": heads * rows}[scope]
-        eligible = self._joined(layer.eligible for layer in layers)  # [units, pairs of a unit]
-        self.kept = self._joined(layer.kept for layer in layers)
-        protected = self._joined(layer.protected.expand_as(layer.kept) for layer in layers)
-        candidates = self.kept & eligible & ~protected
-        self.rank = self._joined(ranks).masked_fill_(~candidates, math.inf)
-        self.totals, self.gone, free = (mask.sum(1).tolist() for mask in (eligible, eligible & ~self.kept, candidates))
-        self.most = [gone + more for gone, more in zip(self.gone, free, strict=True)]  # that can be gone
+        counts = []  # eligible, gone, and free to go, of each row
+        for layer in layers:
+            rows = torch.zeros(3, *layer.kept.shape[:2], dtype=torch.int64)
+            for head, part in layer.blocks():
+                eligible, kept = layer.eligible[head, part], layer.kept[head, part]
+                for count, mask in zip(rows, (eligible, eligible & ~kept, layer.candidates(head, part)), strict=True):
+                    count[head, part] = mask.sum(1)
+            counts.append(rows)
+        if scope == "row":
+            units = counts[0].flatten(1)
+        elif scope == "head":
+            units = counts[0].sum(2)
+        else:
+            units = torch.stack([count.sum((1, 2)) for count in counts]).sum(0).unsqueeze(1)
+        self.totals, self.gone, free = units  # [units]
+        self.most = self.gone + free  # that can be gone
 
-    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(self.units, -1) for part in parts], dim=1)
-
-    def budgets(self, amount: float) -> list[int]:
-        """Eligible pairs of each unit to be gone."""
-        return [round(amount * pairs) for pairs in self.totals]
+    def budgets(self, amount: float) -> Tensor:
+        """int64 [units]: eligible pairs to be gone."""
+        return (amount * self.totals.double()).round().long()
 
     def too_small(self, amount: float) -> bool:
-        return any(budget < gone for budget, gone in zip(self.budgets(amount), self.gone, strict=True))
+        return bool((self.budgets(amount) < self.gone).any())
 
     def too_large(self, amount: float) -> bool:
-        return any(budget > most for budget, most in zip(self.budgets(amount), self.most, strict=True))
+        return bool((self.budgets(amount) > self.most).any())
 
     def check(self, amount: float, keys: float) -> None:
         """Raises ValueError for an amount that is impossible."""
-        for unit, (budget, gone, most) in enumerate(zip(self.budgets(amount), self.gone, self.most, strict=True)):
-            if gone <= budget <= most:
-                continue
-            limit = f"keys={keys:g} alone removes {gone}"
-            if budget > gone:
-                gmm = any(layer.attention.kind == "gmm" for layer in self.layers)
-                reason = "kind='gmm' loses whole keys only" if gmm else "keep_diagonal=True protects the others"
-                limit = f"at most {most} can go, as {reason}"
-            asked = f"{budget} of {self.totals[unit]} pairs of {_unit_name(self.layers, self.scope, unit)}"
-            raise ValueError(f"prune: amount must be possible (got {amount:g}, that is {asked}, but {limit})")
+        budgets = self.budgets(amount)
+        impossible = ((budgets < self.gone) | (budgets > self.most)).nonzero()
+        if not len(impossible):
+            return
+        unit = int(impossible[0])
+        budget, gone, most = int(budgets[unit]), int(self.gone[unit]), int(self.most[unit])
+        limit = f"keys={keys:g} alone removes {gone}"
+        if budget > gone:
+            gmm = any(layer.attention.kind == "gmm" for layer in self.layers)
+            reason = "kind='gmm' loses whole keys only" if gmm else "keep_diagonal=True protects the others"
+            limit = f"at most {most} can go, as {reason}"
+        asked = f"{budget} of {int(self.totals[unit])} pairs of {_unit_name(self.layers, self.scope, unit)}"
+        raise ValueError(f"prune: amount must be possible (got {amount:g}, that is {asked}, but {limit})")
 
     def kept_after(self, amount: float) -> list[Tensor]:
         """What each layer [R, N, M] keeps once the least important pairs of every unit are gone."""
-        kept = self.kept.clone()
-        for unit, budget in enumerate(self.budgets(amount)):
-            kept[unit] &= ~_smallest(self.rank[unit], budget - self.gone[unit])
-        parts = kept.split([layer.kept.numel() // self.units for layer in self.layers], dim=1)
-        return [part.reshape(layer.kept.shape) for part, layer in zip(parts, self.layers, strict=True)]
+        counts = self.budgets(amount) - self.gone
+        kept = [layer.kept.clone() for layer in self.layers]
+        blocks = [(place, head, rows) for place, layer in enumerate(self.layers) for head, rows in layer.blocks()]
+        if self.scope == "row":
+            (layer,), (rank,) = self.layers, self.ranks
+            counts = counts.view(layer.kept.shape[:2])
+            for _, head, rows in blocks:
+                values = rank[head, rows].masked_fill(~layer.candidates(head, rows), math.inf)
+                kept[0][head, rows] &= ~_smallest(values, counts[head, rows])
+            return kept
+        for unit, count in enumerate(counts.tolist()):
+            if count == 0:
+                continue
+            own = [block for block in blocks if self.scope != "head" or block[1] == unit]
+
+            def candidates(own: list[tuple[int, int, slice]] = own) -> Iterator[Tensor]:
+                for place, head, rows in own:
+                    yield self.ranks[place][head, rows][self.layers[place].candidates(head, rows)]
+
+            # Layers of a model may be ranked in float32 and float64.
+            dtype = functools.reduce(torch.promote_types, (rank.dtype for rank in self.ranks))
+            threshold, ties = _threshold(candidates, dtype, count)
+            for place, head, rows in own:
+                free = self.layers[place].candidates(head, rows)
+                values = self.ranks[place][head, rows].to(dtype)
+                gone = (values < threshold) & free
+                equal = ((values == threshold) & free).view(-1)
+                if ties and bool(equal.any()):
+                    first = equal.nonzero()[:ties, 0]
+                    gone.view(-1)[first] = True
+                    ties -= len(first)
+                kept[place][head, rows] &= ~gone
+        return kept
 
 
 class _Work:
     """What a forward pass on the example executes, as a function of the pairs that are kept (``torch`` convention)."""
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        kwargs = example if isinstance(example, Mapping) else {}
-        args = [] if isinstance(example, Mapping) else [example[0] if isinstance(example, (tuple, list)) else example]
+        args, kwargs = arguments_of(example)
         self.dense = model_report(model, *args, **kwargs).model.dense.torch
         self.costs = {name: cost.cpu() for name, cost in pair_flops(model, *args, **kwargs).items()}
 
     def pairs(self, layer: _Layer, kept: Tensor) -> int:
         """Of the layer's pairs kept [R, N, M] or [N, M]."""
-        shape = (layer.attention.groups, layer.attention.num_heads, *layer.visible.shape)
-        counts = kept.expand(layer.kept.shape).reshape(shape).sum(1)
-        return int((counts * self.costs[layer.name]).sum())
+        costs, heads = self.costs[layer.name], layer.attention.num_heads
+        return sum(int((costs[head // heads] * mask).sum()) for head, mask in enumerate(kept.expand(layer.kept.shape)))
 
 
 def _amount_for(target: float, work: _Work, pools: Sequence[_Pool]) -> tuple[float, float]:
     """The smallest amount with which at most the share `target` of the dense work is left, and the share then left."""
     layers = [layer for pool in pools for layer in pool.layers]
     other = work.dense - sum(work.pairs(layer, layer.visible) for layer in layers)
-    pairs = sum(sum(pool.totals) for pool in pools)
+    pairs = sum(int(pool.totals.sum()) for pool in pools)
 
     def left(count: int) -> float:
         kept = [part for pool in pools for part in pool.kept_after(count / pairs)]
@@ -378,30 +438,60 @@ def _amount_for(target: float, work: _Work, pools: Sequence[_Pool]) -> tuple[flo
 
 def _density_by_length(layers: Sequence[_Layer]) -> tuple[float, ...]:
     """Of layers with the same number of keys: the share of visible pairs that is left, for each length of the input."""
-    kept, visible = (
-        sum(_pairs_by_length(layer.kept if which else layer.visible.expand_as(layer.kept)) for layer in layers)
-        for which in (True, False)
-    )
+    kept = sum(_pairs_by_length(head) for layer in layers for head in layer.kept)
+    visible = sum(len(layer.kept) * _pairs_by_length(layer.visible) for layer in layers)
     return tuple((kept / torch.as_tensor(visible).clamp(min=1)).tolist())
 
 
 def _pairs_by_length(mask: Tensor) -> Tensor:
-    """int64 [M]: pairs of mask [R, N, M] among the first 1, 2, ... keys, and as many queries where N = M."""
-    counts = mask.sum(0).cumsum(1)
-    if counts.size(0) != counts.size(1):
-        return counts.sum(0)
-    return counts.cumsum(0).diagonal()
+    """int64 [M]: pairs of mask [N, M] among the first 1, 2, ... keys, and as many queries where N = M."""
+    if mask.size(0) != mask.size(1):
+        return mask.sum(0).cumsum(0)
+    # An input has the pair (i, j) from the length max(i, j) + 1 on.
+    return (mask.tril().sum(1) + mask.triu(1).sum(0)).cumsum(0)
 
 
-def _smallest(values: Tensor, count: int) -> Tensor:
-    """Mask [n] of the ``count`` smallest of ``values`` [n], of equals those with the lower index, in linear time."""
-    if count == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    threshold = values.kthvalue(count).values
-    mask = values < threshold
-    ties = (values == threshold).nonzero()[: count - int(mask.sum()), 0]
-    mask[ties] = True
-    return mask
+def _smallest(values: Tensor, counts: Tensor) -> Tensor:
+    """Mask [rows, n] of the ``counts`` [rows] smallest of ``values``, of equals those with the lower index."""
+    last = values.sort(1).values.gather(1, (counts - 1).clamp(min=0).unsqueeze(1))
+    last = last.masked_fill(counts.unsqueeze(1) == 0, -math.inf)
+    smaller, equal = values < last, values == last
+    ties = counts.unsqueeze(1) - smaller.sum(1, keepdim=True)
+    return smaller | (equal & (equal.cumsum(1) <= ties))
+
+
+def _threshold(chunks: Callable[[], Iterator[Tensor]], dtype: torch.dtype, count: int) -> tuple[Tensor, int]:
+    """The ``count``-th smallest of the numbers in all chunks, and how many equals of it are among the smallest.
+
+    In linear time and without a copy of them: their bits, ordered as the numbers are, are found 16 at a time.
+    """
+    bits = torch.finfo(dtype).bits
+    prefix, ties = 0, count
+    for shift in range(bits - 16, -1, -16):
+        histogram = torch.zeros(1 << 16, dtype=torch.int64)
+        for values in chunks():
+            ordered = _ordered(values.to(dtype))
+            if shift == bits - 16:
+                digits = (ordered >> shift) + (1 << 15)
+            else:
+                digits = ordered[ordered >> (shift + 16) == prefix] >> shift & 0xFFFF
+            histogram += torch.bincount(digits, minlength=1 << 16)
+        upto = histogram.cumsum(0)
+        digit = int(torch.searchsorted(upto, ties))
+        ties -= int(upto[digit] - histogram[digit])
+        prefix = digit - (1 << 15) if shift == bits - 16 else prefix << 16 | digit
+    key = torch.tensor(prefix, dtype=torch.int32 if bits == 32 else torch.int64)
+    return _flipped(key).view(dtype), ties
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Integers in the order of floating-point numbers; 0 and -0 are one number."""
+    return _flipped((values + 0.0).view(torch.int32 if values.dtype == torch.float32 else torch.int64))
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """Negative numbers have their magnitude's bits the other way round; its own inverse."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
 def _rank(
@@ -434,7 +524,7 @@ def _rank(
     if rank.dtype not in (torch.float32, torch.float64):
         rank = rank.double()
     rank = rank.reshape(layer.kept.shape)
-    if not bool((rank.isfinite() | ~layer.eligible).all()):
+    if not all(bool((rank[part].isfinite() | ~layer.eligible[part]).all()) for part in layer.blocks()):
         raise ValueError(f"prune: importance must be finite where eligible (layer {layer.name!r} has NaN or infinity)")
     return rank
 
@@ -497,9 +587,9 @@ def _unmoved_rows(attention: PriorAttention, visible: Tensor) -> Tensor | None:
     """Mask [R, N] of rows whose prior is the same for two or more visible keys; None where ``prune`` says unknown."""
     if attention.kind != "fiak" or attention.prior is None:
         return None
-    prior = attention.prior.detach().cpu().flatten(0, 1)
-    low = prior.masked_fill(~visible, math.inf).amin(-1)
-    high = prior.masked_fill(~visible, -math.inf).amax(-1)
+    heads = attention.prior.detach().cpu().flatten(0, 1)
+    low = torch.stack([head.masked_fill(~visible, math.inf).amin(-1) for head in heads])
+    high = torch.stack([head.masked_fill(~visible, -math.inf).amax(-1) for head in heads])
     several = visible.sum(-1) > 1
     unmoved = (low == high) & several
     return None if bool((unmoved == several).all()) else unmoved
