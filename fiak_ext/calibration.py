@@ -427,9 +427,10 @@ class _Mean:
 
     def reduce(self) -> None:
         """Sums over all ranks; after this, no samples are added."""
-        total = self.total.double()
-        _reduce([total, self.samples])
-        self.total.copy_(total)
+        if _is_distributed():
+            total = self.total.double()
+            _reduce([total, self.samples])
+            self.total.copy_(total)
 
     def visible_samples(self) -> Tensor:
         """int64 [groups, heads, N, M]: the samples in which each pair is visible."""
@@ -588,9 +589,13 @@ def plain_names(named: Mapping[str, Value]) -> dict[str, Value]:
     }
 
 
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _reduce(tensors: list[Tensor]) -> None:
     """Sums tensors over all ranks, in place, where torch.distributed is in use."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _is_distributed():
         for tensor in tensors:
             distributed.all_reduce(tensor)
 

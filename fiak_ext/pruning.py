@@ -29,7 +29,7 @@ Importance: TypeAlias = Literal["prior", "posterior", "gradient", "random"]
 _SCOPES = ("layer", "head", "global", "row")
 _IMPORTANCES = ("prior", "posterior", "gradient", "random")
 
-_CHUNK = 1 << 20  # pairs that are looked at at a time
+_CHUNK = 1 << 18  # pairs that are looked at at a time
 
 
 def prune(

@@ -22,8 +22,10 @@ from fiak_ext import (
     VisionTransformer,
     compact,
     find_dead_rows,
+    flops,
     patterns,
     prune,
+    pruning,
     set_patterns,
 )
 from fiak_ext.flops import model_report
@@ -612,6 +614,38 @@ def test_density_by_length_counts_pairs_that_calibration_did_not_reach() -> None
     report = prune(attention, 0.5, importance="posterior")
     assert report.density == 0.5
     assert report.density_by_length == pytest.approx((0.0, 2 / 4, 2 / 9, 2 / 16))
+
+
+@pytest.mark.parametrize("scope", ["layer", "head", "global", "row"])
+def test_memory_is_in_proportion_to_the_pairs(scope: Scope) -> None:
+    """Two masks, the patterns with their plans, and little else: 7 bytes a pair at any size."""
+    for tokens in (256, 512, 1024):
+        model = Attentions(*[PriorAttention(2, tokens, kind="softmax", is_causal=True) for _ in range(2)])
+        for layer in model:
+            layer.posterior = torch.rand(1, 2, tokens, tokens)
+            layer.reached = torch.ones(1, 1, tokens, tokens, dtype=torch.int64).expand(1, 2, -1, -1)
+        peak = flops.peak_memory(
+            lambda model=model: prune(model, 0.7, importance="posterior", scope=scope)  # type: ignore[misc]
+        )
+        assert peak <= 7 * 2 * 2 * tokens**2 + (2 << 20) + 40 * min(tokens**2, pruning._CHUNK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scope", ["layer", "head", "global", "row"])
+def test_thresholds_of_numbers_of_any_size_and_sign(
+    scope: Scope, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of a few rows, and with 0 and -0, which are equal, beside denormal and huge numbers of both signs."""
+    monkeypatch.setattr(pruning, "_CHUNK", 21)
+    values = torch.tensor([0.0, -0.0, 1e-42, -1e-42, 1.0, -1.0, 3e38, -3e38, 1.0000001, 1.0], dtype=dtype)
+    model = Attentions(PriorAttention(2, 7), PriorAttention(3, 7, groups=2))
+    generator = torch.Generator().manual_seed(3)
+    importance = {
+        f"layers.{index}": values[torch.randint(10, (layer.groups, layer.num_heads, 7, 7), generator=generator)]
+        for index, layer in enumerate(model)
+    }
+    importance["layers.0"] = importance["layers.0"].float()  # ranked together with another type where global
+    assert_as_oracle(model, importance, amount=0.4, scope=scope)
 
 
 def test_density_by_length_of_other_keys_than_queries() -> None:
