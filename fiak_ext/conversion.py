@@ -151,8 +151,9 @@ class PatchGrid(nn.Module):
             ValueError: another grid, also one of as many patches.
         """
         if got != self.prior_grid:
+            rows, columns = self.prior_grid
             raise ValueError(
-                f"{type(self).__name__}: images must have {self.prior_grid[0]} x {self.prior_grid[1]} patches, as the priors have "
+                f"{type(self).__name__}: images must have {rows} x {columns} patches, as the priors have "
                 f"(got {got[0]} x {got[1]}); before pruning, resize_priors fits priors to another size"
             )
 
@@ -191,7 +192,6 @@ def register_attention(attention_class: type[nn.Module]) -> Callable[[Adapter], 
     return register
 
 
-@torch.inference_mode(False)  # what is made here is trained later
 def convert(
     model: Model,
     *,
@@ -234,6 +234,7 @@ def convert(
     )
 
 
+@torch.inference_mode(False)  # what is made here is trained later
 def convert_with(
     make: Callable[..., PriorAttention],
     model: Model,
@@ -276,6 +277,7 @@ def convert_with(
     return model
 
 
+@torch.inference_mode(False)  # what is made here is trained later
 def from_pretrained(folder: str | Path, variant: str | None = None) -> Any:
     """Loads a converted Hugging Face model, dense, pruned or compacted, from where its ``save_pretrained`` saved it.
 

@@ -294,14 +294,18 @@ class PriorAttention(nn.Module):
         return self.groups, self.num_heads, self.num_queries if self.kind == "fiak" else 1, self.num_keys
 
     def kept(self, num_keys: int) -> Tensor:
-        """``keep`` for an input of ``num_keys`` keys: -1 in place of those that it does not have.
+        """``keep`` for an input of ``num_keys`` keys, no wider than these; -1 in place of those that it does not have.
 
         Raises:
             RuntimeError: a module that is not compacted.
         """
         if self.keep is None:
             raise RuntimeError(f"PriorAttention.kept: the module must be compacted (got {self._state()})")
-        return self.keep if num_keys == self.num_keys else self.keep.masked_fill(self.keep >= num_keys, -1)
+        if num_keys == self.num_keys:
+            return self.keep
+        # They ascend, so what a short input has is among the first; an exported length is not compared with K.
+        keep = self.keep if torch.compiler.is_exporting() else self.keep[:, :num_keys]
+        return keep.masked_fill(keep >= num_keys, -1)
 
     # ---------------------------------------------------------------- attention
 
@@ -320,7 +324,7 @@ class PriorAttention(nn.Module):
         Args:
             query: ``[B, num_heads, n, D]`` with n up to ``num_queries``.
             key: ``[B, H, m, D]`` with m up to ``num_keys``; ``num_heads`` is a multiple of H. Once compacted, the rows
-                ``keep``.
+                that :meth:`kept` names.
             value: ``[B, H, m, Dv]``, likewise.
             kv_lens: ``[B]``, the number of keys of each batch element; keys behind take no part. Once compacted it
                 still counts all keys, and an input of fewer than ``num_keys`` needs it unless attention is causal.
@@ -379,7 +383,7 @@ class PriorAttention(nn.Module):
         if query.size(2) > self.num_queries:
             raise ValueError(f"PriorAttention: query must have at most {self.num_queries} rows (got {query.size(2)})")
         if self.keep is not None:
-            if key.size(1) != self.keep.size(0) or key.size(2) != self.keep.size(1):
+            if key.size(1) != self.keep.size(0) or key.size(2) > self.keep.size(1):
                 raise ValueError(
                     f"PriorAttention: key must be compacted to {self.keep.size(0)} heads of {self.keep.size(1)} rows "
                     f"(got {key.size(1)} heads of {key.size(2)} rows)"
@@ -460,7 +464,8 @@ class PriorAttention(nn.Module):
         keys = key.size(2)
         if self.keep is not None:
             if kv_lens is not None:
-                kv_lens = ((self.keep >= 0) & (self.keep < kv_lens[:, None, None])).sum(-1)
+                keep = self.keep[:, :keys]
+                kv_lens = ((keep >= 0) & (keep < kv_lens[:, None, None])).sum(-1)
         elif keys < self.num_keys and kv_lens is not None:
             kv_lens = kv_lens.clamp(max=keys)
         if queries < self.num_queries and query_offsets is None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from converted import BATCH, CASES, HEADS, VOCABULARY, Case, images, priors, token_ids
+from counting import BytesMade
 from torch import Tensor
 
-from fiak_ext import compact, convert, prune, resize_priors
+from fiak_ext import SparsePattern, compact, convert, prune, resize_priors
 
 TEXT = [CASES[name] for name in ("bert", "roberta", "gpt2", "llama")]
 CAUSAL = [case for case in TEXT if case.is_causal]
@@ -424,3 +425,43 @@ def test_num_tokens_must_be_a_size(case: Case) -> None:
         assert not priors(model)
     size: Any = torch.tensor(8).numpy()[()]
     assert priors(convert(case.model(), num_tokens=size))[0].num_keys == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cost of decoding
+
+
+def decoding_model(case: Case, state: str, num_tokens: int) -> Any:
+    kind: Any = state if state in ("gmm", "softmax") else "softmax"
+    model = convert(case.model(torch.float32), num_tokens=num_tokens, kind=kind)
+    if state in ("pruned", "compacted"):
+        for attention in priors(model):
+            attention.set_pattern(SparsePattern.from_window(HEADS, num_tokens, window_size=(15, 0), is_causal=True))
+    return compact(model) if state == "compacted" else model
+
+
+@torch.no_grad()
+def bytes_of_a_step(model: Any, cached: int, left: bool) -> int:
+    """Of a second step from ``cached`` tokens on: what a first one makes and keeps, such as plans, is there by then."""
+    ids = torch.randint(2, VOCABULARY, (2, cached + 2), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, : 3 * left] = 0
+    cache = cache_of(model(ids[:, :cached], attention_mask=mask[:, :cached], use_cache=True))
+    for end in (cached + 1, cached + 2):
+        with BytesMade() as made:
+            model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+    return made.total
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("state", ["pruned", "compacted"])
+@every_causal
+def test_a_step_costs_what_the_tokens_cost_that_are_there(case: Case, state: str, left: bool) -> None:
+    """Not what the longest input would: within 1.2 times of the cost at 128 tokens."""
+    costs = {
+        num_tokens: [bytes_of_a_step(decoding_model(case, state, num_tokens), cached, left) for cached in (20, 30)]
+        for num_tokens in (128, 1024, 8192)
+    }
+    print(f"bytes of a step with 20 and 30 cached tokens, {case.name}, {state}, by num_tokens: {costs}")
+    for cost in (costs[1024], costs[8192]):
+        assert all(step <= 1.2 * base for step, base in zip(cost, costs[128], strict=True)), costs
