@@ -1,8 +1,8 @@
 # make demo, make test: all that a fresh machine with Python >= 3.10, a C++20 compiler and make needs.
 # FIAK_REQUIRE=all makes every skipped part an error. CMAKE_ARGS is passed on, for example CMAKE_ARGS=-DFIAK_CUDA=off or
-# CMAKE_ARGS=-DFIAK_CUDA_ARCHS=all. make soak goes through all combinations of what the tests of the CUDA kernels vary,
-# for SOAK_MINUTES each, and prints what FIAK_SOAK_FROM must be to go on from there. SANITIZED is what ctest gets to
-# choose the tests of make sanitize.
+# CMAKE_ARGS=-DFIAK_CUDA_ARCHS=all. make soak goes through all combinations of what the tests of the CUDA kernels, and
+# of sizes around the blocks of all kernels, vary, for SOAK_MINUTES each, and prints what FIAK_SOAK_FROM must be to go on
+# from there. SANITIZED is what ctest gets to choose the tests of make sanitize.
 PYTHON ?= python3
 SOAK_MINUTES ?= 60
 JOBS ?= $(shell nproc)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, ISAS, cpu_isa, num_threads
+from cases import DTYPES, ISAS, cpu_isa, error, num_threads
 from torch import Tensor
 
 from fiak_ext import reference
@@ -307,6 +307,26 @@ def test_malformed_grad_output(grad_output: Tensor, message: str) -> None:
     arguments = (torch.zeros(2, 5, 3), torch.zeros(8, 3), KEEP, [True] * 3)
     with pytest.raises(RuntimeError, match=f"^compact_linear_backward: {message}"):
         torch.ops.fiak.compact_linear_backward(grad_output, *arguments)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shift", [0.0, 1.0])  # gradients that cancel, and that add up
+@pytest.mark.parametrize(("batch", "rows"), [(512, 200), (1, 102400), (100, 577)])
+def test_gradients_over_many_rows_are_as_exact_as_torchs(isa: str, shift: float, batch: int, rows: int) -> None:
+    generator = _generator()
+    x = torch.randn(batch, rows, 16, generator=generator) + shift
+    weight, bias = torch.randn(8, 16, generator=generator), torch.randn(8, generator=generator)
+    grad = torch.randn(batch, rows, 8, generator=generator) + shift
+    exact = [torch.einsum("bnd,bnx->dx", grad.double(), x.double()), grad.double().sum((0, 1))]
+    leaves = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    theirs = torch.autograd.grad(torch.nn.functional.linear(x, *leaves), leaves, grad)
+    with cpu_isa(isa):
+        _, *ours = torch.ops.fiak.compact_linear_backward(
+            grad[:, None], x, weight, torch.arange(rows)[None], [False, True, True]
+        )
+    for actual, torchs, expected in zip(ours, theirs, exact, strict=True):
+        rounding = 4 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+        assert error(actual, expected) <= 3 * error(torchs, expected) + rounding
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,23 @@ class TestPriorAttention(AttentionSuite):
         rounding = torch.finfo(dtype).eps * float(exact.abs().max())
         assert error(ours, exact) <= 2 * error(theirs, exact) + rounding
 
+    @pytest.mark.parametrize(
+        ("rows", "queries", "keys", "head_size"),
+        [(4, 1, 1024, 64), (4, 1, 1024, 32), (2, 2, 511, 64), (3, 3, 256, 128), (8, 4, 1023, 33)],
+    )
+    def test_decoding_rows_leave_each_other_alone(
+        self, isa: str, dtype: torch.dtype, rows: int, queries: int, keys: int, head_size: int
+    ) -> None:
+        generator = _generator()
+        query = torch.randn(1, rows // queries, queries, head_size, generator=generator).to(dtype)
+        key, value = (torch.randn(1, 1, keys, head_size, generator=generator).to(dtype) for _ in range(2))
+        exact, _ = reference.prior_attention(query, key, value)
+        theirs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        with cpu_isa(isa):
+            ours = prior_attention(query, key, value)
+        rounding = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+        assert error(ours, exact) <= 2 * error(theirs, exact) + rounding
+
     def test_additive_bias_is_a_prior(self) -> None:
         generator = _generator()
         query, key, value = (torch.randn(2, 4, 9, 8, generator=generator) for _ in range(3))

@@ -129,6 +129,25 @@ void LinearChecks::linear_gives_the_same_bits_on_any_number_of_threads(int round
   }
 }
 
+void LinearChecks::linear_sums_many_rows(int64_t rows) const {
+  Random random(35);
+  LinearCall call = linear_call(random, {2, 1, rows / 2, rows / 2, 3, 2, true, 0}, dtype());
+  for (int64_t k = 0; k < rows / 2; ++k) call.keep[k] = k;
+  // Of one sign: rounding errors then grow with the sums.
+  for (Tensor* x : {&call.input, &call.grad_output}) {
+    x->fill(random, 0.5, 1.5);
+    *x = x->to(dtype()).to(DType::kFloat64);
+  }
+  const LinearResults exact = run(call, scalar(), DType::kFloat64, threads(1));
+  const LinearResults actual = run(call, kernels(), dtype(), threads(2));
+  for (const auto member : {&LinearResults::grad_weight, &LinearResults::grad_bias}) {
+    const std::vector<double> a = (actual.*member).values(), e = (exact.*member).values();
+    for (size_t i = 0; i < e.size(); ++i) {
+      EXPECT_LE(std::abs(a[i] - e[i]), (rounding_unit(dtype()) + 1e-6) * e[i]) << call.what << " element " << i;
+    }
+  }
+}
+
 void LinearChecks::linear_keeps_nan_in_its_place(int rounds) const {
   Random random(33);
   for (int round = 0; round < rounds; ++round) {

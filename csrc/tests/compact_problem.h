@@ -47,6 +47,8 @@ class LinearChecks {
   void linear_gives_the_same_bits_on_any_number_of_threads(const LinearCall& call) const;
   void linear_gives_the_same_bits_on_any_number_of_threads(int rounds) const;
   void linear_keeps_nan_in_its_place(int rounds) const;
+  /// Gradients of weight and bias over so many rows, to a few units in the last place of float32.
+  void linear_sums_many_rows(int64_t rows) const;
 };
 
 }  // namespace fiak::tests

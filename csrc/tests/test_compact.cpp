@@ -59,6 +59,7 @@ TEST_P(CompactLinear, TakesAFewHeadsAtATime) {
     linear_gives_the_same_bits_on_any_number_of_threads(call);
   }
 }
+TEST_P(CompactLinear, SumsManyRows) { linear_sums_many_rows(50000); }
 TEST_P(CompactLinear, KeepsNanInItsPlace) { linear_keeps_nan_in_its_place(30); }
 
 FIAK_FOR_ALL_KERNELS(CompactLinear);

@@ -110,6 +110,10 @@ TEST_P(CompactLinearCuda, MatchesScalarFloat64) { linear_matches_scalar_float64(
 TEST_P(CompactLinearCuda, GivesTheSameBitsInAnyOrder) {  // with every number of threads comes another schedule
   linear_gives_the_same_bits_on_any_number_of_threads(kRounds / 4 + 1);
 }
+TEST_P(CompactLinearCuda, SumsManyRows) {
+  if (kSanitized) GTEST_SKIP() << "the plain build does it";
+  linear_sums_many_rows(10000);
+}
 TEST_P(CompactLinearCuda, KeepsNanInItsPlace) { linear_keeps_nan_in_its_place(kRounds / 4 + 1); }
 
 TEST_P(CompactLinearCuda, HasEveryPairOfSizes) {

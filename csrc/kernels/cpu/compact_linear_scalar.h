@@ -72,24 +72,25 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
 
   if (grads.grad_weight != nullptr || grads.grad_bias != nullptr) {
     parallel_range(parallel, args.heads * args.head_size, [&](int64_t begin, int64_t end) {
-      std::vector<Real> sum(args.in_features);
+      std::vector<double> sum(args.in_features);  // of any number of rows
       for (int64_t row = begin; row < end; ++row) {
         const int64_t h = row / args.head_size, d = row % args.head_size;
-        std::fill(sum.begin(), sum.end(), Real{0});
-        Real bias = 0;
+        std::fill(sum.begin(), sum.end(), 0.0);
+        double bias = 0;
         for (int64_t b = 0; b < args.batch; ++b) {
           for_kept(args, h, [&](int64_t k, int64_t kept) {
             const Real g = N::real(N::load(grad_output(b, h, k)[d]));
             const T* x = row_of<T>(args.input, b, 0, kept);
-            for (int64_t i = 0; i < args.in_features; ++i) sum[i] += g * N::real(N::load(x[i]));
-            bias += g;
+            for (int64_t i = 0; i < args.in_features; ++i)
+              sum[i] += static_cast<double>(g) * static_cast<double>(N::real(N::load(x[i])));
+            bias += static_cast<double>(g);
           });
         }
         if (grads.grad_weight != nullptr) {
           T* target = static_cast<T*>(grads.grad_weight) + row * args.in_features;
-          for (int64_t i = 0; i < args.in_features; ++i) target[i] = N::store(sum[i]);
+          for (int64_t i = 0; i < args.in_features; ++i) target[i] = N::store(static_cast<Real>(sum[i]));
         }
-        if (grads.grad_bias != nullptr) static_cast<T*>(grads.grad_bias)[row] = N::store(bias);
+        if (grads.grad_bias != nullptr) static_cast<T*>(grads.grad_bias)[row] = N::store(static_cast<Real>(bias));
       }
     });
   }

@@ -13,6 +13,7 @@ namespace fiak::cpu::FIAK_ISA {
 namespace {
 
 constexpr int64_t kBlockRows = 48;            // a multiple of kTileRows
+constexpr int64_t kSumRows = 4 * kBlockRows;  // that a float32 chain sums up; their sums are added up in float64
 constexpr int64_t kWeightBytes = 192 * 1024;  // of packed weights at a time, so that they stay in the L2 cache
 static_assert(kBlockRows % kTileRows == 0);
 
@@ -319,16 +320,27 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
     const int64_t tiles = (args.head_size + kTileRows - 1) / kTileRows;
     parallel_range(parallel, args.heads * tiles, [&](int64_t begin, int64_t end) {
       Carver scratch{static_cast<char*>(thread_scratch(carved(kBlockRows * features) + carved(kBlockRows * kTileRows) +
-                                                       carved(head_size) + carved(kTileRows * features)))};
+                                                       carved(head_size) + 3 * carved(kTileRows * features)))};
       float* rows = scratch.floats(kBlockRows * features);
       float* slice = scratch.floats(kBlockRows * kTileRows);  // [row, kTileRows], this tile's columns of dY
       float* grad_row = scratch.floats(head_size);
       float* sums = scratch.floats(kTileRows * features);
+      auto* totals = reinterpret_cast<double*>(scratch.floats(2 * kTileRows * features));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t h = i / tiles, d = i % tiles * kTileRows, wide = smaller(kTileRows, args.head_size - d);
         const int64_t kept = kept_rows(args, h);
-        float bias[kTileRows] = {};
+        double bias[kTileRows] = {};
+        int64_t summed = 0;
         std::memset(sums, 0, kTileRows * features * sizeof(float));
+        std::memset(totals, 0, kTileRows * features * sizeof(double));
+        // Takes the sums into the totals.
+        const auto add_up = [&] {
+          for (int64_t x = 0; x < kTileRows * features; ++x) {
+            totals[x] += static_cast<double>(sums[x]);
+            sums[x] = 0.0f;
+          }
+          summed = 0;
+        };
         for (int64_t b = 0; b < args.batch; ++b) {
           for (int64_t first = 0; first < kept; first += kBlockRows) {
             const int64_t count = smaller(kBlockRows, kept - first);
@@ -344,14 +356,18 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
                        grad_row);
               for (int64_t r = 0; r < kTileRows; ++r) {
                 slice[k * kTileRows + r] = r < wide ? grad_row[d + r] : 0.0f;
-                bias[r] += slice[k * kTileRows + r];
+                bias[r] += static_cast<double>(slice[k * kTileRows + r]);
               }
             }
             pair_rows<kPairs>(slice, count);
             matrix_product<true, kPairs>(StridedRows{slice, 1, kTileRows}, Columns{rows, features, kTileWidth},
                                          kTileRows, features, units<kPairs>(count), sums, features);
+            summed += count;
+            if (summed >= kSumRows) add_up();
           }
         }
+        add_up();
+        for (int64_t x = 0; x < kTileRows * features; ++x) sums[x] = static_cast<float>(totals[x]);
         for (int64_t r = 0; r < wide; ++r) {
           const int64_t row = h * args.head_size + d + r;
           if (grads.grad_weight != nullptr) {
@@ -359,7 +375,8 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
                       static_cast<char*>(grads.grad_weight) + row * args.in_features * element);
           }
           if (grads.grad_bias != nullptr) {
-            store_row(bias + r, args.dtype, 1, 1.0f, static_cast<char*>(grads.grad_bias) + row * element);
+            const auto sum = static_cast<float>(bias[r]);
+            store_row(&sum, args.dtype, 1, 1.0f, static_cast<char*>(grads.grad_bias) + row * element);
           }
         }
       }

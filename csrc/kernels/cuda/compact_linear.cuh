@@ -4,7 +4,8 @@
 //
 // A block computes kLinearTile x kLinearTile elements of the result, a warp 16 rows of them. What is multiplied streams
 // through shared memory, 128 bytes' worth of the summed dimension at a time. Sums are in float32 and in a fixed order,
-// without atomics: the same bits every time.
+// without atomics: the same bits every time. Where they run over all kept rows of a batch, in the gradients of weight
+// and bias, they are sums of blocks of rows: the error of one chain would grow with the rows.
 //
 //   fiak_compact_linear_forward_<type>      output[b, h, k]     = weight[h] input[b, keep[h, k]] + bias[h]; 0 where -1
 //       grid: batch * heads * ceil(kept / kLinearTile) * ceil(head_size / kLinearTile)
@@ -49,6 +50,7 @@ static_assert(sizeof(CompactLinearParams) == 21 * 8);
 constexpr int kLinearTile = 64;
 constexpr int kLinearThreads = 2 * kLinearTile;
 constexpr int kBiasWarps = 16, kBiasThreads = 32 * kBiasWarps;
+constexpr int kSumRows = 256;  // of a chain in float32
 
 /// How much of the summed dimension a tile holds.
 template <class Element>
@@ -77,7 +79,7 @@ struct LinearGradWeightShared {
   LinearTile<Element, kLinearDepth<Element>, kLinearTile> grad[2], input[2];
 };
 struct LinearBiasShared {
-  float sums[kBiasWarps][32];
+  double sums[kBiasWarps][32];
 };
 
 /// The input row that head h keeps at place k, or -1.
@@ -285,7 +287,17 @@ __device__ inline void linear_grad_weight_block(const CompactLinearParams& param
   const int64_t h = index.rest;
   const auto kept = static_cast<unsigned>(params.kept), total = static_cast<unsigned>(params.batch) * kept;
 
-  float sums[kLinearTile / 8][4] = {};
+  float sums[kLinearTile / 8][4] = {}, totals[kLinearTile / 8][4] = {};
+  const auto add_up = [&] {
+#pragma unroll
+    for (int t = 0; t < kLinearTile / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        totals[t][i] += sums[t][i];
+        sums[t][i] = 0;
+      }
+    }
+  };
   stream<2>(
       static_cast<int>(tiles_of(total, kStep)),
       [&](int step, int stage) {
@@ -304,10 +316,12 @@ __device__ inline void linear_grad_weight_block(const CompactLinearParams& param
         load(shared.input[stage], first_x, params.in_features,
              [&](int64_t b, int64_t, int64_t row) { return input_row<Element>(params, b, row); });
       },
-      [&](int, int stage) {
+      [&](int step, int stage) {
         multiply_tile<true>(sums, shared.grad[stage].rows, 16 * warp_index(), shared.input[stage].rows, kStep);
+        if ((step + 1) % (kSumRows / kStep) == 0) add_up();
       });
-  store_linear_tile(sums, static_cast<Element*>(params.result) + h * params.head_size * params.in_features,
+  add_up();
+  store_linear_tile(totals, static_cast<Element*>(params.result) + h * params.head_size * params.in_features,
                     params.head_size, params.in_features, first_d, first_x);
 }
 
@@ -319,18 +333,24 @@ __device__ inline void linear_grad_bias_block(const CompactLinearParams& params)
   const int64_t d = index.part(tiles_of(params.head_size, 32)) * 32 + lane_index();
   const int64_t h = index.rest;
   const auto kept = static_cast<unsigned>(params.kept), total = static_cast<unsigned>(params.batch) * kept;
-  float sum = 0;
+  double total_sum = 0;
   if (d < params.head_size) {
+    for (unsigned first = static_cast<unsigned>(warp_index()); first < total;) {
+      const unsigned end = total - first > kSumRows * kBiasWarps ? first + kSumRows * kBiasWarps : total;
+      float sum = 0;
 #pragma unroll 4
-    for (unsigned at = static_cast<unsigned>(warp_index()); at < total; at += kBiasWarps) {
-      const unsigned b = at / kept, k = at % kept;
-      if (kept_row(params, h, k) >= 0) sum += widen(grad_row<Element>(params, b, h, k)[d]);
+      for (; first < end; first += kBiasWarps) {
+        const unsigned b = first / kept, k = first % kept;
+        if (kept_row(params, h, k) >= 0) sum += widen(grad_row<Element>(params, b, h, k)[d]);
+      }
+      total_sum += static_cast<double>(sum);
     }
   }
-  shared.sums[warp_index()][lane_index()] = sum;
+  shared.sums[warp_index()][lane_index()] = total_sum;
   __syncthreads();
   if (warp_index() > 0 || d >= params.head_size) return;
-  for (int warp = 1; warp < kBiasWarps; ++warp) sum += shared.sums[warp][lane_index()];
+  for (int warp = 1; warp < kBiasWarps; ++warp) total_sum += shared.sums[warp][lane_index()];
+  const auto sum = static_cast<float>(total_sum);
   auto* target = static_cast<Element*>(params.result) + h * params.head_size;
   if constexpr (sizeof(Element) == 2) {
     target[d] = Element{static_cast<uint16_t>(pack(sum, sum, Element{}))};
