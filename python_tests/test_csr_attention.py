@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CSR_CASES, LARGE_CSR_CASES, Case, cpu_isa, csr_of, error
+from cases import CSR_CASES, DTYPES, ISAS, LARGE_CSR_CASES, Case, cpu_isa, csr_of, error
 from suite import AttentionSuite
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fiak_ext import reference
 
@@ -67,6 +69,21 @@ class TestCsrAttention(AttentionSuite):
         assert (expected[::5].abs() > 1e-6).any()
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize(("queries", "keys", "head_size"), [(1, 1024, 64), (2, 1024, 32), (3, 256, 128)])
+    def test_decoding_rows_leave_each_other_alone(
+        self, isa: str, dtype: torch.dtype, queries: int, keys: int, head_size: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(1, 4, queries, head_size, generator=generator).to(dtype)
+        key, value = (torch.randn(1, 1, keys, head_size, generator=generator).to(dtype) for _ in range(2))
+        crow, col = csr_of(torch.ones(4, queries, keys, dtype=torch.bool))
+        exact, _ = reference.csr_attention(query, key, value, crow, col)
+        theirs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        with cpu_isa(isa):
+            ours = csr_attention(query, key, value, crow, col)
+        rounding = torch.finfo(dtype).eps * float(exact.abs().max())
+        assert error(ours, exact) <= 2 * error(theirs, exact) + rounding
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
     def test_bad_value_makes_its_row_nan(self, isa: str, dtype: torch.dtype, bad: float) -> None:
@@ -313,6 +330,35 @@ class TestCsrAttention(AttentionSuite):
             )
             with pytest.raises(RuntimeError, match=r"^csr_attention: plan must be given with CUDA tensors.*csr_plan"):
                 csr_attention(query, query, query, crow, col)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kept", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [40.0, 61.7, 90.0])
+def test_gradients_at_scores_of_tens_of_thousands(
+    isa: str, dtype: torch.dtype, kept: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    key, value, grad = (torch.randn(2, 4, 64, 32, generator=generator) for _ in range(3))
+    key, value, grad = ((key * scale).to(dtype), value.to(dtype), grad.to(dtype))
+    mask = (torch.rand(4, 64, 64, generator=generator) < kept) | torch.eye(64, dtype=torch.bool)
+
+    def grad_of_value(attend: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = value.to(dtype).requires_grad_()
+        return torch.autograd.grad(attend(key.to(dtype), leaf), leaf, grad.to(dtype))[0]
+
+    def theirs(k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(k, k, v, mask.expand(2, -1, -1, -1))
+
+    exact = grad_of_value(theirs, torch.float64)
+    crow, col = csr_of(mask)
+    monkeypatch.setenv("FIAK_CSR_KERNEL", "entries")
+    with cpu_isa(isa):
+        ours = grad_of_value(lambda k, v: csr_attention(k, k, v, crow, col), dtype)
+    rounding = 2 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert error(ours, exact) <= 2 * error(grad_of_value(theirs, dtype), exact) + rounding
 
 
 def _inputs(

@@ -53,6 +53,34 @@ TEST_P(CsrAttention, IgnoresHugeScoresOutsideTheSupport) {
   with_each_kernel([&] { ignores_huge_scores_outside_the_support(random_csr_problem); });
 }
 
+/// Rows that attend to one key, by scores at which a logsumexp, rounded, is off by more than any probability may be.
+TEST_P(CsrAttention, MatchesScalarFloat64OfScoresOfTenThousands) {
+  Random random(15);
+  for (int round = 0; round < 12; ++round) {
+    CsrCase c{};
+    c.dtype = dtype();
+    c.batch = random.integer(1, 5);
+    c.groups = 1;
+    c.key_heads = 2;
+    c.heads_per_key_head = 1;
+    c.queries = c.keys = random.integer(33, 70);
+    c.head_size = random.integer(16, 70);
+    c.value_size = 9;
+    c.score = Score::kDot;
+    c.scale_factor = round % 3 == 0 ? -6e4 : 6e4;
+    c.has_kv_lens = round % 4 == 1;
+    c.has_values = round % 4 > 1;
+    c.kept = round % 5 == 0 ? CsrCase::Kept::kAll : CsrCase::Kept::kHalf;
+    const Problem problem = csr_problem(random, c);
+    const Reference reference = reference_of(problem);
+    setenv("FIAK_CSR_KERNEL", "entries", 1);
+    Results grads = reference.saved;
+    problem.backward(kernels(), threads(2), grads, kGradValue);
+    unsetenv("FIAK_CSR_KERNEL");
+    expect_close(grads.grad_value, reference.exact.grad_value, reference.yardstick.grad_value, problem.describe());
+  }
+}
+
 TEST_P(CsrAttention, MatchesScalarFloat64OfFewQueries) { matches_scalar_float64(random_csr_decode_problem, 25); }
 TEST_P(CsrAttention, GivesTheSameBitsOnAnyNumberOfThreadsOfFewQueries) {
   gives_the_same_bits_on_any_number_of_threads(random_csr_decode_problem, 10);

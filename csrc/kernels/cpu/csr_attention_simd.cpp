@@ -481,7 +481,7 @@ class CsrBackward {
            carved(bundle_panel_floats(chunk_rows_, head_chunks_)) +
            carved(bundle_panel_floats(chunk_rows_, value_chunks_)) +
            carved((args_.keys + kMaxElements) * head_floats_) + carved((args_.keys + kMaxElements) * value_floats_) +
-           carved((chunk_rows_ + kMaxElements) * head_floats_) + carved(chunk_rows_ * kGroupFloats) +
+           carved((chunk_rows_ + kMaxElements) * head_floats_) + 3 * carved(chunk_rows_ * kGroupFloats) +
            carved(args_.keys * 2) + carved(chunk_rows_ * 2) + carved(blocks_.size * kRunFloats) +
            carved(2 * most_floats_);
   }
@@ -556,10 +556,16 @@ class CsrBackward {
     float *grad_key, *grad_value;    // sums for all keys
     float* grad_query;               // sums for the queries of a chunk
     float* deltas;                   // dO . O of the queries of a chunk, a group each
+    float *shifts, *factors;         // P = 2^(score - shift) factor, in the same way
     int64_t* column_cursors;         // [keys]: the first entry of a column that no chunk has had yet
     int64_t* row_cursors;            // [queries of a chunk]: the first entry of a row that no block has had yet
     Run* runs;                       // [keys of a block]: of the columns
     float* pairs;                    // P and dS, side by side, of the columns' runs
+  };
+
+  /// A row's shift and factor, a group each.
+  struct Exponent {
+    const float *shift, *factor;
   };
 
   bool columns_wanted() const { return grads_.grad_key.data != nullptr || grads_.grad_value.data != nullptr; }
@@ -579,6 +585,8 @@ class CsrBackward {
     x.grad_value = carver.floats((args_.keys + kMaxElements) * value_floats_);
     x.grad_query = carver.floats((chunk_rows_ + kMaxElements) * head_floats_);
     x.deltas = carver.floats(chunk_rows_ * kGroupFloats);
+    x.shifts = carver.floats(chunk_rows_ * kGroupFloats);
+    x.factors = carver.floats(chunk_rows_ * kGroupFloats);
     x.column_cursors = reinterpret_cast<int64_t*>(carver.floats(args_.keys * 2));
     x.row_cursors = reinterpret_cast<int64_t*>(carver.floats(chunk_rows_ * 2));
     x.runs = reinterpret_cast<Run*>(carver.floats(blocks_.size * kRunFloats));
@@ -668,6 +676,74 @@ class CsrBackward {
       }
       spread_elements<kElements>(delta, x.deltas + (n + offset - chunk) * kGroupFloats);
     }
+    for (int64_t row = begin; row < end; ++row) start_exponent(x, bundle, h, row, row - chunk);
+  }
+
+  /// The shift and factor of pattern row `row`, which is row r of its chunk.
+  void start_exponent(const Slot& x, const Bundle& bundle, int64_t h, int64_t row, int64_t r) const {
+    float shift[kElements], factor[kElements];
+    bool large[kElements], any = false;
+    for (int e = 0; e < kElements; ++e) {
+      const int64_t n = row - offset_of(args_, bundle.b[0]);
+      const int64_t at = (bundle.b[e] * args_.query_heads + h) * args_.queries + n;
+      const float lse = static_cast<const float*>(grads_.logsumexp)[at];
+      shift[e] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no entry counts where there is no support
+      factor[e] = 1.0f;
+      large[e] = is_large_logsumexp(lse);
+      any |= large[e];
+    }
+    if (any) sum_row(x, bundle, h, row, r, large, shift, factor);
+    spread_elements<kElements>(shift, x.shifts + r * kGroupFloats);
+    spread_elements<kElements>(factor, x.factors + r * kGroupFloats);
+  }
+
+  /// The same from the row's scores, which are computed once more, for the elements that are `large`.
+  void sum_row(const Slot& x, const Bundle& bundle, int64_t h, int64_t row, int64_t r, const bool* large, float* shift,
+               float* factor) const {
+    const PlanView& plan = args_.plan;
+    const PlanRange entries = plan.row(plan_head(bundle, h) * plan.num_queries + row);
+    const uint16_t* index = plan.columns + entries.begin;
+    const int64_t count = count_below(index, entries.end - entries.begin, keys_of(args_, bundle.b[0]));
+    const float* values = args_.values != nullptr ? static_cast<const float*>(args_.values) + entries.begin : nullptr;
+    const int64_t room = most_run_floats<kElements>(1, count) + kLanes;
+    const int64_t weight_floats = values != nullptr ? WeightArrays::floats(count) : 0;
+    const SharedScratch memory(carved(room) + carved(weight_floats) +
+                               64);  // the thread's own holds what the caller has
+    Carver scratch{reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64)};
+    float* scores = scratch.floats(room);
+    const WeightArrays parts(scratch.floats(weight_floats), count);
+    if (values != nullptr) parts.take(values, count, args_.log_weights);
+    const Run run{index, 0, static_cast<uint32_t>(count), 0};
+    DotsTask task{};
+    task.begin = &run;
+    task.end = &run + 1;
+    task.out = scores;
+    task.scale = static_cast<float>(args_.scale * kLog2E);
+    task.fill = -kInfinity;
+    dots<kStorage, kElements>(task, x.query.from(r), x.key, 0);
+    for (int e = 0; e < kElements; ++e) {
+      if (!large[e]) continue;
+      /// use(score with the weight's exponent, the weight's factor) of the entries in the support.
+      const auto for_scores = [&](auto&& use) {
+        for (int64_t k = 0; k < count; ++k) {
+          const double score = static_cast<double>(scores[offset_of_entry<kElements>(k, e)]);
+          if (values == nullptr) {
+            use(score, 1.0);
+          } else if (in_support(values[k], below_support(args_.log_weights))) {
+            use(score + static_cast<double>(parts.exponents[k]), static_cast<double>(parts.factors[k]));
+          }
+        }
+      };
+      double maximum = -__builtin_inf(), total = 0;
+      for_scores([&](double score, double) { maximum = score > maximum ? score : maximum; });
+      if (maximum == -__builtin_inf()) continue;
+      maximum = static_cast<double>(static_cast<float>(maximum));
+      for_scores([&](double score, double weight) { total += weight * __builtin_exp2(score - maximum); });
+      if (!(total > 0 && total < __builtin_inf())) continue;
+      int exponent = 0;
+      factor[e] = static_cast<float>(1 / __builtin_frexp(total, &exponent));
+      shift[e] = static_cast<float>(maximum) + static_cast<float>(exponent);
+    }
   }
 
   void finish_rows(const Slot& x, const Bundle& bundle, int64_t h, int64_t chunk, int64_t begin, int64_t end) const {
@@ -683,22 +759,21 @@ class CsrBackward {
   /// Pattern rows [begin, end) of a tile.
   void rows(const Slot& x, const Bundle& bundle, int64_t h, const Tile& tile, int64_t begin, int64_t end) const {
     const PlanView& plan = args_.plan;
-    const int64_t head = plan_head(bundle, h), offset = offset_of(args_, bundle.b[0]);
+    const int64_t head = plan_head(bundle, h);
     const int64_t columns = tile.key_end - tile.key;
     const auto* values = static_cast<const float*>(args_.values);
-    const bool weighing = values != nullptr || dropout_.active(), logs = values != nullptr && args_.log_weights;
+    const bool weighing = values != nullptr || dropout_.active();
     const int64_t row_floats = most_run_floats<kElements>(1, columns);
     const int64_t pass_rows = most_grad_pass_rows(end - begin, row_floats);
     const int64_t most = pass_rows * row_floats;
     const int64_t picked_floats = values != nullptr ? (pass_rows * columns + kIndexPadding) / 2 : 0;
     const int64_t weight_floats = values != nullptr ? WeightArrays::floats(columns) : 0;
-    Carver scratch{static_cast<char*>(thread_scratch(
-        carved(pass_rows * kRunFloats) + 2 * carved(most) + carved(pass_rows * kGroupFloats) + carved(columns) +
-        carved(weighing ? row_floats : 0) + carved(picked_floats) + carved(weight_floats)))};
+    Carver scratch{static_cast<char*>(thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) +
+                                                     carved(columns) + carved(weighing ? row_floats : 0) +
+                                                     carved(picked_floats) + carved(weight_floats)))};
     auto* runs = reinterpret_cast<Run*>(scratch.floats(pass_rows * kRunFloats));
     float* scores = scratch.floats(most);
     float* products = scratch.floats(most);
-    float* shifts = scratch.floats(pass_rows * kGroupFloats);
     auto* places = reinterpret_cast<uint32_t*>(scratch.floats(columns));
     float* factors = scratch.floats(weighing ? row_floats : 0);  // of dropout, for one row
     auto* picked = reinterpret_cast<uint16_t*>(scratch.floats(picked_floats));
@@ -708,7 +783,8 @@ class CsrBackward {
 
     for (int64_t pass = begin; pass < end; pass += pass_rows) {
       const int64_t count = smaller(pass_rows, end - pass), first = pass - tile.row;
-      const float* deltas = x.deltas + first * kGroupFloats;
+      const float *deltas = x.deltas + first * kGroupFloats, *shifts = x.shifts + first * kGroupFloats;
+      const float* exponent_factors = x.factors + first * kGroupFloats;
       int64_t place = 0;
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row_end = plan.row_offsets[head * plan.num_queries + pass + r + 1];
@@ -717,14 +793,6 @@ class CsrBackward {
         runs[r] = {plan.columns + cursor, static_cast<uint32_t>(r), static_cast<uint32_t>(entries), place};
         place += run_floats<kElements>(entries);
         cursor += entries;
-        float shift[kElements];
-        for (int e = 0; e < kElements; ++e) {
-          const int64_t at = (bundle.b[e] * args_.query_heads + h) * args_.queries + pass + r - offset;
-          const float lse = static_cast<const float*>(grads_.logsumexp)[at];
-          // No entry counts where there is no support. Logarithms are subtracted as they are.
-          shift[e] = lse == -kInfinity ? kInfinity : logs ? lse : lse * kLog2E;
-        }
-        spread_elements<kElements>(shift, shifts + r * kGroupFloats);
       }
       DotsTask task{};
       task.begin = runs;
@@ -741,11 +809,12 @@ class CsrBackward {
       for (int64_t r = 0; r < count; ++r) {
         Run& run = runs[r];
         float *p = scores + run.place, *ds = products + run.place;
-        const float *shift = shifts + r * kGroupFloats, *delta = deltas + r * kGroupFloats;
+        const Exponent exponent{shifts + r * kGroupFloats, exponent_factors + r * kGroupFloats};
+        const float* delta = deltas + r * kGroupFloats;
         if (weighing) {
-          weigh(x, run, bundle, h, pass + r, p, ds, factors, parts, shift, delta, free_index, places, first_index);
+          weigh(x, run, bundle, h, pass + r, p, ds, factors, parts, exponent, delta, free_index, places, first_index);
         } else {
-          differentiate(run, p, ds, shift, delta);
+          differentiate(run, p, ds, exponent, delta);
         }
       }
       for (int64_t r = 0; columns_wanted() && !weighing && r < count; ++r) {
@@ -820,8 +889,8 @@ class CsrBackward {
   /// to the columns. Entries outside the support are taken out of the run, because nothing may touch their rows; its
   /// indices then stand at `free_index`, which moves on.
   void weigh(const Slot& x, Run& run, const Bundle& bundle, int64_t h, int64_t row, float* p, float* ds, float* factors,
-             const WeightArrays& parts, const float* shift, const float* delta, uint16_t*& free_index, uint32_t* places,
-             int64_t first_index) const {
+             const WeightArrays& parts, const Exponent& exponent, const float* delta, uint16_t*& free_index,
+             uint32_t* places, int64_t first_index) const {
     const int64_t entry = run.index - args_.plan.columns;
     const float* weights = args_.values != nullptr ? static_cast<const float*>(args_.values) + entry : nullptr;
     const auto for_entries = [&](auto&& use) __attribute__((always_inline)) {
@@ -838,28 +907,24 @@ class CsrBackward {
     const bool logs = args_.log_weights;
     const float below = below_support(logs);
     if (weights == nullptr) {
-      differentiate(run, p, ds, shift, delta);
+      differentiate(run, p, ds, exponent, delta);
     } else {
       alignas(64) float none[kGroupFloats];
       store_lanes(none, broadcast_group<kElements>(0));
       parts.take(weights, run.count, logs);
       for (int64_t k = 0; k < run.count; k += kGroup) {
         float* group = p + offset_of_entry<kElements>(k, 0);
-        auto shifted = entry_group<kElements>((logs ? weights : parts.exponents) + k, run.count - k) -
-                       load_group<kElements>(shift);
-        if (logs) shifted = shifted * broadcast_group<kElements>(kLog2E);
-        auto score = load_group<kElements>(group) + shifted;
-        // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
-        if (logs) score = -max_lanes(load_group<kElements>(none), -score);
-        store_lanes(group, score);
+        const auto shifted =
+            entry_group<kElements>(parts.exponents + k, run.count - k) - load_group<kElements>(exponent.shift);
+        store_lanes(group, load_group<kElements>(group) + shifted);
       }
-      differentiate(run, p, ds, none, delta);
+      differentiate(run, p, ds, {none, exponent.factor}, delta);
     }
     if (grads_.grad_weight != nullptr) {
       float* target = static_cast<float*>(grads_.grad_weight) + entry;
       for_entries([&](int64_t k, int e, int64_t at) {
         // Of a row without support nothing counts, not even NaN, and of a logarithm of 0 neither.
-        if (shift[e * kGroup] == kInfinity || (logs && !in_support(weights[k], below))) return;
+        if (exponent.shift[e * kGroup] == kInfinity || (logs && !in_support(weights[k], below))) return;
         target[k] += ds[at] * parts.inverses[k];
       });
     }
@@ -908,12 +973,13 @@ class CsrBackward {
     free_index = index + kept;
   }
 
-  /// P = 2^(scores - shift) and dS = P (products - delta) of a run.
+  /// P = 2^(scores - shift) factor and dS = P (products - delta) of a run.
   __attribute__((always_inline)) static void differentiate(const Run& run, float* scores, float* products,
-                                                           const float* shift, const float* delta) {
-    const Vec shifts = spread_group<kElements>(shift), deltas = spread_group<kElements>(delta);
+                                                           const Exponent& exponent, const float* delta) {
+    const Vec shifts = spread_group<kElements>(exponent.shift), factors = spread_group<kElements>(exponent.factor);
+    const Vec deltas = spread_group<kElements>(delta);
     for (int64_t i = 0; i < run_floats<kElements>(run.count); i += kLanes) {
-      const Vec attention = exp2(sub(load(scores + i), shifts));
+      const Vec attention = mul(exp2(sub(load(scores + i), shifts)), factors);
       store(scores + i, attention);
       store(products + i, mul(attention, sub(load(products + i), deltas)));
     }

@@ -30,14 +30,10 @@ struct PairMemory {
         parts(scratch.floats(WeightArrays::floats(kRoom)), kRoom) {}
 };
 
-/// The power of two of a pair's probability before its weight's factor: `score` in powers of two, with the weight,
-/// less `shift`, which is a natural logarithm where the weights are, so that these cancel before they are rounded.
-FIAK_INLINE Vec shifted(Vec score, const CsrArgs& args, const Pairs& pairs, const PairMemory& memory, int64_t i,
-                        Vec shift) {
-  if (pairs.weights == nullptr) return sub(score, shift);
-  if (!args.log_weights) return add(score, sub(load(memory.parts.exponents + i), shift));
-  // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
-  return min(zero(), fmadd(sub(load(pairs.weights + i), shift), broadcast(kLog2E), score));
+/// The power of two of a pair's probability, but for its weight's factor and its row's.
+FIAK_INLINE Vec shifted(Vec score, const Pairs& pairs, const PairMemory& memory, int64_t i, Vec shift) {
+  // The exponent less the shift is exact, or nearly.
+  return pairs.weights == nullptr ? sub(score, shift) : add(score, sub(load(memory.parts.exponents + i), shift));
 }
 
 int64_t offset_of(const CsrArgs& args, int64_t b) { return args.query_offsets != nullptr ? args.query_offsets[b] : 0; }
@@ -237,10 +233,7 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
       float* p = scores + done;
       Vec sum = zero();
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
-        // The exponent less the maximum is exact, or nearly.
-        Vec x = load(p + i);
-        x = pairs.weights != nullptr ? add(x, sub(load(memory.parts.exponents + i), shift)) : sub(x, shift);
-        Vec e = exp2_below_128(x);
+        Vec e = exp2_below_128(shifted(load(p + i), pairs, memory, i, shift));
         if (pairs.weights != nullptr) e = mul(e, load(memory.parts.factors + i));
         const Mask lanes = first_lanes(smaller(kLanes, pairs.count - i));
         sum = add(sum, keep(lanes, e));
@@ -269,7 +262,12 @@ namespace {
 
 class RowsBackward {
  public:
-  RowsBackward(const CsrArgs& args, const BackwardArgs& grads, float* deltas)
+  /// What a query's row of probabilities takes: P = 2^(score - shift) factor, dS = P (dP - delta).
+  struct Row {
+    float shift, factor, delta;
+  };
+
+  RowsBackward(const CsrArgs& args, const BackwardArgs& grads, Row* rows)
       : args_(args),
         grads_(grads),
         products_(args),
@@ -277,17 +275,54 @@ class RowsBackward {
         scale_(static_cast<float>(args.scale * kLog2E)),
         head_floats_(products_.floats(args.head_size)),
         value_floats_(products_.floats(args.value_size)),
-        deltas_(deltas) {}
+        rows_(rows) {}
 
-  /// dO . O of query n.
-  void fill_delta(int64_t b, int64_t h, int64_t n) const {
+  /// Row n, without which no gradient can be computed.
+  void fill_row(int64_t b, int64_t h, int64_t n) const {
     const int64_t room = padded(args_.value_size);
     Carver scratch{static_cast<char*>(thread_scratch(2 * carved(room)))};
     float* grad_output = scratch.floats(room);
     float* output = scratch.floats(room);
     load_row(row_address(grads_.grad_output, args_.dtype, b, h, n), args_.dtype, args_.value_size, 1.0f, grad_output);
     load_row(row_address(grads_.output, args_.dtype, b, h, n), args_.dtype, args_.value_size, 1.0f, output);
-    deltas_[at(b, h, n)] = dot(grad_output, output, room);
+    const float logsumexp = static_cast<const float*>(grads_.logsumexp)[at(b, h, n)];
+    Row& row = rows_[at(b, h, n)];
+    // No entry counts where there is no support.
+    row = {logsumexp == -kInfinity ? kInfinity : logsumexp * kLog2E, 1.0f, dot(grad_output, output, room)};
+    if (is_large_logsumexp(logsumexp)) normalise(b, h, n, row);
+  }
+
+  /// Shift and factor from the row's scores, which are computed once more.
+  void normalise(int64_t b, int64_t h, int64_t n, Row& row) const {
+    const int64_t key_head = h / shared_heads(args_);
+    Carver scratch{static_cast<char*>(thread_scratch(PairMemory::bytes() + carved(head_floats_) + carved(kRoom)))};
+    const PairMemory memory(scratch);
+    float* query = scratch.floats(head_floats_);
+    float* scores = scratch.floats(kRoom);
+    products_.prepare(args_.query, args_.head_size, b, h, n, true, query);
+    /// use(score with the weight's exponent, the weight's factor)
+    const auto for_scores = [&](auto&& use) {
+      Pairs pairs;
+      for (QueryPairs all(args_, b, h, n, true, memory); all.next(pairs);) {
+        products_.dots(query, args_.head_size, true, products_.rows(args_.key, args_.head_size, b, key_head, pairs),
+                       PickedRows{}, scores);
+        for (int64_t k = 0; k < pairs.count; ++k) {
+          const bool weighed = pairs.weights != nullptr;
+          const double exponent = weighed ? static_cast<double>(memory.parts.exponents[k]) : 0.0;
+          use(static_cast<double>(scores[k] * scale_) + exponent,
+              weighed ? static_cast<double>(memory.parts.factors[k]) : 1.0);
+        }
+      }
+    };
+    double maximum = -__builtin_inf(), total = 0;
+    for_scores([&](double score, double) { maximum = score > maximum ? score : maximum; });
+    if (maximum == -__builtin_inf()) return;
+    maximum = static_cast<double>(static_cast<float>(maximum));
+    for_scores([&](double score, double weight) { total += weight * __builtin_exp2(score - maximum); });
+    if (!(total > 0 && total < __builtin_inf())) return;
+    int exponent = 0;
+    row.factor = static_cast<float>(1 / __builtin_frexp(total, &exponent));
+    row.shift = static_cast<float>(maximum) + static_cast<float>(exponent);
   }
 
   /// dQ of query n, and what it adds to the gradient of its row's weights.
@@ -306,7 +341,7 @@ class RowsBackward {
     products_.prepare(args_.query, args_.head_size, b, h, n, true, query);
     products_.prepare(grads_.grad_output, args_.value_size, b, h, n, false, grad_output);
     clear(sums, head_floats_);
-    const float shift = shift_of(b, h, n), delta = deltas_[at(b, h, n)];
+    const Row row = rows_[at(b, h, n)];
     const auto* values = static_cast<const float*>(args_.values);
     Pairs pairs;
     for (QueryPairs all(args_, b, h, n, false, memory); all.next(pairs);) {
@@ -321,12 +356,12 @@ class RowsBackward {
         const Vec power = mul(load(scores + i), broadcast(scale_));
         Vec product = load(ds + i);
         if (dropout_.active()) product = mul(product, load(factors + i));
-        const Vec grad = sub(product, broadcast(delta));
-        const Vec p = mul(exp2(shifted(power, args_, pairs, memory, i, broadcast(shift))), grad);
+        const Vec grad = mul(sub(product, broadcast(row.delta)), broadcast(row.factor));
+        const Vec p = mul(exp2(shifted(power, pairs, memory, i, broadcast(row.shift))), grad);
         store(ds + i, values != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
         if (values != nullptr) store(scores + i, mul(p, load(memory.parts.inverses + i)));
       }
-      if (grads_.grad_weight != nullptr && shift != kInfinity) {  // of a row without support nothing counts
+      if (grads_.grad_weight != nullptr && row.shift != kInfinity) {  // of a row without support nothing counts
         float* target = static_cast<float*>(grads_.grad_weight) + pairs.entry;
         for (int64_t k = 0; k < pairs.count; ++k) {
           // Of a logarithm of 0 nothing counts, not even NaN.
@@ -356,7 +391,7 @@ class RowsBackward {
     const int64_t key_floats = padded(args_.head_size), room = larger(larger(head_floats_, value_floats_), key_floats);
     Carver scratch{
         static_cast<char*>(thread_scratch(PairMemory::bytes() + 2 * carved(head_floats_) + 2 * carved(value_floats_) +
-                                          carved(room) + carved(key_floats) + 4 * carved(kRoom)))};
+                                          carved(room) + carved(key_floats) + 5 * carved(kRoom)))};
     const PairMemory memory(scratch);
     float* key = scratch.floats(head_floats_);
     float* key_sums = scratch.floats(head_floats_);
@@ -368,6 +403,7 @@ class RowsBackward {
     float* ds = scratch.floats(kRoom);
     float* factors = scratch.floats(kRoom);
     float* shifts = scratch.floats(kRoom);
+    float* row_factors = scratch.floats(kRoom);
     clear(key_sums, head_floats_);
     clear(value_sums, value_floats_);
     float total = 0;  // of dS
@@ -386,18 +422,22 @@ class RowsBackward {
           const PickedRows rows = products_.rows(grads_.grad_output, args_.value_size, b, h, pairs);
           products_.dots(key, args_.head_size, false, queries, rows, scores);
           if (key_wanted) products_.dots(value, args_.value_size, false, rows, PickedRows{}, ds);
-          for (int64_t k = 0; k < pairs.count; ++k) shifts[k] = shift_of(b, h, pairs.origin + pairs.index[k]);
+          for (int64_t k = 0; k < pairs.count; ++k) {
+            const Row& query_row = rows_[at(b, h, pairs.origin + pairs.index[k])];
+            shifts[k] = query_row.shift;
+            row_factors[k] = query_row.factor;
+          }
           if (dropout_.active()) {
             const int64_t offset = offset_of(args_, b);
             fill_factors(factors, pairs, [&](int64_t n) { return dropout_.factor(b, h, n + offset, j); });
           }
           for (int64_t i = 0; i < pairs.count; i += kLanes) {
             const Vec power = mul(sub(load(scores + i), broadcast(half_square)), broadcast(scale_));
-            const Vec p = exp2(shifted(power, args_, pairs, memory, i, load(shifts + i)));
+            const Vec p = mul(exp2(shifted(power, pairs, memory, i, load(shifts + i))), load(row_factors + i));
             store(scores + i, pairs.weights != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
           }
           if (key_wanted) {
-            for (int64_t k = 0; k < pairs.count; ++k) shifts[k] = deltas_[at(b, h, pairs.origin + pairs.index[k])];
+            for (int64_t k = 0; k < pairs.count; ++k) shifts[k] = rows_[at(b, h, pairs.origin + pairs.index[k])].delta;
             for (int64_t i = 0; i < pairs.count; i += kLanes) {
               Vec product = load(ds + i);
               if (dropout_.active()) product = mul(product, load(factors + i));
@@ -432,12 +472,6 @@ class RowsBackward {
 
  private:
   int64_t at(int64_t b, int64_t h, int64_t n) const { return (b * args_.query_heads + h) * args_.queries + n; }
-  /// logsumexp, in powers of two unless shifted() takes it as it is; no entry counts where there is no support.
-  float shift_of(int64_t b, int64_t h, int64_t n) const {
-    const float logsumexp = static_cast<const float*>(grads_.logsumexp)[at(b, h, n)];
-    if (logsumexp == -kInfinity) return kInfinity;
-    return args_.values != nullptr && args_.log_weights ? logsumexp : logsumexp * kLog2E;
-  }
 
   const CsrArgs& args_;
   const BackwardArgs& grads_;
@@ -445,7 +479,7 @@ class RowsBackward {
   const Dropout dropout_;
   const float scale_;
   const int64_t head_floats_, value_floats_;
-  float* deltas_;  // [batch, query_heads, queries]
+  Row* rows_;  // [batch, query_heads, queries]
 };
 
 }  // namespace
@@ -453,8 +487,8 @@ class RowsBackward {
 void csr_rows_backward(const CsrArgs& args, const BackwardArgs& grads, const KeyHeads& key_heads,
                        const Parallel& parallel) {
   const int64_t shared = shared_heads(args), heads = key_heads.count * shared, queries = args.queries;
-  const SharedScratch memory(args.batch * args.query_heads * queries * sizeof(float));
-  const RowsBackward backward(args, grads, static_cast<float*>(memory.data()));
+  const SharedScratch memory(args.batch * args.query_heads * queries * sizeof(RowsBackward::Row));
+  const RowsBackward backward(args, grads, static_cast<RowsBackward::Row*>(memory.data()));
   /// use(b, h, n) for all queries that read the key heads.
   const auto for_queries = [&](auto&& use) {
     parallel_range(parallel, args.batch * heads * queries, [&](int64_t begin, int64_t end) {
@@ -464,7 +498,7 @@ void csr_rows_backward(const CsrArgs& args, const BackwardArgs& grads, const Key
       }
     });
   };
-  for_queries([&](int64_t b, int64_t h, int64_t n) { backward.fill_delta(b, h, n); });
+  for_queries([&](int64_t b, int64_t h, int64_t n) { backward.fill_row(b, h, n); });
   if (grads.grad_weight != nullptr) {
     // By the pattern's rows, so that a weight's gradient is one thread's.
     const int64_t groups = args.groups(), pattern_heads = args.pattern_heads();
