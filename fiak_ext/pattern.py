@@ -81,9 +81,10 @@ class SparsePattern:
         length = groups * num_heads * num_queries + 1
         shared_length = groups * num_queries + 1
         if crow_indices.numel() not in (length, shared_length):
+            lengths = f"{length}" if length == shared_length else f"{shared_length} or {length}"
             raise ValueError(
-                "SparsePattern: crow_indices must have groups * num_heads * num_queries + 1 = "
-                f"{length} elements, or {shared_length} that all heads share (got {crow_indices.numel()})"
+                "SparsePattern: crow_indices must have groups * [1 | num_heads] * num_queries + 1 = "
+                f"{lengths} elements (got {crow_indices.numel()})"
             )
         if crow_indices.numel() != length and groups % num_heads == 0:  # the op would take groups for heads
             raise ValueError(
