@@ -386,6 +386,17 @@ def test_softmax_attention_takes_any_grid_but_is_not_calibrated_by_two() -> None
     assert all(attention.posterior is None for attention in priors(model))
 
 
+def test_images_whose_grid_is_not_checked_are_refused() -> None:
+    model = convert(flexible())
+    expected = model(images())
+    model.patch_embed.strict_img_size = False
+    for size in ((8, 32), (16, 16), (8, 8)):
+        with pytest.raises(ValueError, match=r"patch_embed\.strict_img_size must be True unless dynamic_img_size is"):
+            model(torch.randn(BATCH, 3, *size, dtype=torch.float64))
+    model.patch_embed.strict_img_size = True
+    torch.testing.assert_close(model(images()), expected)
+
+
 @pytest.mark.parametrize("state", ["dense", "pruned", "compacted", "softmax"])
 def test_dropped_patches_are_refused_in_training(state: str) -> None:
     model = in_state(flexible(patch_drop_rate=0.5), state)

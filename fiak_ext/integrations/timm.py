@@ -164,7 +164,15 @@ class _PriorImages(GridModel):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         # Every forward pass of timm comes through here, after the patches are made and before some are dropped.
-        grid = (x.size(1), x.size(2)) if x.dim() == 4 else tuple(self.patch_embed.grid_size)
+        if x.dim() == 4:
+            grid = (x.size(1), x.size(2))
+        else:
+            grid = self.patch_embed.grid_size
+            if not getattr(self.patch_embed, "strict_img_size", True) and self.has_places:
+                raise ValueError(
+                    f"{type(self).__name__}: patch_embed.strict_img_size must be True unless dynamic_img_size is, as "
+                    "priors and patterns belong to a grid of patches (got False)"
+                )
         if grid != self.prior_grid and self.has_places:
             raise ValueError(
                 f"{type(self).__name__}: images must have {self.prior_grid} patches, as priors and patterns have (got "
