@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score
+from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score, may_be_shorter
 from fiak_ext.projection import Projection, project_kept, project_qkv
 
 __all__ = [
@@ -129,7 +129,8 @@ class ConvertedAttention(nn.Module):
 
     def kept_lens(self, x: Tensor, kv_lens: Tensor | None) -> Tensor | None:
         """``kv_lens`` for :class:`~fiak_ext.PriorAttention` once compacted, which needs it where ``x`` is short."""
-        if kv_lens is None and x.size(1) < self.prior_attention.num_keys and not self.prior_attention.is_causal:
+        attention = self.prior_attention
+        if kv_lens is None and not attention.is_causal and may_be_shorter(x.size(1), attention.num_keys):
             return torch.full((x.size(0),), x.size(1), device=x.device)
         return kv_lens
 

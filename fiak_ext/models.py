@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
+from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention, first_of
 
 __all__ = ["CausalLM", "TransformerBlock", "VisionTransformer", "deit_tiny", "param_groups"]
 
@@ -174,7 +174,7 @@ class CausalLM(nn.Module):
             raise ValueError(
                 f"CausalLM: tokens must be [batch, at most {self.num_tokens}] (got shape {tuple(tokens.shape)})"
             )
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding[: tokens.size(1)])
+        x = self.dropout(self.token_embedding(tokens) + first_of(self.position_embedding, 0, tokens.size(1)))
         for block in self.blocks:
             x = block(x, kv_lens)
         return F.linear(self.norm(x), self.token_embedding.weight)

@@ -301,10 +301,10 @@ class PriorAttention(nn.Module):
         """
         if self.keep is None:
             raise RuntimeError(f"PriorAttention.kept: the module must be compacted (got {self._state()})")
-        if num_keys == self.num_keys:
+        if not may_be_shorter(num_keys, self.num_keys):
             return self.keep
-        # They ascend, so what a short input has is among the first; an exported length is not compared with K.
-        keep = self.keep if torch.compiler.is_exporting() else self.keep[:, :num_keys]
+        # They ascend, so what a short input has is among the first; compiled code serves every length.
+        keep = self.keep if torch.compiler.is_compiling() else self.keep[:, :num_keys]
         return keep.masked_fill(keep >= num_keys, -1)
 
     # ---------------------------------------------------------------- attention
@@ -419,11 +419,11 @@ class PriorAttention(nn.Module):
             rows = query_offsets.unsqueeze(-1) + torch.arange(queries, device=query.device)  # [B, n]
 
         def of_input(x: Tensor) -> Tensor:
-            x = x[..., :keys]
+            x = first_of(x, 3, keys)
             if rows is not None and x.size(2) > 1:
                 group = torch.arange(batch, device=query.device) % x.size(0)
                 return x[group.unsqueeze(-1), :, rows].transpose(1, 2).to(dtype)
-            return x[:, :, :queries].to(dtype)
+            return (x if x.size(2) == 1 else first_of(x, 2, queries)).to(dtype)
 
         are_logs = self.prior is None or self.parameterization == "softmax" or bias is not None
         weight = None if self.prior is None else of_input(self.prior)
@@ -466,9 +466,9 @@ class PriorAttention(nn.Module):
             if kv_lens is not None:
                 keep = self.keep[:, :keys]
                 kv_lens = ((keep >= 0) & (keep < kv_lens[:, None, None])).sum(-1)
-        elif keys < self.num_keys and kv_lens is not None:
+        elif kv_lens is not None and may_be_shorter(keys, self.num_keys):
             kv_lens = kv_lens.clamp(max=keys)
-        if queries < self.num_queries and query_offsets is None:
+        if query_offsets is None and may_be_shorter(queries, self.num_queries):
             query_offsets = torch.zeros(batch, dtype=torch.int64, device=query.device)
         values = None
         if bias is not None:
@@ -656,7 +656,7 @@ class MultiHeadSelfAttention(nn.Module):
         keep = None
         if self.attention.is_compacted:
             keep = self.attention.kept(tokens)
-            if tokens < self.num_tokens and kv_lens is None and not self.attention.is_causal:
+            if kv_lens is None and not self.attention.is_causal and may_be_shorter(tokens, self.num_tokens):
                 kv_lens = torch.full((batch,), tokens, device=x.device)
         query, key, value = project_qkv(self.qkv, x, self.num_heads, keep, head_dim=self.head_dim, owner=self)
         return self.proj(self.attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
@@ -670,6 +670,18 @@ class MultiHeadSelfAttention(nn.Module):
             RuntimeError: attention that is not pruned, or compacted already.
         """
         self.attention.compact()
+
+
+def may_be_shorter(size: int, longest: int) -> bool:
+    """Whether an input is shorter than it may be. Compiled code does not look, so that it serves every length."""
+    return torch.compiler.is_compiling() or size < longest
+
+
+def first_of(x: Tensor, dim: int, size: int) -> Tensor:
+    """The first ``size`` entries along ``dim``. Compiled code gathers them, as slices ask whether these are all."""
+    if torch.compiler.is_compiling():
+        return x.index_select(dim, torch.arange(size, device=x.device))
+    return x.narrow(dim, 0, size)
 
 
 def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:

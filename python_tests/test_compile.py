@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import CSR_CASES, PRIOR_CASES, Case, csr_of
-from torch import Tensor
+from torch import Tensor, nn
+
+from fiak_ext import CausalLM, MultiHeadSelfAttention, compact, convert, prune
 
 ops = torch.ops.fiak
 
@@ -137,3 +139,77 @@ def test_function_transforms_are_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"cannot use C\+\+ torch::autograd::Function with functorch transforms"):
         torch.func.grad(loss)(query)
+
+
+# ---------------------------------------------------------------- modules with inputs of every length
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return convert(nn.TransformerEncoder(layer, 1), num_tokens=8, is_causal=False)
+
+
+def _bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=11, max_position_embeddings=20, **sizes)
+    return convert(transformers.BertModel(config, add_pooling_layer=False), num_tokens=8)
+
+
+LENGTHS: dict[str, tuple[Callable[[], nn.Module], bool]] = {  # and whether they take token numbers
+    "attention": (lambda: MultiHeadSelfAttention(16, 2, 8), False),
+    "causal attention": (lambda: MultiHeadSelfAttention(16, 2, 8, is_causal=True), False),
+    "gmm": (lambda: MultiHeadSelfAttention(16, 2, 8, kind="gmm"), False),
+    "softmax": (lambda: MultiHeadSelfAttention(16, 2, 8, kind="softmax"), False),
+    "language model": (lambda: CausalLM(11, 8, 16, 1, 2, 32), True),
+    "torch.nn.TransformerEncoder": (_encoder, False),
+    "BERT": (_bert, True),
+}
+
+
+def _model(name: str, state: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    torch.manual_seed(0)
+    make, takes_numbers = LENGTHS[name]
+    model = make().eval()
+    if state != "dense":
+        prune(model, None if name == "gmm" else 0.5, keys=0.25, importance="random")
+    if state == "compacted":
+        compact(model)
+
+    def inputs(tokens: int) -> Tensor:
+        return torch.randint(11, (2, tokens)) if takes_numbers else torch.randn(2, tokens, 16)
+
+    return model, inputs
+
+
+def _output(result: Any) -> Tensor:
+    output: Tensor = result if isinstance(result, Tensor) else result.last_hidden_state
+    return output
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+@pytest.mark.parametrize("name", LENGTHS)
+@torch.no_grad()
+def test_export_with_the_longest_example_serves_every_length(name: str, state: str) -> None:
+    model, inputs = _model(name, state)
+    for example in (8, 5):
+        dynamic = ({1: torch.export.Dim("tokens", min=2, max=8)},)
+        program = torch.export.export(model, (inputs(example),), dynamic_shapes=dynamic).module()
+        for tokens in (3, 8, 5):
+            x = inputs(tokens)
+            torch.testing.assert_close(_output(program(x)), _output(model(x)))
+
+
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+@pytest.mark.parametrize("name", LENGTHS)
+@torch.no_grad()
+def test_the_longest_input_does_not_compile_again(name: str, state: str) -> None:
+    model, inputs = _model(name, state)
+    for first, *others in ((5, 8, 3), (8, 3, 5)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, dynamic=True, backend="eager")
+        compiled(inputs(first))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for tokens in others:
+                x = inputs(tokens)
+                torch.testing.assert_close(_output(compiled(x)), _output(model(x)))
