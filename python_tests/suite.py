@@ -264,7 +264,9 @@ class AttentionSuite:
         leaves = [x.clone().requires_grad_() for x in (query, key, value, weight)]
         output, logsumexp = self.weigh(*leaves, **options)
         exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-        exact, exact_logsumexp = reference.prior_attention(*exact_leaves[:3], exact_leaves[3][None], **options)
+        *exact_inputs, exact_weight = exact_leaves
+        call: Any = reference.prior_attention
+        exact, exact_logsumexp = call(*exact_inputs, exact_weight[None], **options)
         grad_output = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         grads = torch.autograd.grad(output, leaves, grad_output.to(dtype))
         exact_grads = torch.autograd.grad(exact, exact_leaves, grad_output)

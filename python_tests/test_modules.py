@@ -637,7 +637,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, lens: list[int], mask: Tenso
 @pytest.mark.parametrize("size", [95.0, 103.0, 104.0, 200.0, 1e4])
 @pytest.mark.parametrize("kind", ["fiak", "gmm"])
 def test_a_prior_behind_kv_lens_changes_nothing(kind: Any, size: float, dtype: torch.dtype) -> None:
-    attention = PriorAttention(2, 64, kind=kind)
+    attention: Any = PriorAttention(2, 64, kind=kind)
     attention.prior.data[..., 50] = size
     query, key, value = (x.requires_grad_() for x in random_inputs(2, 64, 64, heads=2, key_heads=2, dtype=dtype))
     for lens in ([10, 10], [10, 50], [1, 33]):
@@ -645,7 +645,7 @@ def test_a_prior_behind_kv_lens_changes_nothing(kind: Any, size: float, dtype: t
         expected = sdpa(query, key, value, lens)
         cotangent = torch.randn_like(expected)
         grads = torch.autograd.grad(output, (query, key, value, attention.prior), cotangent)
-        tolerance: dict[str, float] = {} if dtype != torch.bfloat16 else {"rtol": 5e-2, "atol": 5e-2}
+        tolerance: dict[str, Any] = {} if dtype != torch.bfloat16 else {"rtol": 5e-2, "atol": 5e-2}
         torch.testing.assert_close(output, expected, **tolerance)
         for ours, wanted in zip(grads, torch.autograd.grad(expected, (query, key, value), cotangent), strict=False):
             torch.testing.assert_close(ours, wanted, **tolerance)
@@ -657,7 +657,7 @@ def test_a_prior_behind_kv_lens_changes_nothing(kind: Any, size: float, dtype: t
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", ["fiak", "gmm"])
 def test_a_prior_behind_a_shorter_input_changes_nothing(kind: Any, is_causal: bool, size: float) -> None:
-    attention = PriorAttention(2, 64, kind=kind, is_causal=is_causal)
+    attention: Any = PriorAttention(2, 64, kind=kind, is_causal=is_causal)
     attention.prior.data[..., 50] = size
     query, key, value = random_inputs(2, 20, 20, heads=2, key_heads=2, dtype=torch.float32)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
@@ -682,7 +682,7 @@ def test_a_bias_behind_kv_lens_changes_nothing(state: str, size: float, is_causa
     options: dict[str, Any] = {"is_causal": is_causal}
     if state == "clamp":
         options["parameterization"] = "clamp"
-    attention = PriorAttention(2, tokens, kind="softmax" if state == "softmax" else "fiak", **options)
+    attention: Any = PriorAttention(2, tokens, kind="softmax" if state == "softmax" else "fiak", **options)
     if state == "clamp":
         attention.prior.data.fill_(0.5)  # 1, where causal ones start, is where the gradient of clamp ends
         attention.prior.data[..., 3] = 0
@@ -709,7 +709,7 @@ def test_a_bias_behind_kv_lens_changes_nothing(state: str, size: float, is_causa
 @pytest.mark.parametrize("state", ["fiak", "pruned"])
 def test_rows_without_keys_leave_gradients_finite(state: str) -> None:
     """Padding: an element without keys, and priors that are the largest where it would be."""
-    attention = PriorAttention(2, 16)
+    attention: Any = PriorAttention(2, 16)
     if state == "pruned":
         attention.set_pattern(SparsePattern.from_mask(torch.ones(2, 16, 16, dtype=torch.bool)))
     else:
@@ -728,7 +728,7 @@ def test_decoding_looks_at_its_own_rows_and_columns_only() -> None:
     """Memory of a step in proportion to its queries and keys, not to the longest input."""
     tokens, keys = 2048, 40
     for kind in ("softmax", "fiak", "gmm"):
-        attention = PriorAttention(2, tokens, kind=kind, is_causal=True)
+        attention: Any = PriorAttention(2, tokens, kind=kind, is_causal=True)
         query, key, value = random_inputs(2, 1, keys, heads=2, key_heads=2, dtype=torch.float32)
         offsets = torch.tensor([30, 39])
         with torch.no_grad(), Largest() as largest:
@@ -750,7 +750,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_clamped_prior_of_zero_with_a_bias() -> None:
-    attention = dense(parameterization="clamp")
+    attention: Any = dense(parameterization="clamp")
     attention.prior.data[..., 2] = 0.0
     inputs = random_inputs(2, QUERIES, KEYS)
     bias = torch.randn(1, HEADS, QUERIES, KEYS, dtype=torch.float64)
@@ -764,7 +764,7 @@ def test_a_clamped_prior_of_zero_with_a_bias() -> None:
 
 
 def test_a_bias_of_other_sizes_is_refused() -> None:
-    attention = dense(groups=2)
+    attention: Any = dense(groups=2)
     query, key, value = random_inputs(2, QUERIES, KEYS)
     bias = torch.zeros(2, HEADS, QUERIES, KEYS)
     for wrong in (bias[0], bias.expand(2, -1, -1, -1)[:, :1], torch.zeros(3, HEADS, QUERIES, KEYS)):
