@@ -339,7 +339,9 @@ class AttentionSuite:
                 weight[:, row] = size
             output, logsumexp = self.weigh(query, key, value, weight, log_weights=True)
             torch.testing.assert_close(output, plain)
-            torch.testing.assert_close(logsumexp - weight[None, ..., 0], plain_lse, rtol=0, atol=1e30)
+            shifted = (logsumexp - weight[None, ..., 0])[..., :2]
+            torch.testing.assert_close(shifted, plain_lse[..., :2], rtol=0, atol=1e-4)
+            assert logsumexp.isfinite().all()
             weight[0, 0], weight[1, 0, 3], weight[0, 1, 5] = -torch.inf, torch.nan, torch.inf
             weight[1, 1, 1:], weight[0, 2, 4] = least, torch.inf
             leaves = [x.clone().requires_grad_() for x in (query, key, value, weight)]

@@ -31,16 +31,16 @@ TEST_P(PriorAttention, GivesTheSameBitsOnAnyNumberOfThreadsOverSeveralBlocks) {
 TEST_P(PriorAttention, KeepsNanInItsPlaceOverSeveralBlocks) { keeps_nan_in_its_place(random_long_prior_problem, 2); }
 
 TEST_P(PriorAttention, MatchesScalarFloat64WithWeightsOfAnySize) {
-  matches_scalar_float64(random_extreme_prior_problem, 120);
+  matches_scalar_float64(random_extreme_prior_problem, 30);
 }
 TEST_P(PriorAttention, GivesTheSameBitsOnAnyNumberOfThreadsWithWeightsOfAnySize) {
-  gives_the_same_bits_on_any_number_of_threads(random_extreme_prior_problem, 12);
+  gives_the_same_bits_on_any_number_of_threads(random_extreme_prior_problem, 6);
 }
 TEST_P(PriorAttention, KeepsNanInItsPlaceWithWeightsOfAnySize) {
-  keeps_nan_in_its_place(random_extreme_prior_problem, 12);
+  keeps_nan_in_its_place(random_extreme_prior_problem, 5);
 }
 TEST_P(PriorAttention, IgnoresHugeScoresOutsideTheSupportWithWeightsOfAnySize) {
-  ignores_huge_scores_outside_the_support(random_extreme_prior_problem, 12);
+  ignores_huge_scores_outside_the_support(random_extreme_prior_problem, 8);
 }
 
 FIAK_FOR_ALL_KERNELS(PriorAttention);
