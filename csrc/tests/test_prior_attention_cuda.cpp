@@ -53,10 +53,10 @@ constexpr int kRounds = simt::kThreadSanitizer ? 2 : kSanitized ? 8 : 60;
 
 TEST_P(PriorAttentionCuda, MatchesScalarFloat64) { matches_scalar_float64(random_prior_problem, kRounds); }
 TEST_P(PriorAttentionCuda, MatchesScalarFloat64WithWeightsOfAnySize) {
-  matches_scalar_float64(random_extreme_prior_problem, kRounds / 2);
+  matches_scalar_float64(random_extreme_prior_problem, kRounds / 12 + 1);
 }
 TEST_P(PriorAttentionCuda, KeepsNanInItsPlaceWithWeightsOfAnySize) {
-  keeps_nan_in_its_place(random_extreme_prior_problem, kRounds / 10 + 1);
+  keeps_nan_in_its_place(random_extreme_prior_problem, kRounds / 30 + 1);
 }
 TEST_P(PriorAttentionCuda, LeavesOutUnwantedGradients) {
   leaves_out_unwanted_gradients(random_prior_problem, kRounds / 8);
