@@ -149,7 +149,7 @@ class PriorAttention(nn.Module):
         prior = self.prior if self.prior.dtype == torch.float64 else self.prior.float()
         causal = self.is_causal and self.kind == "fiak"
         if self.parameterization == "clamp":
-            weight = prior.abs().clamp(max=1.0)
+            weight = _at_most_one(prior.abs())
             return weight.tril() if causal else weight
         if causal:
             prior = prior.masked_fill(~self.eligible(), -torch.inf)
@@ -428,7 +428,7 @@ class PriorAttention(nn.Module):
         are_logs = self.prior is None or self.parameterization == "softmax" or bias is not None
         weight = None if self.prior is None else of_input(self.prior)
         if weight is not None and self.parameterization == "clamp":
-            weight = weight.abs().clamp(max=1.0)
+            weight = _at_most_one(weight.abs())
             if are_logs:  # a prior of 0 has no gradient, as |0| has none
                 absent = weight == 0
                 weight = weight.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
@@ -682,6 +682,11 @@ def first_of(x: Tensor, dim: int, size: int) -> Tensor:
     if torch.compiler.is_compiling():
         return x.index_select(dim, torch.arange(size, device=x.device))
     return x.narrow(dim, 0, size)
+
+
+def _at_most_one(x: Tensor) -> Tensor:
+    """``min(x, 1)`` with gradient at 1, where causal priors start; that of torch.clamp is 0 there from 2.14 on."""
+    return x.masked_fill(x > 1, 1.0)
 
 
 def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:

@@ -328,6 +328,26 @@ def test_wrong_inputs_are_named(state: str) -> None:
         attention(query, key[0], value)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["fiak", "gmm"])
+def test_priors_of_one_have_gradients(kind: Any, with_bias: bool) -> None:
+    """Where clamped causal priors start; beyond 1 there is none, and NaN stays NaN."""
+    attention: Any = PriorAttention(2, 6, kind=kind, parameterization="clamp", is_causal=True).double()
+    assert (attention.prior == 1).all()
+    inputs = random_inputs(2, 6, 6, heads=2, key_heads=2)
+    bias = torch.zeros(1, 2, 6, 6, dtype=torch.float64) if with_bias else None
+    gradients = []
+    for shift in (0.0, -1e-6, 1e-6):  # the derivative to the left is that at 1
+        attention.prior.data.fill_(1 + shift)
+        (gradient,) = torch.autograd.grad(attention(*inputs, bias=bias).square().sum(), attention.prior)
+        gradients.append(gradient)
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert not gradients[2].any()
+    (weights,) = torch.autograd.grad(attention.weight().sum(), attention.prior)
+    assert not weights.any()
+
+
 # ---------------------------------------------------------------- patterns and checkpoints
 
 
