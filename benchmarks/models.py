@@ -57,12 +57,16 @@ MODELS = {
 class _Unfused(nn.Module):
     """Softmax attention in single operations."""
 
+    is_compacted = False
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, kv_lens: None = None) -> Tensor:
         return torch.softmax(query @ key.transpose(2, 3) / math.sqrt(query.size(3)), 3) @ value
 
 
 class _UnfusedPrior(nn.Module):
     """``exp(s) * prior``, normalised, in single operations; the prior is as it was when the module was made."""
+
+    is_compacted = False
 
     def __init__(self, prior: Tensor) -> None:
         super().__init__()

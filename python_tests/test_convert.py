@@ -184,7 +184,7 @@ def test_unsupported_attention_is_named(other: nn.Module, message: str) -> None:
     ("arguments", "message"),
     [
         ({}, r"convert: num_tokens must be given \(got None; needed by first, MultiheadAttention\)"),
-        ({"num_tokens": 0}, "num_queries must be at least 1"),
+        ({"num_tokens": 0}, r"convert: num_tokens must be an integer of at least 1 \(got 0\)"),
         ({"num_tokens": 4, "kind": "none"}, "kind must be one of fiak, gmm, softmax"),
         ({"num_tokens": 4, "score": "cosine"}, "score must be one of dot, gaussian"),
     ],

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -414,7 +415,7 @@ def test_errors_are_messages(
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (section,) = re.findall(r"^## In a model of your own$(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)
-    (example,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    examples = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     inputs, answers, losses = torch.randn(8, 50, 64), torch.arange(8), list[float]()
 
     def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -426,13 +427,16 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             losses.append(loss.item())
 
     monkeypatch.chdir(tmp_path)
-    names = {"train": train}
-    exec(compile(example, str(README), "exec"), names)
+    names: dict[str, Any] = {"train": train}
+    for example in examples:
+        exec(compile(example, str(README), "exec"), names)
     assert len(losses) == 10 and losses[-1] < losses[0]
     fresh = fiak_ext.MultiHeadSelfAttention(dim=64, num_heads=4, num_tokens=50)
     state = torch.load("pruned.pt", weights_only=True)
     fresh.load_state_dict({name[2:]: tensor for name, tensor in state.items() if name.startswith("0.")})
     assert fresh.attention.pattern is not None and fresh.attention.pattern.nnz == 3000
+    assert names["attention"].pattern.nnz == names["window"].nnz  # stored once for all heads
+    assert names["attention"].pattern.shared_heads
 
 
 def test_the_readmes_schemas_are_the_registered_ones() -> None:

@@ -925,7 +925,7 @@ class CsrBackward {
       for_entries([&](int64_t k, int e, int64_t at) {
         // Of a row without support nothing counts, not even NaN, and of a logarithm of 0 neither.
         if (exponent.shift[e * kGroup] == kInfinity || (logs && !in_support(weights[k], below))) return;
-        target[k] += ds[at] * parts.inverses[k];
+        target[k] += ds[at];
       });
     }
     for (int64_t k = 0; weights != nullptr && !logs && k < run.count; k += kGroup) {
@@ -1296,10 +1296,16 @@ void csr_forward(const CsrArgs& args, const ForwardResult& result, const Paralle
 }
 
 void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
+  auto* run = backward<Storage::kFloat32>;
 #if defined(FIAK_ISA_AVX512_BF16)
-  if (csr_storage(args) == Storage::kBFloat16) return backward<Storage::kBFloat16>(args, grads, parallel);
+  if (csr_storage(args) == Storage::kBFloat16) run = backward<Storage::kBFloat16>;
 #endif
-  backward<Storage::kFloat32>(args, grads, parallel);
+  run(args, grads, parallel);
+  if (grads.grad_weight == nullptr || args.values == nullptr || args.log_weights) return;
+  parallel_range(parallel, args.plan.nnz, [&](int64_t begin, int64_t end) {
+    scale_weight_gradients(static_cast<float*>(grads.grad_weight) + begin,
+                           static_cast<const float*>(args.values) + begin, end - begin);
+  });
 }
 
 void csr_blocks(const CsrArgs& args, int64_t threads, BlockCounts& blocks) {

@@ -359,7 +359,7 @@ class RowsBackward {
         const Vec grad = mul(sub(product, broadcast(row.delta)), broadcast(row.factor));
         const Vec p = mul(exp2(shifted(power, pairs, memory, i, broadcast(row.shift))), grad);
         store(ds + i, values != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
-        if (values != nullptr) store(scores + i, mul(p, load(memory.parts.inverses + i)));
+        if (values != nullptr) store(scores + i, p);
       }
       if (grads_.grad_weight != nullptr && row.shift != kInfinity) {  // of a row without support nothing counts
         float* target = static_cast<float*>(grads_.grad_weight) + pairs.entry;

@@ -125,7 +125,8 @@ static void guarded_product(bool finite, const float* a, int64_t a_row, int64_t 
 //   grad_shifted(j, n, s, lse, shift), grad_weighted(j, n, x)
 //                               the same, where a weight of 0 has an exponent, too; shift is the logsumexp times
 //                               log2(e)
-//   weight_gradient(j, n, x)    from 2^grad_shifted (dA - delta), that of the weight or its logarithm
+//   weight_gradient(j, n, x)    from 2^grad_shifted (dA - delta), that of the weight's logarithm, or what
+//                               scale_weight_gradients makes that of the weight
 
 /// Keys whose weights are 1.
 struct AllKeys {
@@ -167,9 +168,7 @@ struct WeightedKeys {
   __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const {
     return keep(kept(j, n), mul(x, WeightParts(weight(j, n)).factor()));
   }
-  __attribute__((always_inline)) Vec weight_gradient(int64_t j, int64_t n, Vec x) const {
-    return mul(x, WeightParts(weight(j, n)).inverse());
-  }
+  __attribute__((always_inline)) Vec weight_gradient(int64_t, int64_t, Vec x) const { return x; }
 };
 
 /// Keys whose weights' logarithms are given.

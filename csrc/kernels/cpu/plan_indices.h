@@ -71,19 +71,17 @@ FIAK_INLINE bool all_in_support(const float* weights, int64_t count, float below
 
 /// The parts of some weights (WeightParts), of which at most `most` are taken at once.
 struct WeightArrays {
-  float *exponents, *factors, *inverses;
+  float *exponents, *factors;
 
-  static int64_t floats(int64_t most) { return 3 * padded(most); }
-  WeightArrays(float* memory, int64_t most)
-      : exponents(memory), factors(memory + padded(most)), inverses(memory + 2 * padded(most)) {}
-  /// Whatever is outside the support has some finite exponent; the other parts of logarithms are 1.
+  static int64_t floats(int64_t most) { return 2 * padded(most); }
+  WeightArrays(float* memory, int64_t most) : exponents(memory), factors(memory + padded(most)) {}
+  /// Whatever is outside the support has some finite exponent; the factors of logarithms are 1.
   void take(const float* weights, int64_t count, bool log_weights) const {
     for (int64_t i = 0; i < count; i += kLanes) {
       const Vec w = load_first(weights + i, smaller(kLanes, count - i));
       const WeightParts parts(w);
       store(exponents + i, log_weights ? exponent_of_log(w) : parts.exponent_minus(zero()));
       store(factors + i, log_weights ? broadcast(1.0f) : parts.factor());
-      store(inverses + i, log_weights ? broadcast(1.0f) : parts.inverse());
     }
   }
 };

@@ -105,6 +105,16 @@ void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Para
       for (int64_t j = 0; j < args.keys; ++j) target[j] += from[j];
     }
   }
+  if (grad_weight == nullptr || args.log_weights) return;
+  const int64_t rows = args.prior_rows;
+  parallel_range(parallel, heads * rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / rows / args.prior_heads, head = i / rows % args.prior_heads;
+      const float* weights = static_cast<const float*>(args.prior) + group * args.prior_group_stride +
+                             head * args.prior_head_stride + i % rows * args.prior_row_stride;
+      scale_weight_gradients(grad_weight + i * args.keys, weights, args.keys);
+    }
+  });
 }
 
 void prior_blocks(const PriorArgs& args, int64_t threads, BlockCounts& blocks) {
