@@ -472,7 +472,7 @@ __device__ __forceinline__ void csr_entries_grad_column(const CsrBackwardParams&
   const PlanView& plan = pattern.plan;
   const auto compute = [&](const Elements<kElements>& elements, int key_head, int key) {
     if (pattern.uses_tiles(params, params.weights, elements.first, key_head, sizeof(Element) == 2)) return;
-    const int64_t offset = pattern.offset(params, params.weights, elements.first);
+    const int offset = static_cast<int>(pattern.offset(params, params.weights, elements.first));
     Numbers keys[kElements], values[kElements];
     float sums[kElements][kLaneColumns] = {}, total[kElements] = {};
     int end[kElements];  // of the queries that may see the key
@@ -491,19 +491,21 @@ __device__ __forceinline__ void csr_entries_grad_column(const CsrBackwardParams&
       const Rows queries(params.query, elements.first, h, pattern.groups, params.head_size);
       const Rows grad_outputs(params.grad_output, elements.first, h, pattern.groups, params.value_size);
       const int64_t first_row = pattern.first_row(params, elements.first, h);
-      const int64_t first_entry = plan.row_offsets[first_row], pattern_head = pattern.heads.head_of(elements.first, h);
+      const int64_t first_entry = plan.row_offsets[first_row], pattern_head = pattern.head_of(elements.first, h);
       const PlanRange places = plan.places(pattern_head, key);
-      const int64_t last = places.end;
-      for (int64_t first = places.begin; first < last; first += kRound) {
-        const int64_t place = first + L::entry();
+      const int count = static_cast<int>(places.end - places.begin);
+#pragma unroll 1
+      for (int first = 0; first < count; first += kRound) {
+        const int place = first + L::entry();
         float weight = -kInfinity;
         int query = -1;
-        if (place < last) {
-          weight = log_weight_of(params, first_entry + plan.positions[place]);
-          const int64_t at = plan.query_of(pattern_head, place) - offset;
-          if (at >= 0 && at < params.queries && weight != -kInfinity) query = static_cast<int>(at);
+        if (place < count) {
+          const int64_t entry = first_entry + plan.positions[places.begin + place];
+          weight = log_weight_of(params, entry);
+          const int at = static_cast<int>(plan.query_of(pattern_head, plan.rows[places.begin + place], entry)) - offset;
+          if (at >= 0 && at < params.queries && weight != -kInfinity) query = at;
         }
-        const int steps = L::steps(last - first);
+        const int steps = L::steps(count - first);
         float scores[kElements] = {}, products[kElements] = {};
         Part<Element> parts[kElements], grad_parts[kElements];
 #pragma unroll 1
@@ -579,9 +581,9 @@ __device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams&
   if (pattern_row >= params.weights.num_rows) return;
   const int64_t pattern_head = pattern_row / pattern.plan.num_queries;
   const int64_t row = pattern_row - pattern_head * pattern.plan.num_queries;
-  const int group = static_cast<int>(pattern_head / pattern.heads.heads);
-  const int readers = params.query_heads / static_cast<int>(pattern.heads.heads);  // query heads of a pattern's head
-  const int first_head = static_cast<int>(pattern_head % pattern.heads.heads) * readers;
+  const int group = static_cast<int>(pattern_head / pattern.heads);
+  const int readers = params.query_heads / pattern.heads;  // query heads of a pattern's head
+  const int first_head = static_cast<int>(pattern_head % pattern.heads) * readers;
   for (int first = group; first < params.batch; first += kElements * pattern.groups) {
     const Elements<kElements> elements(params, pattern.groups, first);
     const auto query_of = [&](int e) {

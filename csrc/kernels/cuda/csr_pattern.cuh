@@ -12,14 +12,13 @@ using CsrBackwardParams = BackwardParams<CsrWeights>;
 
 struct CsrPattern {
   PlanView plan;
-  PatternHeads heads;
-  int groups;
+  int heads, groups;  ///< heads of a group: query_heads or 1 (PatternHeads)
 
   /// Traps where the plan or the pattern is not for the call: sizes known on the device alone must not be trusted.
-  __device__ CsrPattern(const AttentionParams& params, const CsrWeights& weights)
-      : plan(view(weights, params.keys)),
-        heads(plan.heads, params.query_heads),
-        groups(static_cast<int>(heads.groups)) {
+  __device__ CsrPattern(const AttentionParams& params, const CsrWeights& weights) : plan(view(weights, params.keys)) {
+    const PatternHeads pattern_heads(plan.heads, params.query_heads);
+    heads = static_cast<int>(pattern_heads.heads);
+    groups = static_cast<int>(pattern_heads.groups);
     if (groups < 1 || params.batch % groups != 0 || params.queries > plan.num_queries) __trap();
   }
 
@@ -30,10 +29,11 @@ struct CsrPattern {
     return offset;
   }
 
+  /// PatternHeads::head_of in 32 bits: a division of 64 is a call, which keeps registers.
+  __device__ int head_of(int b, int h) const { return heads == 1 ? b % groups : b % groups * heads + h; }
+
   /// The first of the pattern's rows that belongs to query head h of element b.
-  __device__ int64_t first_row(const AttentionParams&, int b, int h) const {
-    return heads.head_of(b, h) * plan.num_queries;
-  }
+  __device__ int64_t first_row(const AttentionParams&, int b, int h) const { return head_of(b, h) * plan.num_queries; }
 
   /// Whether the kernels over tiles compute this key head of this element, with all its query heads, rather than those
   /// over entries.
@@ -43,7 +43,7 @@ struct CsrPattern {
     const auto selected = static_cast<CsrKernel>(weights.selected);
     if (selected != CsrKernel::kAuto) return selected == CsrKernel::kTiles;
     const int readers = params.query_heads / params.key_heads;
-    const int64_t first = heads.head_of(b, key_head * readers), count = heads.heads == 1 ? 1 : readers;
+    const int64_t first = head_of(b, key_head * readers), count = heads == 1 ? 1 : readers;
     int64_t tiles = 0;
     for (int64_t head = first; head < first + count; ++head) tiles += plan.tiles[head];
     const int64_t nnz = plan.first_entry(first + count) - plan.first_entry(first);

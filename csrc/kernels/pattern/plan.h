@@ -144,8 +144,13 @@ struct PlanView {
   /// The row in its head of the entry at a place.
   FIAK_HOST_DEVICE int64_t query_of(int64_t head, int64_t place) const {
     if (num_queries <= kPlanShort) return rows[place];
+    return query_of(head, rows[place], first_entry(head) + positions[place]);
+  }
+  /// The same from what `rows` says at the place, and the entry.
+  FIAK_HOST_DEVICE int64_t query_of(int64_t head, uint16_t low_bits, int64_t entry) const {
+    if (num_queries <= kPlanShort) return low_bits;
     // Rows of which 16 bits are known are in blocks of 65536: the last one that starts at or before the entry.
-    const int64_t first_row = head * num_queries, entry = row_offsets[first_row] + positions[place];
+    const int64_t first_row = head * num_queries;
     int64_t low = 0, high = (num_queries - 1) / kPlanShort;
     while (low < high) {
       const int64_t middle = low + (high - low + 1) / 2;
@@ -155,7 +160,7 @@ struct PlanView {
         high = middle - 1;
       }
     }
-    return low * kPlanShort + rows[place];
+    return low * kPlanShort + low_bits;
   }
 
  private:
