@@ -53,4 +53,13 @@ FIAK_INLINE void parallel_balanced(const Parallel& parallel, int64_t count, Work
   });
 }
 
+/// Turns sums of 2^(score + exponent - logsumexp) (dA - delta) into the gradients of `count` weights, which may leave
+/// the range of float: only then, so that no partial sum does.
+FIAK_INLINE void scale_weight_gradients(float* grads, const float* weights, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = smaller(kLanes, count - i);
+    store_first(grads + i, n, mul(load_first(grads + i, n), WeightParts(load_first(weights + i, n)).inverse()));
+  }
+}
+
 }  // namespace fiak::cpu::FIAK_ISA

@@ -407,14 +407,6 @@ struct WeightParts {
   __attribute__((always_inline)) Vec inverse() const { return subtract_bits(broadcast(0x1p127f), power); }
   __attribute__((always_inline)) Vec factor() const { return mul(weight, inverse()); }
 };
-/// Turns sums of 2^(score + exponent - logsumexp) (dA - delta) into the gradients of `count` weights, which may leave
-/// the range of float: only then, so that no partial sum does.
-FIAK_INLINE void scale_weight_gradients(float* grads, const float* weights, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = smaller(kLanes, count - i);
-    store_first(grads + i, n, mul(load_first(grads + i, n), WeightParts(load_first(weights + i, n)).inverse()));
-  }
-}
 #if defined(FIAK_ISA_AVX512)
 /// s + log2(w) or up to 1 less, for w > 0.
 FIAK_INLINE Vec add_log2(Vec s, Vec w) { return add(s, _mm512_getexp_ps(w)); }
