@@ -539,7 +539,9 @@ void make_extreme(Random& random, Problem& problem) {
       for (int64_t n = 0; n < weight.rows; ++n) {
         const double size = random.real(-most, most);
         for (int64_t j = 0; j < weight.columns; ++j) {
-          const bool hidden = problem.pattern == nullptr && (j >= problem.keys_of(g) || (problem.is_causal && j > n));
+          const int64_t last = weight.rows == 1 ? problem.args.queries - 1 : n;  // of the queries with these weights
+          const bool hidden =
+              problem.pattern == nullptr && (j >= problem.keys_of(g) || (problem.is_causal && j > last));
           double log = kind == 0 || kind == 3 ? size : random.real(-most, most);
           if (kind == 2) log = random.real(-2, 2);
           if (hidden && kind >= 2) log = logs ? 1000 : most;
