@@ -144,7 +144,7 @@ def _step(tokens: int, left: int | None) -> Callable[[], object]:
     @torch.no_grad()
     def step() -> object:
         output = model(input_ids=prompt[:, :1], past_key_values=cache)
-        cache.crop(_CACHED)
+        cache.crop(-1)
         return output
 
     with torch.no_grad():
