@@ -496,7 +496,7 @@ class PriorAttention(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriorAttention:
         super()._apply(fn, recurse)
         self._place = fn(self._place)
-        for name in _PATTERN_STATE:
+        for name in (*_PATTERN_STATE, *_CALIBRATION):
             if (tensor := getattr(self, name)) is not None:
                 with torch.inference_mode(False):
                     setattr(self, name, fn(tensor))

@@ -480,6 +480,13 @@ def test_moves() -> None:
     assert torch.equal(module(*inputs), expected)
 
 
+def test_calibrated_modules_go_to_meta_and_back() -> None:
+    module = dense()
+    module.posterior, module.reached = torch.ones(1, HEADS, QUERIES, KEYS), torch.ones(1, HEADS, QUERIES, KEYS).long()
+    module.to("meta").to_empty(device="cpu")
+    assert module.posterior.device == module.reached.device == torch.device("cpu")
+
+
 def test_a_plan_made_in_inference_mode_serves_training() -> None:
     source = copy.deepcopy(pruned())
     inputs = random_inputs(2, QUERIES, KEYS)
