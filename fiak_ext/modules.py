@@ -21,6 +21,7 @@ Score = Literal["dot", "gaussian"]
 # What a checkpoint of a pruned module holds. These are plain attributes, not buffers: code that averages, truncates or
 # offloads buffers as it averages weights would move indices.
 _PATTERN_STATE = ("pattern_crow_indices", "pattern_col_indices", "keep")
+SAVED_STATE = (*_PATTERN_STATE, "pattern_checksum")
 _CALIBRATION = ("posterior", "reached", "saliency")
 
 
@@ -206,6 +207,13 @@ class PriorAttention(nn.Module):
         )
         pattern._plan, pattern._plan_versions = self._plan, self._plan_versions
         return pattern
+
+    @property
+    def pattern_checksum(self) -> Tensor | None:
+        """int64: what a checkpoint holds to tell whether its indices are still those that were saved; None if dense."""
+        if self.pattern_crow_indices is None:
+            return None
+        return _checksum(self.pattern_crow_indices, self.pattern_col_indices, self.keep)
 
     def set_pattern(self, pattern: SparsePattern) -> None:
         """Prunes: deletes the prior and keeps the pairs of ``pattern``, with weight 1.
@@ -515,7 +523,7 @@ class PriorAttention(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _PATTERN_STATE:
+        for name in SAVED_STATE:
             if (tensor := getattr(self, name)) is not None:
                 destination[prefix + name] = tensor.clone()
 
@@ -530,11 +538,11 @@ class PriorAttention(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Takes the checkpoint's state, dense, pruned or compacted, or leaves the module as it is."""
-        crow, col, keep = (state_dict.get(prefix + name) for name in _PATTERN_STATE)
+        crow, col, keep, checksum = (state_dict.get(prefix + name) for name in SAVED_STATE)
         prior = state_dict.get(f"{prefix}prior")
         if crow is not None and col is not None:
             try:
-                self._load_pattern(crow, col, keep, local_metadata)
+                self._load_pattern(crow, col, keep, checksum, local_metadata)
             except (TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{prefix}pattern: {error}")
                 return
@@ -548,19 +556,33 @@ class PriorAttention(nn.Module):
                 error_msgs.append(f"{prefix}prior: shape must be {self._prior_shape} (got {got} in the checkpoint)")
                 return
             elif strict:
-                missing_keys += [prefix + name for name in _PATTERN_STATE if getattr(self, name) is not None]
+                missing_keys += [prefix + name for name in SAVED_STATE if getattr(self, name) is not None]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if crow is not None and col is not None:
-            known = {prefix + name for name in _PATTERN_STATE}
+            known = {prefix + name for name in SAVED_STATE}
             unexpected_keys[:] = [name for name in unexpected_keys if name not in known]
 
-    def _load_pattern(self, crow: Tensor, col: Tensor, keep: Tensor | None, metadata: Mapping[str, Any]) -> None:
+    def _load_pattern(
+        self,
+        crow: Tensor,
+        col: Tensor,
+        keep: Tensor | None,
+        checksum: Tensor | None,
+        metadata: Mapping[str, Any],
+    ) -> None:
         if keep is not None:
             _check_keep(keep, self.num_heads, self.num_keys)
         num_keys = self.num_keys if keep is None else keep.size(1)
         pattern = SparsePattern.from_csr(crow, col, self.num_heads, self.num_queries, num_keys, self.groups)
+        if checksum is not None and not checksum.is_meta:
+            expected, got = int(_checksum(crow, col, keep)), checksum.tolist()
+            if got != expected:
+                raise ValueError(
+                    f"pattern_checksum must be that of crow_indices, col_indices and keep, {expected} (got {got}): "
+                    "average or cast parameters only, and leave what else is in a state_dict as it is"
+                )
         if not metadata.get("assign_to_params_buffers", False):
             pattern = pattern.to(self._device)
             keep = None if keep is None else keep.to(self._device)
@@ -703,3 +725,17 @@ def _check_keep(keep: Tensor, num_heads: int, num_keys: int) -> None:
     rises = (keep[:, 1:] > keep[:, :-1]) & (keep[:, :-1] >= 0) | (keep[:, 1:] == -1)
     if not bool(rises.all() and (keep >= -1).all() and (keep < num_keys).all()):
         raise ValueError(f"keep must ascend within 0..{num_keys - 1} in each row and end in -1 where it is shorter")
+
+
+def _checksum(*indices: Tensor | None) -> Tensor:
+    """An int64 of what the indices are and where: whoever averages a state_dict moves some of them by one.
+
+    It is less than 2**24, so that float32 holds it: averages that move no index do not move it either.
+    """
+    modulus = 16_777_213  # a prime
+    total = torch.zeros((), dtype=torch.int64)
+    for tensor in indices:
+        if tensor is not None:
+            places = torch.arange(1, tensor.numel() + 1, device=tensor.device)
+            total = 31 * total.to(tensor.device) + (places * 7_919 % modulus * tensor.flatten().long()).sum()
+    return total % modulus

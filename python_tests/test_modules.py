@@ -361,7 +361,7 @@ def test_set_pattern() -> None:
     assert attention.pattern == pattern
     assert not list(attention.parameters())
     assert attention.posterior is None and attention.reached is None
-    assert sorted(attention.state_dict()) == ["pattern_col_indices", "pattern_crow_indices"]
+    assert sorted(attention.state_dict()) == ["pattern_checksum", "pattern_col_indices", "pattern_crow_indices"]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,32 @@ def test_indices_averaged_as_numbers_are_refused(state: str, decay: float, trunc
     torch.testing.assert_close(model(tokens()), before)
 
 
+@pytest.mark.parametrize("tensor", ["pattern_crow_indices", "pattern_col_indices", "keep"])
+@pytest.mark.parametrize("place", [8, 16])
+def test_other_indices_that_are_a_pattern_too_are_refused(place: int, tensor: str) -> None:
+    """One index, moved by one, as averages in integers move them: a pattern still, but not the one that was saved."""
+    model = model_in("dense")
+    query, key = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
+    kept = (query // 4 == key // 4) & (key % 2 == 0)
+    set_patterns(
+        model, dict.fromkeys(("0.attention", "1.attention"), SparsePattern.from_mask(kept.expand(HEADS, -1, -1)))
+    )
+    compact(model)
+    before, state = model(tokens()), model.state_dict()
+    state[f"0.attention.{tensor}"].view(-1)[place] -= 1
+    with pytest.raises(RuntimeError, match="pattern_checksum must be that of crow_indices, col_indices and keep"):
+        model.load_state_dict(state)
+    assert torch.equal(model(tokens()), before)
+
+
+def test_averages_that_move_no_index_load() -> None:
+    model = model_in("compacted")
+    expected = model(tokens())
+    averaged = {name: 0.75 * tensor + 0.25 * tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: averaged[name].to(tensor.dtype) for name, tensor in model.state_dict().items()})
+    torch.testing.assert_close(model(tokens()), expected)
+
+
 @every_state
 def test_there_is_no_buffer_to_average_truncate_or_offload(state: str) -> None:
     model = model_in(state)

@@ -46,7 +46,7 @@ from fiak_ext.conversion import (
     register_attention,
     roll,
 )
-from fiak_ext.modules import PriorAttention
+from fiak_ext.modules import SAVED_STATE, PriorAttention
 from fiak_ext.projection import Weights, register_linear
 
 __all__ = [
@@ -236,11 +236,7 @@ def _without_prior(*, num_queries: int, **arguments: Any) -> PriorAttention:
 
 def _load_priors(model: PreTrainedModel, files: Sequence[Path]) -> None:
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
-    own = [
-        f"{name}.{suffix}"
-        for name in attentions
-        for suffix in ("prior", "pattern_crow_indices", "pattern_col_indices", "keep")
-    ]
+    own = [f"{name}.{suffix}" for name in attentions for suffix in ("prior", *SAVED_STATE)]
     # transformers saves some models by other names than their modules have now.
     saved = revert_weight_conversion(model, {name: torch.tensor(place) for place, name in enumerate(own)})
     name_in_model = {name: own[int(place)] for name, place in saved.items()}
