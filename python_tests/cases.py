@@ -310,17 +310,17 @@ def num_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _distinct_isas() -> list[str]:
-    """The instruction sets of this machine that have kernels of their own, for whatever dtype."""
-    levels = ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
-    found: dict[tuple[str, ...], str] = {}
-    for level in levels[: 1 + levels.index(_C.cpu_capabilities()["machine_isa"])]:
+def isas_of(dtype: torch.dtype) -> list[str]:
+    """The instruction sets of this machine whose kernels calls with this dtype may run on."""
+    found = []
+    for level in ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"):
         with cpu_isa(level):
-            found.setdefault(tuple(_C.kernel_isa(str(dtype).removeprefix("torch.")) for dtype in DTYPES), level)
-    return list(found.values())
+            if _C.kernel_isa(str(dtype).removeprefix("torch.")) == level:
+                found.append(level)
+    return found
 
 
-ISAS = _distinct_isas()
+KERNELS = [(isa, dtype) for dtype in DTYPES for isa in isas_of(dtype)]
 
 
 def assert_close_enough(problem: Problem) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from cases import DTYPES, ISAS, Case, Problem, assert_close_enough, cpu_isa, num_threads, random_case
+from cases import DTYPES, KERNELS, Case, Problem, assert_close_enough, cpu_isa, isas_of, num_threads, random_case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,9 +36,11 @@ class AttentionSuite:
             metafunc.parametrize("case", self.cases, ids=str)
         if "large_case" in metafunc.fixturenames:
             metafunc.parametrize("large_case", self.large_cases, ids=str)
-        if "isa" in metafunc.fixturenames:
-            metafunc.parametrize("isa", ISAS)
-        if "dtype" in metafunc.fixturenames:
+        if {"isa", "dtype"} <= set(metafunc.fixturenames):
+            metafunc.parametrize(("isa", "dtype"), KERNELS, ids=[f"{isa}-{str(dtype)[6:]}" for isa, dtype in KERNELS])
+        elif "isa" in metafunc.fixturenames:
+            metafunc.parametrize("isa", isas_of(torch.bfloat16))
+        elif "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
     # Against the reference
@@ -53,7 +55,7 @@ class AttentionSuite:
     def _compare(self, case: Case, seed: int) -> None:
         for dtype in DTYPES:
             problem = case.problem(dtype, seed)
-            for isa in ISAS if dtype != torch.float64 else ISAS[:1]:
+            for isa in isas_of(dtype):
                 with cpu_isa(isa):
                     assert_close_enough(problem)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, ISAS, cpu_isa, error, num_threads
+from cases import DTYPES, cpu_isa, error, isas_of, num_threads
 from torch import Tensor
 
 from fiak_ext import reference
@@ -97,7 +97,7 @@ def test_compact_linear_against_the_reference(size: tuple[int, ...], dtype: torc
     exact = _linear_results(reference.compact_linear, arguments, direction)
     absolute = [None if x is None else x.detach().abs().requires_grad_() for x in arguments[:3]]
     terms = _linear_results(reference.compact_linear, (*absolute, keep), direction.abs())
-    for isa in ISAS if dtype != torch.float64 else ISAS[:1]:
+    for isa in isas_of(dtype):
         with cpu_isa(isa):
             actual = _linear_results(compact_linear, arguments, direction)
         for x, wanted, sums in zip(actual, exact, terms, strict=True):
@@ -176,7 +176,7 @@ def test_layouts_and_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
         return [output, *torch.autograd.grad(output, leaves, direction)]
 
     direction = torch.randn(compact_linear(tokens, weight, bias, keep).shape, generator=_generator()).to(dtype)
-    for isa in ISAS:
+    for isa in isas_of(dtype):
         with cpu_isa(isa):
             with num_threads(1):
                 expected = [*compact_kv(key, value, keep), *results(tokens, weight, bias, direction)]
@@ -216,7 +216,7 @@ def test_nan_in_a_row_that_is_not_kept_changes_nothing() -> None:
     keep = torch.tensor([[0, 2, -1], [0, 3, 4]])
     key, value, _ = _kv((2, 2, 6, 3, 5, 4), torch.float32)
     tokens, weight, bias, _ = (x.detach() for x in _linear((2, 2, 6, 3, 5, 4), torch.float32))
-    for isa in ISAS:
+    for isa in isas_of(torch.float32):
         with cpu_isa(isa):
             results = []
             for content in (0.0, torch.nan):
@@ -309,7 +309,7 @@ def test_malformed_grad_output(grad_output: Tensor, message: str) -> None:
         torch.ops.fiak.compact_linear_backward(grad_output, *arguments)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", isas_of(torch.float32))
 @pytest.mark.parametrize("shift", [0.0, 1.0])  # gradients that cancel, and that add up
 @pytest.mark.parametrize(("batch", "rows"), [(512, 200), (1, 102400), (100, 577)])
 def test_gradients_over_many_rows_are_as_exact_as_torchs(isa: str, shift: float, batch: int, rows: int) -> None:

@@ -133,10 +133,7 @@ class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>>, p
 
 std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);
 
-#define FIAK_FOR_ALL_KERNELS(Suite)                                                                               \
-  INSTANTIATE_TEST_SUITE_P(Kernels, Suite,                                                                        \
-                           testing::Combine(testing::ValuesIn(all_isas()),                                        \
-                                            testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16)), \
-                           kernel_test_name)
+#define FIAK_FOR_ALL_KERNELS(Suite) \
+  INSTANTIATE_TEST_SUITE_P(Kernels, Suite, testing::ValuesIn(all_kernels()), kernel_test_name)
 
 }  // namespace fiak::tests

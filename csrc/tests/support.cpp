@@ -202,8 +202,14 @@ void expect_identical(const Tensor& actual, const Tensor& expected, const std::s
   ASSERT_TRUE(actual.bytes() == expected.bytes()) << what << " differs";
 }
 
-std::vector<cpu::Isa> all_isas() {
-  return {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kAmxBf16};
+std::vector<std::tuple<cpu::Isa, DType>> all_kernels() {
+  std::vector<std::tuple<cpu::Isa, DType>> all;
+  for (int isa = 0; isa <= static_cast<int>(cpu::Isa::kAmxBf16); ++isa) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      if (static_cast<cpu::Isa>(isa) <= cpu::most_isa(dtype)) all.emplace_back(static_cast<cpu::Isa>(isa), dtype);
+    }
+  }
+  return all;
 }
 
 bool machine_has(cpu::Isa isa) { return isa <= cpu::machine_isa(); }

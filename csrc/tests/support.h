@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -107,8 +108,9 @@ void expect_close(const Tensor& actual, const Tensor& exact, const Tensor& yards
 /// Expects equal bytes, gaps included.
 void expect_identical(const Tensor& actual, const Tensor& expected, const std::string& what);
 
-/// The instruction sets with kernels of their own. Those that this machine lacks give skipped tests that name them.
-std::vector<cpu::Isa> all_isas();
+/// Each instruction set and dtype that calls may run on, float64 apart, which is what others are compared with. Those
+/// that this machine lacks give skipped tests that name them.
+std::vector<std::tuple<cpu::Isa, DType>> all_kernels();
 bool machine_has(cpu::Isa isa);
 
 }  // namespace fiak::tests

@@ -83,11 +83,12 @@ Isa selected_isa() {
   return std::min(machine_isa(), static_cast<Isa>(name - std::begin(kNames)));
 }
 
-Isa kernel_isa(DType dtype) {
-  const Isa selected = selected_isa();
+Isa most_isa(DType dtype) {
   if (dtype == DType::kFloat64) return Isa::kScalar;
-  return dtype == DType::kBFloat16 ? selected : std::min(selected, Isa::kAvx512);
+  return dtype == DType::kBFloat16 ? Isa::kAmxBf16 : Isa::kAvx512;
 }
+
+Isa kernel_isa(DType dtype) { return std::min(selected_isa(), most_isa(dtype)); }
 
 const Kernels& kernels(Isa isa) {
 #if defined(__x86_64__)

@@ -33,8 +33,11 @@ Isa machine_isa();
 /// amx_bf16), which is read at every call; throws std::invalid_argument for another name.
 Isa selected_isa();
 
-/// The instruction set of the kernels that a call with this dtype runs on: float64 runs scalar, and only bfloat16
-/// uses more than AVX-512.
+/// The last instruction set that has something for this dtype: float64 runs scalar, and only bfloat16 uses more than
+/// AVX-512.
+Isa most_isa(DType dtype);
+
+/// The instruction set of the kernels that a call with this dtype runs on.
 Isa kernel_isa(DType dtype);
 
 /// The kernels of kernel_isa(dtype); `isa` must be a value that kernel_isa returned.
