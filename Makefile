@@ -2,11 +2,20 @@
 # FIAK_REQUIRE=all makes every skipped part an error. CMAKE_ARGS is passed on, for example CMAKE_ARGS=-DFIAK_CUDA=off or
 # CMAKE_ARGS=-DFIAK_CUDA_ARCHS=all. make soak goes through all combinations of what the tests of the CUDA kernels, and
 # of sizes around the blocks of all kernels, vary, for SOAK_MINUTES each, and prints what FIAK_SOAK_FROM must be to go on
-# from there. SANITIZED is what ctest gets to choose the tests of make sanitize.
+# from there. SANITIZED is what ctest gets to choose the tests of make sanitize. make test-torch TORCH=2.15.0 tests the
+# ops, modules and conversion with another torch, compiling only what includes its headers; TRANSFORMERS=5.24.0 and
+# TIMM=1.0.31 choose the others, TESTS="modules convert" some of the files, RESULTS the table that gets a row, WHEEL what
+# is installed, without a compiler in reach. make wheel puts wheels for this torch and the sdist into dist/.
 PYTHON ?= python3
 SOAK_MINUTES ?= 60
 JOBS ?= $(shell nproc)
 SANITIZED ?=
+TORCH ?=
+TRANSFORMERS ?=
+TIMM ?=
+TESTS ?=
+RESULTS ?=
+WHEEL ?=
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export FIAK_REQUIRE ?=
@@ -14,7 +23,7 @@ export FIAK_REQUIRE ?=
 CONFIGURE = cmake -S . -G Ninja -DPython_EXECUTABLE=$(VENV)/bin/python -DFIAK_REQUIRE=$(FIAK_REQUIRE) $(CMAKE_ARGS)
 CXX_FILES = $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test soak build configure sanitize sanitize-address sanitize-thread bench lint format clean
+.PHONY: demo test test-torch wheel soak build configure sanitize sanitize-address sanitize-thread bench lint format clean
 
 demo: build
 	python -m fiak_ext demo $(DEMO_ARGS)
@@ -25,6 +34,15 @@ test: build $(VENV)/installed-dev
 	$(MAKE) sanitize-address
 	@cat build/release/skipped.txt
 	python -m pytest --numprocesses $(JOBS)
+
+test-torch: $(if $(WHEEL),,build)
+	$(PYTHON) tools/test_torch.py --torch "$(TORCH)" --transformers "$(TRANSFORMERS)" --timm "$(TIMM)" \
+	  --kernels build/release --jobs $(JOBS) $(if $(TESTS),--tests "$(TESTS)") $(if $(RESULTS),--results "$(RESULTS)") \
+	  $(if $(WHEEL),--wheel "$(WHEEL)")
+
+wheel: $(VENV)/installed-dev
+	python tools/wheel.py
+	python -m build --sdist
 
 soak: configure
 	cmake --build build/release --target fiak_tests
