@@ -29,7 +29,7 @@ def installed_torch(distribution: Distribution) -> str:
     (wanted,) = (name for name in distribution.install_requires if name.startswith("torch"))
     remedy = (
         f"Run:\n  {sys.executable} -m pip install '{wanted}' 'setuptools>=77' cmake ninja pybind11\n"
-        f"  {sys.executable} -m pip install --no-build-isolation {SOURCE}"
+        f"  {sys.executable} -m pip install --no-build-isolation ."
     )
     try:
         import torch

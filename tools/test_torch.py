@@ -28,6 +28,10 @@ TESTS = (
     "convert convert_examples convert_saving convert_timm convert_training convert_transformers"
 )
 
+HEAD = """Written by `make test-torch RESULTS=benchmarks/results/versions.md`, a row for each run: versions of torch,
+Python, transformers, timm and nvcc, and how many tests passed. Other versions are not tested.
+
+"""
 COLUMNS = ("torch", "Python", "transformers", "timm", "CUDA kernels", "passed", "failed", "skipped", "tests")
 
 INSTALLED = """
@@ -93,7 +97,7 @@ def write_row(path: Path, row: dict[str, str]) -> None:
     rows.sort(key=lambda row: [[int(n) for n in re.findall(r"\d+", row[name])] for name in COLUMNS[:4]])
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *([row[c] for c in COLUMNS] for row in rows))]
     lines.insert(1, "|---" * len(COLUMNS) + "|")
-    path.write_text("Written by `make test-torch RESULTS=" + path.name + "`.\n\n" + "\n".join(lines) + "\n")
+    path.write_text(HEAD + "\n".join(lines) + "\n")
 
 
 def main() -> int:
@@ -109,7 +113,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="file with the table that gets a row")
     options = parser.parse_args()
 
-    folder = SOURCE / "build" / "test-torch" / (options.wheel.stem if options.wheel else options.torch)
+    folder = SOURCE / "build" / "test-torch" / (options.torch + ("-wheel" if options.wheel else ""))
     folder.mkdir(parents=True, exist_ok=True)
     python = folder / "venv" / "bin" / "python"
     versions = {"torch": options.torch, "transformers": options.transformers, "timm": options.timm}
