@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,9 @@ class Case:
         """Whether the queries are the last positions of a longer sequence, which see all of it: nothing to train."""
         return self.queries != self.keys
 
-    def eligible(self) -> Tensor:
+    def eligible(self, device: torch.device | str = "cpu") -> Tensor:
         """bool ``[queries, keys]``: the pairs that may attend, ``j <= i`` if causal."""
-        pairs = torch.ones(self.queries, self.keys, dtype=torch.bool)
+        pairs = torch.ones(self.queries, self.keys, dtype=torch.bool, device=device)
         return pairs.tril() if self.is_causal else pairs
 
     def __str__(self) -> str:
@@ -95,19 +96,20 @@ def recorded_heads(mask: Tensor, case: Case, layer: int = 0) -> Tensor:
     one side only, the upper half of a tile mirrors the lower one. Queries of decoding are the last positions.
 
     Args:
-        mask: as :func:`load_mask` gives it; causal where the case is.
+        mask: as :func:`load_mask` gives it; causal where the case is. The heads are on its device.
         case: the sizes.
         layer: which of a model's layers of this case's heads.
     """
     layers, heads, length, _ = mask.shape
-    head = torch.arange(layer * case.query_heads, (layer + 1) * case.query_heads) % (layers * heads)
+    arange = partial(torch.arange, device=mask.device)
+    head = arange(layer * case.query_heads, (layer + 1) * case.query_heads) % (layers * heads)
     first = case.keys - case.queries
-    row = torch.arange(first, first + case.queries)[:, None].expand(-1, case.keys) % length
-    column = torch.arange(case.keys)[None].expand(case.queries, -1) % length
+    row = arange(first, first + case.queries)[:, None].expand(-1, case.keys) % length
+    column = arange(case.keys)[None].expand(case.queries, -1) % length
     if not mask.triu(1).any():
         row, column = torch.maximum(row, column), torch.minimum(row, column)
     pairs = (row * length + column).flatten()
-    return mask.flatten(0, 1)[head].flatten(1)[:, pairs].view(-1, case.queries, case.keys) & case.eligible()
+    return mask.flatten(0, 1)[head].flatten(1)[:, pairs].view(-1, case.queries, case.keys) & case.eligible(mask.device)
 
 
 def make_mask(kind: str, case: Case, pruned: float, generator: torch.Generator) -> Tensor:
@@ -119,18 +121,20 @@ def make_mask(kind: str, case: Case, pruned: float, generator: torch.Generator) 
             and heads differ in density. ``"recorded"``: :func:`recorded_heads` of the case's mask.
         case: the sizes.
         pruned: share of the eligible pairs; if recorded, one of :func:`recorded_pruned`.
-        generator: of random masks.
+        generator: of random masks. A mask of another kind than learned-like is on its device.
 
     Raises:
         ValueError: another kind.
         FileNotFoundError: a mask that was not recorded.
     """
+    device = generator.device
     if kind == "uniform":
-        return torch.rand(case.query_heads, case.queries, case.keys, generator=generator).ge(pruned) & case.eligible()
+        sizes = (case.query_heads, case.queries, case.keys)
+        return torch.rand(sizes, generator=generator, device=device).ge(pruned) & case.eligible(device)
     if kind == "learned-like":
         return _learned_like(case, pruned, generator)
     if kind == "recorded":
-        return recorded_heads(load_mask(case.recorded, pruned), case)
+        return recorded_heads(load_mask(case.recorded, pruned).to(device), case)
     raise ValueError(f"make_mask: kind must be one of {', '.join(MASK_KINDS)} (got {kind!r})")
 
 

@@ -1,89 +1,76 @@
 #!/usr/bin/env bash
-# All that can be known of the CUDA kernels on a machine with a GPU, in under ten minutes and unattended: builds, tests
-# every op on the device, repeats small tests under compute-sanitizer, and takes times. Results are in build/gpu/.
-# Whatever fails is named at the end and makes the exit status 1; the other stages run all the same.
+# Builds, tests and measures on a machine with a GPU, with what is installed there: no network, no pip, no venv.
 #
-#   benchmarks/gpu.sh            needs an NVIDIA driver, the CUDA toolkit, a C++20 compiler and Python with venv
-#   benchmarks/gpu.sh --dry-run  the same stages on the CPU with what is built, small, without compute-sanitizer's checks
-set -uo pipefail
-cd "$(dirname "$0")/.." || exit 1
+#   [PYTHON=python3] benchmarks/gpu.sh STAGE [--out DIR] [--device cuda|cpu] [--seconds N]
+#
+#   build     the library for this GPU alone, into fiak_ext/
+#   test      tests of the ops on the device, then those of the package
+#   sanitize  small tests under compute-sanitizer's memcheck, racecheck and initcheck
+#   time      the ops against others, plans, whole models, and what must hold beside: see benchmarks/gpu.py
+#   profile   ncu's counters of the main kernels
+#   all       these in turn, each as far as the time goes
+#
+# Wanted: PYTHON with torch, pybind11, cmake, ninja and pytest, a C++20 compiler, the CUDA toolkit (CUDA_HOME,
+# /usr/local/cuda). A stage ends within N seconds (540); started again, also after a kill, it goes on where it was, as
+# long as the library is the same. Results are lines of JSON in DIR (build/gpu/results), which may be emptied between
+# runs: build/gpu/results keeps a copy, so delete that to begin anew. With --device cpu the same goes through on the
+# CPU, with small sizes. FIAK_GPU_BUILD is the build folder (build/gpu). The exit status is 1 if something failed, and
+# 0 also where the time was over before the end; what was left out or is left to do is printed.
+set -euo pipefail
+end=$(date +%s)
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-device=cuda
-if [ "${1:-}" = --dry-run ]; then
-  device=cpu
-elif [ $# -gt 0 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0"
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' benchmarks/gpu.sh
   exit 2
-fi
-results=build/gpu
-mkdir -p "$results"
-export PATH="$PWD/.venv/bin:$PATH" FIAK_TEST_DEVICE=$device
-failed=()
+}
 
-# stage NAME SECONDS COMMAND...: runs it with a limit, its output in NAME.log and, where it fails, on the screen
-stage() {
-  local name=$1 limit=$2 start=$SECONDS status=0
+build=${FIAK_GPU_BUILD:-build/gpu}
+stage=${1:-}
+out=$build/results device=cuda seconds=540
+case $stage in build | test | sanitize | time | profile | all) shift ;; *) usage ;; esac
+while [ $# -ge 2 ]; do
+  case $1 in
+    --out) out=$(cd "$here" && mkdir -p "$2" && cd "$2" && pwd) ;;
+    --device) device=$2 ;;
+    --seconds) seconds=$2 ;;
+    *) usage ;;
+  esac
   shift 2
-  timeout "$limit" "$@" >"$results/$name.log" 2>&1 || status=$?
-  if [ "$status" = 0 ]; then
-    echo "$name: passed in $((SECONDS - start)) s"
-  else
-    failed+=("$name")
-    echo "$name: FAILED with status $status (124: out of $limit s) after $((SECONDS - start)) s"
-    tail -n 40 "$results/$name.log"
-  fi
+done
+if [ $# -gt 0 ] || [[ ! $seconds =~ ^[1-9][0-9]*$ ]] || [[ ! $device =~ ^(cuda|cpu)$ ]]; then usage; fi
+
+export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
+PATH=${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}:/usr/local/nvidia/bin:$CUDA_HOME/bin
+export PATH
+python=$(command -v "${PYTHON:-python3}") || {
+  echo "gpu.sh: PYTHON must be a Python (got ${PYTHON:-python3})" >&2
+  exit 2
 }
+# cmake and ninja: beside this Python, as its modules, or the system's
+modules=$("$python" - <<'END'
+import importlib
+for module, folder in ("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR"):
+    try:
+        print(getattr(importlib.import_module(module), folder), end=":")
+    except (ImportError, AttributeError):
+        pass
+END
+)
+PATH=$(dirname "$python"):$modules$PATH
+mkdir -p "$build"
+build=$(cd "$build" && pwd)
 
-find_sanitizer() {
-  local place
-  for place in "$(command -v compute-sanitizer)" "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" \
-    "$(python -c 'import site; print(site.getsitepackages()[0])')/nvidia/cu13/bin/compute-sanitizer"; do
-    if [ -x "$place" ]; then
-      echo "$place"
-      return
-    fi
-  done
-}
-
-if [ "$device" = cuda ]; then
-  nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv | tee "$results/device.csv" || exit 1
-  stage build 300 make build CMAKE_ARGS="-DFIAK_CUDA=on ${CMAKE_ARGS:-}"
-  stage pytest 60 pip install --requirement requirements-dev.txt
-else
-  stage build 60 make --dry-run build CMAKE_ARGS="-DFIAK_CUDA=on ${CMAKE_ARGS:-}"
-fi
-
-tests=(python -m pytest -q python_tests/test_cuda_device.py)
-if [ "$device" = cpu ]; then tests+=(-k "compaction or large_sizes and float32"); fi
-stage tests 150 "${tests[@]}"
-
-# Tensors of their own allocation, so that reads beyond one are seen. memcheck and racecheck look at this library's
-# kernels only; initcheck must see what torch's kernels write.
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-checked=(python -m pytest -q -x python_tests/test_cuda_device.py -k "test_every_feature and float16")
-ours=(--kernel-name kernel_substring=fiak_)
-if [ "$device" = cuda ]; then
-  sanitizer=$(find_sanitizer)
-  if [ -z "$sanitizer" ]; then
-    stage install-sanitizer 60 pip install 'nvidia-cuda-sanitizer-api==13.*'
-    sanitizer=$(find_sanitizer)
-  fi
-  for tool in memcheck racecheck initcheck; do
-    options=(--tool "$tool" --error-exitcode 1 --report-api-errors explicit)
-    if [ "$tool" != initcheck ]; then options+=("${ours[@]}"); fi
-    stage "$tool" 100 "${sanitizer:-compute-sanitizer}" "${options[@]}" "${checked[@]}"
-  done
-else
-  stage checked 100 "${checked[@]}"
-fi
-unset PYTORCH_NO_CUDA_MEMORY_CACHING
-
-timing=(python -m benchmarks.gpu --device "$device" --output "$results/times.json")
-if [ "$device" = cpu ]; then timing+=(--small); fi
-stage times 240 "${timing[@]}"
-
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}; logs are in $results"
+# Held by all processes that a killed run may have left, too.
+exec 9>"$build/lock"
+if command -v flock >/dev/null && ! flock --wait "$((seconds < 240 ? seconds / 2 : 120))" 9; then
+  echo "gpu.sh: another run, or what is left of one, holds $build/lock" >&2
   exit 1
 fi
-echo "all passed in $SECONDS s; results are in $results"
+
+# Compiled code is kept in the build folder; compilers that outlive a killed run would get in the next one's way.
+export TORCHINDUCTOR_CACHE_DIR=$build/inductor TRITON_CACHE_DIR=$build/triton TORCHINDUCTOR_COMPILE_THREADS=1
+export CCACHE_DISABLE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1 FIAK_TEST_DEVICE=$device
+exec "$python" -m benchmarks.gpu_stages "$stage" --out "$out" --device "$device" --build "$build" \
+  --end "$((end + seconds))"

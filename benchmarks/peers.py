@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Case
 
-__all__ = ["Attention", "eager", "flex", "sdpa", "sdpa_bool_mask", "sdpa_float_bias", "torch_sparse"]
+__all__ = ["Attention", "compiled_flex", "eager", "flex", "sdpa", "sdpa_bool_mask", "sdpa_float_bias", "torch_sparse"]
 
 Attention = Callable[..., Tensor]
 
@@ -37,17 +37,26 @@ def sdpa_float_bias(case: Case) -> Attention:
     return partial(scaled_dot_product_attention, enable_gqa=_grouped(case))
 
 
-def flex(case: Case, mask: Tensor) -> Attention:
-    """FlexAttention, compiled, with the block mask of ``mask [Hq, N, M]``. It has no backward on CPU."""
+def compiled_flex() -> Attention:
+    """FlexAttention, compiled, for sizes that do not change: what :func:`flex` of other masks can share."""
+    torch._dynamo.reset()  # else shapes of an earlier case become dynamic
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def flex(case: Case, mask: Tensor, compiled: Attention | None = None, backend: str | None = None) -> Attention:
+    """FlexAttention, compiled, with the block mask of ``mask [Hq, N, M]``. It has no backward on CPU.
+
+    Args:
+        compiled: of :func:`compiled_flex`, by default a new one.
+        backend: what computes it on CUDA, for example ``"FLASH"``; by default Triton.
+    """
 
     def keeps(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask[head, query, key]
 
     blocks = create_block_mask(keeps, None, case.query_heads, case.queries, case.keys, device=mask.device)
-    torch._dynamo.reset()  # else shapes of an earlier case become dynamic
-    return partial(
-        torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=blocks, enable_gqa=_grouped(case)
-    )
+    options = {} if backend is None else {"kernel_options": {"BACKEND": backend}}
+    return partial(compiled or compiled_flex(), block_mask=blocks, enable_gqa=_grouped(case), **options)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, prior: Tensor) -> Tensor:
