@@ -453,13 +453,13 @@ def _small_model(sizes: models.Sizes) -> models.Sizes:
     return replace(sizes, batch=2, image_size=64, dim=8 * sizes.num_heads, depth=2)
 
 
-def _calls() -> dict[str, tuple[Case, str]]:
+def calls() -> dict[str, tuple[Case, str]]:
     """What ncu looks at: training of the ops, recorded masks with 70% pruned, by key."""
     return {f"{case.name}|{op}": (case, op) for case in CASES[1:] for op in ("csr_attention", "prior_attention")}
 
 
 def call_once(device: str, key: str) -> None:
-    case, op = _calls()[key]
+    case, op = calls()[key]
     case = case if device == "cuda" else _small(case)
     operands = Operands.make(case, torch.bfloat16, "recorded", 0.7, device)
     call, kind = operands.contestants({})[op]
@@ -499,11 +499,12 @@ def main() -> None:
     parser.add_argument("--list-calls", action="store_true", help="prints what --call takes")
     parser.add_argument("--call", help="calls an op once, for a profiler; without it all is measured, for gpu.sh")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA device; --device cpu goes through the same on the CPU")
     if arguments.list_calls:
-        print("\n".join(_calls()))
-    elif arguments.call:
+        print("\n".join(calls()))
+        return
+    if missing := gpu_checks.what_is_missing(arguments.device):
+        sys.exit(missing)
+    if arguments.call:
         call_once(arguments.device, arguments.call)
     else:
         sys.exit(measure(arguments.device, Records.of_environment()))

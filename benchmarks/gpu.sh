@@ -50,14 +50,16 @@ python=$(command -v "${PYTHON:-python3}") || {
 }
 # cmake and ninja: beside this Python, as its modules, or the system's
 modules=$("$python" - <<'END'
-import importlib
+import importlib, importlib.util, sys
+if importlib.util.find_spec("torch") is None:
+    sys.exit(f"gpu.sh: PYTHON must be a Python with torch (got {sys.executable})")
 for module, folder in ("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR"):
     try:
         print(getattr(importlib.import_module(module), folder), end=":")
     except (ImportError, AttributeError):
         pass
 END
-)
+) || exit 2
 PATH=$(dirname "$python"):$modules$PATH
 mkdir -p "$build"
 build=$(cd "$build" && pwd)

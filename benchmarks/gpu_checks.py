@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from fiak_ext import SparsePattern
+from fiak_ext import SparsePattern, build_info
 
-__all__ = ["CHECKS", "GPU_CHECKS", "OPS", "check"]
+__all__ = ["CHECKS", "GPU_CHECKS", "OPS", "check", "what_is_missing"]
 
 OPS = (
     "prior_attention",
@@ -24,6 +24,15 @@ GPU_CHECKS = ("waits", "graph")
 CHECKS = (*GPU_CHECKS, "empty rows")
 
 _BATCH, _HEADS, _TOKENS, _SIZE = 4, 4, 197, 48
+
+
+def what_is_missing(device: str) -> str:
+    """Why nothing can run on a device; empty if it can."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device; --device cpu goes through the same on the CPU"
+    if device == "cuda" and build_info()["cuda"] is None:
+        return "the compiled library has no CUDA kernels; build it with benchmarks/gpu.sh build"
+    return ""
 
 
 def check(name: str, op: str, dtype: torch.dtype, device: str) -> None:

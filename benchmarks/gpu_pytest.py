@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_checks import what_is_missing
 from benchmarks.records import LEFT, RESTART, Records
 
 _records = Records.of_environment()
@@ -24,8 +25,8 @@ _status: list[int] = []
 
 def pytest_sessionstart() -> None:
     """Else all tests would be skipped."""
-    if _on_cuda and not torch.cuda.is_available():
-        pytest.exit("torch sees no CUDA device; --device cpu goes through the same on the CPU", returncode=1)
+    if missing := what_is_missing("cuda" if _on_cuda else "cpu"):
+        pytest.exit(missing, returncode=1)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -274,7 +275,7 @@ class Stage:
     def _check_summary(self, tool: str, expression: str, log: Path) -> None:
         """What compute-sanitizer counted must have been seen during some test; else the whole run has failed."""
         text = log.read_text(errors="replace") if log.exists() else ""
-        faults = [line for line in text.splitlines() if "SUMMARY" in line and " 0 " not in line]
+        faults = re.findall(r".* SUMMARY: [1-9].*", text)
         found = [line for result in self.records.results().values() for line in result.get("why", "").splitlines()]
         if faults and not any(line.startswith("=====") and line in text for line in found):
             self.records.add({"key": expression, "status": "failed", "why": f"{faults[0]}\n{text[-3000:]}"})
@@ -290,11 +291,8 @@ class Stage:
             why = "counters are a GPU's" if self.device == "cpu" else "ncu is not on the PATH or in CUDA_HOME/bin"
             self.left_out("ncu", f"{why}; the calls run without it")
         calls = [sys.executable, "-m", "benchmarks.gpu", "--device", self.device]
-        listed = subprocess.run([*calls, "--list-calls"], cwd=ROOT, capture_output=True, text=True)
-        keys = [key for key in listed.stdout.splitlines() if key not in self.records.done()]
-        if listed.returncode:
-            print(f"profile: FAILED: {(listed.stderr.strip().splitlines() or ['--list-calls'])[-1]}")
-            self.failed = True
+        done = self.records.done()
+        keys = [key for key in self._list_calls(calls) if key not in done]
         counters = list(COUNTERS)
         log = self.records.state / "ncu.csv"
         while keys:
@@ -327,6 +325,13 @@ class Stage:
             if denied:
                 break
         self.left += keys
+
+    def _list_calls(self, calls: Sequence[str]) -> list[str]:
+        listed = subprocess.run([*calls, "--list-calls"], cwd=ROOT, capture_output=True, text=True)
+        if listed.returncode:
+            print(f"profile: FAILED: {(listed.stderr.strip().splitlines() or ['--list-calls'])[-1]}")
+            self.failed = True
+        return listed.stdout.splitlines()
 
 
 def _pytest(*arguments: str) -> list[str]:

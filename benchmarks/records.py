@@ -119,7 +119,7 @@ class Records:
 
     def add(self, *results: dict[str, Any]) -> None:
         """Appends results, each with a ``key``, all at once."""
-        about = {"library": self.library, "time": round(time.time(), 1)}
+        about = {"library": self.library, "time": time.time()}
         self.append(*({**result, "key": self.prefix + result["key"], **about} for result in results))
 
     def append(self, *lines: dict[str, Any]) -> None:
