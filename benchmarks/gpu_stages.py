@@ -248,33 +248,33 @@ class Stage:
                 self.left_out(tool, "compute-sanitizer is not on the PATH, in CUDA_HOME/bin or beside torch")
         else:
             tools = TOOLS
-        for expression in SANITIZED:
-            for tool in tools:
-                self.records.prefix = f"{tool}: "
-                # Tensors of their own allocation, so that reads beyond one are seen.
-                environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-                command = _pytest("python_tests/test_cuda_device.py", "-k", expression)
-                log = self.records.state / "sanitizer.log"
-                log.unlink(missing_ok=True)
-                if tool != "plain":
-                    # initcheck must see what torch's kernels write.
-                    ours = [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=fiak_"]
-                    options = ["--tool", tool, "--report-api-errors", "explicit", "--log-file", str(log), *ours]
-                    command = [str(program), *options, *command]
-                    environment["FIAK_SANITIZER_LOG"] = str(log)
-                goes_on = self.work(expression, command, environment)
-                if log.exists():
-                    with self.log.open("ab") as whole:
-                        whole.write(log.read_bytes())
-                if self.failed and tool != "plain":
-                    print(f"{tool}:\n{log.read_text(errors='replace') if log.exists() else 'no log'}")
-                if not goes_on:
-                    return
-                self._check_summary(tool, expression, log)
+        runs = [(expression, tool) for expression in SANITIZED for tool in tools]
+        for index, (expression, tool) in enumerate(runs):
+            self.records.prefix = f"{tool}: "
+            # Tensors of their own allocation, so that reads beyond one are seen.
+            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            command = _pytest("python_tests/test_cuda_device.py", "-k", expression)
+            log = self.records.state / "sanitizer.log"
+            log.unlink(missing_ok=True)
+            if tool != "plain":
+                # initcheck must see what torch's kernels write.
+                ours = [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=fiak_"]
+                options = ["--tool", tool, "--report-api-errors", "explicit", "--log-file", str(log), *ours]
+                command = [str(program), *options, *command]
+                environment["FIAK_SANITIZER_LOG"] = str(log)
+            goes_on = self.work(f"{tool}: {expression}", command, environment)
+            text = log.read_text(errors="replace") if log.exists() else ""
+            with self.log.open("a") as whole:
+                whole.write(text)
+            if self.failed:
+                print(text)
+            if not goes_on:
+                self.left += [f"{rest}: {of}" for of, rest in runs[index + 1 :]]
+                return
+            self._check_summary(expression, text)
 
-    def _check_summary(self, tool: str, expression: str, log: Path) -> None:
+    def _check_summary(self, expression: str, text: str) -> None:
         """What compute-sanitizer counted must have been seen during some test; else the whole run has failed."""
-        text = log.read_text(errors="replace") if log.exists() else ""
         faults = re.findall(r".* SUMMARY: [1-9].*", text)
         found = [line for result in self.records.results().values() for line in result.get("why", "").splitlines()]
         if faults and not any(line.startswith("=====") and line in text for line in found):
