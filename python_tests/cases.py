@@ -312,7 +312,7 @@ def num_threads(threads: int) -> Iterator[None]:
 
 def isas_of(dtype: torch.dtype) -> list[str]:
     """The instruction sets of this machine whose kernels calls with this dtype may run on."""
-    found = []
+    found: list[str] = []
     for level in ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"):
         with cpu_isa(level):
             if _C.kernel_isa(str(dtype).removeprefix("torch.")) == level:
@@ -324,7 +324,7 @@ KERNELS = [(isa, dtype) for dtype in DTYPES for isa in isas_of(dtype)]
 
 
 def assert_close_enough(problem: Problem) -> None:
-    """DESIGN's error bound against the float64 reference, for the output, logsumexp and all gradients.
+    """The error bound against the float64 reference, for the output, logsumexp and all gradients.
 
     The error may be twice that of the same formulas in eager torch of the same dtype, and a few roundings of the terms
     that the result is a sum of. logsumexp, which does not depend on the low precision of a dtype, is held to float32.
