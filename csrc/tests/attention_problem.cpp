@@ -144,12 +144,27 @@ void expect_all_identical(const Results& actual, const Results& expected, unsign
   if (wanted & kGradWeight) expect_identical(actual.grad_weight, expected.grad_weight, "grad_weight of " + what);
 }
 
-/// Expects a row's numbers to be those of `expected`, bit for bit, or all NaN.
+/// The largest finite number of a head.
+double largest_of_head(const Tensor& x, int64_t b, int64_t h) {
+  double largest = 0;
+  for (int64_t n = 0; n < x.rows; ++n) {
+    for (int64_t d = 0; d < x.columns; ++d) {
+      if (std::isfinite(x.at(b, h, n, d))) largest = std::max(largest, std::abs(x.at(b, h, n, d)));
+    }
+  }
+  return largest;
+}
+
+/// Expects a row's numbers to be those of `expected`, bit for bit, or all NaN. `rounded` is how far off they may be, in
+/// units of the largest number of the head; where it is not 0, what float32 leaves of terms of order 1 that cancel each
+/// other, as in the gradient of a row of one key, may be left, too.
 void expect_row(const Tensor& actual, const Tensor& expected, bool nan, int64_t b, int64_t h, int64_t n,
-                const std::string& what) {
+                const std::string& what, double rounded = 0) {
   for (int64_t d = 0; d < actual.columns; ++d) {
     const double x = actual.at(b, h, n, d), e = expected.at(b, h, n, d);
-    ASSERT_TRUE(nan ? std::isnan(x) : x == e || (std::isnan(x) && std::isnan(e)))
+    if (nan ? std::isnan(x) : x == e || (std::isnan(x) && std::isnan(e))) continue;
+    const double allowed = rounded == 0 ? 0 : rounded * largest_of_head(expected, b, h) + 0x1p-20;
+    ASSERT_TRUE(!nan && std::abs(x - e) <= allowed)
         << what << ", row " << b << " " << h << " " << n << ": " << x << (nan ? " for NaN" : " for ") << e;
   }
 }
@@ -692,19 +707,26 @@ void KernelChecks::keeps_nan_in_its_place(MakeProblem make, int rounds) const {
           for (int64_t h = 0; h < args.query_heads; ++h) {
             for (int64_t n = 0; n < args.queries; ++n) {
               const bool here = b == at_b && h == at_h && n == at_n;
+              const bool beside = b == at_b && h / shared == at_h / shared;
+              const double rounded = beside && !keeps_bits_beside_nan() ? 0x1p-7 : 0;
               const bool empty = clean.logsumexp.at(b, h, n, 0) == -std::numeric_limits<double>::infinity();
               const bool nan = here && std::isnan(poison) && !empty && operand == &problem.query;
-              if (!here || nan || empty) expect_row(results.output, clean.output, nan, b, h, n, "output of " + what);
-              if (!here || empty)
-                expect_row(results.grad_query, clean.grad_query, false, b, h, n, "grad_query of " + what);
+              if (!here || nan || empty) {
+                expect_row(results.output, clean.output, nan, b, h, n, "output of " + what, rounded);
+              }
+              if (!here || empty) {
+                expect_row(results.grad_query, clean.grad_query, false, b, h, n, "grad_query of " + what, rounded);
+              }
             }
           }
           for (int64_t h = 0; h < args.key_heads; ++h) {
             for (int64_t j = 0; j < args.keys; ++j) {
               const bool reached = !only_support_gets_nan() || problem.in_support(b, at_h, at_n, j);
-              if (b == at_b && h == at_h / shared && reached) continue;
-              expect_row(results.grad_key, clean.grad_key, false, b, h, j, "grad_key of " + what);
-              expect_row(results.grad_value, clean.grad_value, false, b, h, j, "grad_value of " + what);
+              const bool beside = b == at_b && h == at_h / shared;
+              if (beside && reached) continue;
+              const double rounded = beside && !keeps_bits_beside_nan() ? 0x1p-7 : 0;
+              expect_row(results.grad_key, clean.grad_key, false, b, h, j, "grad_key of " + what, rounded);
+              expect_row(results.grad_value, clean.grad_value, false, b, h, j, "grad_value of " + what, rounded);
             }
           }
         }

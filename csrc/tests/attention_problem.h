@@ -102,6 +102,9 @@ class KernelChecks {
   /// Whether a query that is not finite, or whose output's gradient is not, leaves alone all keys that it does not
   /// attend to: tiles of tensor cores let it pass to those of its head.
   virtual bool only_support_gets_nan() const { return false; }
+  /// Whether other rows of a key head with such a number keep their bits: AMX tiles leave that head to vectors, whose
+  /// sums are rounded in another order.
+  virtual bool keeps_bits_beside_nan() const { return true; }
   static const cpu::Kernels& scalar() { return cpu::kernels(cpu::Isa::kScalar); }
 
   /// What a problem's results are compared with: those of float64, and the scalar kernel's in the same dtype, which has
@@ -129,6 +132,7 @@ class KernelTest : public testing::TestWithParam<std::tuple<cpu::Isa, DType>>, p
   DType dtype() const override { return std::get<1>(GetParam()); }
   const cpu::Kernels& kernels() const override { return cpu::kernels(isa()); }
   bool only_support_gets_nan() const override { return true; }
+  bool keeps_bits_beside_nan() const override { return isa() != cpu::Isa::kAmxBf16; }
 };
 
 std::string kernel_test_name(const testing::TestParamInfo<std::tuple<cpu::Isa, DType>>& info);
