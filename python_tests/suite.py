@@ -1,13 +1,25 @@
-"""What prior_attention and csr_attention have to pass alike: DESIGN's contracts, each a test of one class."""
+"""What prior_attention and csr_attention have to pass alike: their common contracts, each a test of one class."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from cases import DTYPES, KERNELS, Case, Problem, assert_close_enough, cpu_isa, isas_of, num_threads, random_case
+from cases import (
+    DTYPES,
+    KERNELS,
+    Case,
+    Problem,
+    assert_close_enough,
+    cpu_isa,
+    error,
+    isas_of,
+    num_threads,
+    random_case,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +34,7 @@ class AttentionSuite:
     op: ClassVar[str]
     cases: ClassVar[list[Case]]
     large_cases: ClassVar[list[Case]]
+    kernels: ClassVar[tuple[str, ...]] = ("auto",)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """The op's forward over the pairs of a mask ``[Hq, N, M]``: weights 1, the others pruned."""
@@ -310,6 +323,50 @@ class AttentionSuite:
         with cpu_isa(isa):
             self._compare_weighted(query, key, value, weight, scale=1.0, tolerance=5e-5)
             self._compare_weighted(query, key, value, weight.log(), scale=1.0, tolerance=5e-5, log_weights=True)
+
+    @pytest.mark.parametrize("size", [40.0, 61.7, 90.0])
+    @pytest.mark.parametrize("weights", ["none", "weights", "logarithms"])
+    def test_gradients_at_scores_of_tens_of_thousands(
+        self, isa: str, dtype: torch.dtype, size: float, weights: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Keys come in pairs with the same score, so that no probability is 1; a logsumexp is rounded by 0.004."""
+        generator = torch.Generator().manual_seed(0)
+        key, value, grad = (torch.randn(2, 4, 64, 32, generator=generator).to(dtype) for _ in range(3))
+        key = (key * size).repeat_interleave(2, dim=2)[:, :, :64].contiguous()
+        mask = torch.rand(4, 64, 64, generator=generator) < 0.5
+        mask[..., 1:].logical_or_(torch.eye(64, dtype=torch.bool)[..., 1:])
+        mask[..., 0] = True
+        weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = mask.to(weight_dtype)
+        if weights != "none":
+            weight *= torch.rand(weight.shape, generator=generator, dtype=weight_dtype) + 0.5
+        given = weight.log() if weights == "logarithms" else weight
+
+        def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if weights == "none":
+                return self.attend(query, key, value, mask)[0]
+            return self.weigh(query, key, value, given, log_weights=weights == "logarithms")[0]
+
+        def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            scores = query @ key.mT / 32**0.5 + weight.to(query.dtype).log()
+            return scores.softmax(-1) @ value
+
+        def grads(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in (key, key, value)]
+            return list(torch.autograd.grad(call(*leaves), leaves, grad.to(dtype)))
+
+        exact = grads(eager, torch.float64)
+        theirs = grads(eager, weight_dtype)
+        for kernel in self.kernels:
+            monkeypatch.setenv("FIAK_CSR_KERNEL", kernel)
+            with cpu_isa(isa):
+                actual = grads(ours, dtype)
+            # A query's gradient is what is left of pairs of keys that cancel each other.
+            for name, mine, other, wanted in zip(("key", "value"), actual[1:], theirs[1:], exact[1:], strict=True):
+                rounding = 8 * max(torch.finfo(dtype).eps, 1e-11) * float(wanted.abs().max())
+                # A score plus a logarithm is rounded in units of powers of two, where numbers are larger.
+                times = 4 if weights == "logarithms" else 2
+                assert error(mine, wanted) <= times * error(other, wanted) + rounding, (kernel, name)
 
     @pytest.mark.parametrize("queries", [3, 19])
     @pytest.mark.parametrize("hidden", [95.0, 104.0, 1e4, 1e30])

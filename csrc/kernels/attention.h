@@ -60,6 +60,10 @@ struct ForwardResult {
   void* logsumexp = nullptr;  ///< contiguous [batch, query_heads, queries], float (double with double)
 };
 
+/// Beyond this size a logsumexp, rounded, may be off by more than the scores' own rounding, and every probability by as
+/// much: backward on the CPU then computes the row's maximum and sum once more.
+constexpr float kLargeLogsumexp = 64.0f;
+
 struct BackwardArgs {
   Input grad_output, output;
   const void* logsumexp = nullptr;

@@ -233,9 +233,14 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
   using Real = typename Number<T>::Real;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
   const Weights<Real> weights(args);
+  /// A pair's probability is w exp(s - shift) factor.
+  struct Row {
+    Real shift, factor;
+    bool empty() const { return shift == -std::numeric_limits<Real>::infinity(); }
+  };
   // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
-  const auto probability = [&](Real w, Real s, Real lse) {
-    const Real a = weights.exp_of(weights.split(w), s, lse);
+  const auto probability = [&](Real w, Real s, const Row& row) {
+    const Real a = weights.exp_of(weights.split(w), s, row.shift) * row.factor;
     return weights.are_logs() ? std::min(a, Real{1}) : a;
   };
   const auto* logsumexp = static_cast<const Real*>(grads.logsumexp);
@@ -248,12 +253,26 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
 
   // delta_i = sum_j a_ij dA_ij = dO_i . O_i
   std::vector<Real> delta(args.batch * args.query_heads * args.queries);
+  std::vector<Row> rows(delta.size());
   parallel_range(parallel, args.batch * args.query_heads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / args.query_heads, h = i % args.query_heads;
       for (int64_t n = 0; n < args.queries; ++n) {
         delta[index(b, h, n)] =
             Number<T>::real(dot(grad_output(b, h, n), row_of<T>(grads.output, b, h, n), args.value_size));
+        Row& row = rows[index(b, h, n)];
+        row = {logsumexp[index(b, h, n)], 1};
+        if (!std::isfinite(row.shift) || std::abs(row.shift) <= kLargeLogsumexp) continue;
+        const Scores<T> score(args, b, h);
+        const auto for_support = [&](auto&& use) {
+          pairs.for_row(b, h, n, [&](int64_t j, Real w, int64_t) {
+            if (weights.in_support(w)) use(weights.split(w), score(n, j));
+          });
+        };
+        Real maximum = -std::numeric_limits<Real>::infinity(), total = 0;
+        for_support([&](const auto& w, Real s) { maximum = std::max(maximum, weights.log_of(w, s)); });
+        for_support([&](const auto& w, Real s) { total += weights.exp_of(w, s, maximum); });
+        row = {maximum, 1 / total};
       }
     }
   });
@@ -270,19 +289,19 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
         grad_weight.assign(slots, 0.0);
         for_queries(args, pairs, g, wh, wr, [&](int64_t b, int64_t h, int64_t n) {
           const Scores<T> score(args, b, h);
-          const Real lse = logsumexp[index(b, h, n)];
+          const Row& row = rows[index(b, h, n)];
           sum.clear();
-          if (lse != -std::numeric_limits<Real>::infinity()) {
+          if (!row.empty()) {
             pairs.for_row(b, h, n, [&](int64_t j, Real w, int64_t slot) {
               const Real da =
                   factor(b, h, n, j) * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
               const Real s = score(n, j), da_minus_delta = da - delta[index(b, h, n)];
               const bool inside = weights.in_support(w);
-              const Real ds = inside ? probability(w, s, lse) * da_minus_delta : Real{0};
+              const Real ds = inside ? probability(w, s, row) * da_minus_delta : Real{0};
               // d L / d ln w = d L / d s; d L / d w is that over w, which may be 0.
-              grad_weight[slot] += weights.are_logs()
-                                       ? ds
-                                       : std::exp(static_cast<double>(s) - static_cast<double>(lse)) * da_minus_delta;
+              grad_weight[slot] += weights.are_logs() ? ds
+                                                      : std::exp(static_cast<double>(s) - row.shift) * row.factor *
+                                                            static_cast<double>(da_minus_delta);
               if (inside) sum.add(ds, score.key(j));
             });
           }
@@ -310,9 +329,9 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
         for (int64_t h = key_head * shared_heads; h < (key_head + 1) * shared_heads; ++h) {
           const Scores<T> score(args, b, h);
           pairs.for_column(b, h, j, [&](int64_t n, Real w) {
-            const Real lse = logsumexp[index(b, h, n)];
-            if (!weights.in_support(w) || lse == -std::numeric_limits<Real>::infinity()) return;
-            const Real a = probability(w, score(n, j), lse);
+            const Row& row = rows[index(b, h, n)];
+            if (!weights.in_support(w) || row.empty()) return;
+            const Real a = probability(w, score(n, j), row);
             const Real kept = factor(b, h, n, j);
             const Real da = kept * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
             const Real ds = a * (da - delta[index(b, h, n)]);

@@ -53,6 +53,12 @@ FIAK_INLINE void parallel_balanced(const Parallel& parallel, int64_t count, Work
   });
 }
 
+/// See kLargeLogsumexp.
+FIAK_INLINE bool is_large_logsumexp(float logsumexp) {
+  return (logsumexp > kLargeLogsumexp && logsumexp < kInfinity) ||
+         (logsumexp < -kLargeLogsumexp && logsumexp > -kInfinity);
+}
+
 /// Turns sums of 2^(score + exponent - logsumexp) (dA - delta) into the gradients of `count` weights, which may leave
 /// the range of float: only then, so that no partial sum does.
 FIAK_INLINE void scale_weight_gradients(float* grads, const float* weights, int64_t count) {

@@ -7,13 +7,6 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
-/// Whether a logsumexp, rounded, may be off by more than the scores' own rounding, and every probability by as much:
-/// backward then computes the row's maximum and sum once more.
-FIAK_INLINE bool is_large_logsumexp(float logsumexp) {
-  constexpr float kLarge = 64.0f;
-  return (logsumexp > kLarge && logsumexp < kInfinity) || (logsumexp < -kLarge && logsumexp > -kInfinity);
-}
-
 /// Queries [begin, end) of head h of element b, whose rows of the pattern have at most `longest` entries.
 void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t b, int64_t h, int64_t begin,
                       int64_t end, int64_t longest);

@@ -30,10 +30,12 @@ struct PairMemory {
         parts(scratch.floats(WeightArrays::floats(kRoom)), kRoom) {}
 };
 
-/// The power of two of a pair's probability, but for its weight's factor and its row's.
-FIAK_INLINE Vec shifted(Vec score, const Pairs& pairs, const PairMemory& memory, int64_t i, Vec shift) {
+/// The power of two of a pair's probability, but for its weight's factor and its row's. No pass over a row may round
+/// the product alone, since all must get the same number, and near the shift that is all there is.
+FIAK_INLINE Vec shifted(Vec score, Vec scale, const Pairs& pairs, const PairMemory& memory, int64_t i, Vec shift) {
   // The exponent less the shift is exact, or nearly.
-  return pairs.weights == nullptr ? sub(score, shift) : add(score, sub(load(memory.parts.exponents + i), shift));
+  return pairs.weights == nullptr ? fmsub(score, scale, shift)
+                                  : fmadd(score, scale, sub(load(memory.parts.exponents + i), shift));
 }
 
 int64_t offset_of(const CsrArgs& args, int64_t b) { return args.query_offsets != nullptr ? args.query_offsets[b] : 0; }
@@ -218,7 +220,6 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
                     products.rows(args.value, args.value_size, b, key_head, pairs), s);
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
         Vec x = mul(load(s + i), scale);
-        store(s + i, x);
         if (pairs.weights != nullptr) x = add(x, load(memory.parts.exponents + i));
         maxima = keep_max(first_lanes(smaller(kLanes, pairs.count - i)), x, maxima);
       }
@@ -233,7 +234,7 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
       float* p = scores + done;
       Vec sum = zero();
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
-        Vec e = exp2_below_128(shifted(load(p + i), pairs, memory, i, shift));
+        Vec e = exp2_below_128(shifted(load(p + i), scale, pairs, memory, i, shift));
         if (pairs.weights != nullptr) e = mul(e, load(memory.parts.factors + i));
         const Mask lanes = first_lanes(smaller(kLanes, pairs.count - i));
         sum = add(sum, keep(lanes, e));
@@ -309,7 +310,7 @@ class RowsBackward {
         for (int64_t k = 0; k < pairs.count; ++k) {
           const bool weighed = pairs.weights != nullptr;
           const double exponent = weighed ? static_cast<double>(memory.parts.exponents[k]) : 0.0;
-          use(static_cast<double>(scores[k] * scale_) + exponent,
+          use(static_cast<double>(scores[k]) * static_cast<double>(scale_) + exponent,
               weighed ? static_cast<double>(memory.parts.factors[k]) : 1.0);
         }
       }
@@ -353,11 +354,11 @@ class RowsBackward {
         fill_factors(factors, pairs, [&](int64_t j) { return dropout_.factor(b, h, n + offset_of(args_, b), j); });
       }
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
-        const Vec power = mul(load(scores + i), broadcast(scale_));
         Vec product = load(ds + i);
         if (dropout_.active()) product = mul(product, load(factors + i));
         const Vec grad = mul(sub(product, broadcast(row.delta)), broadcast(row.factor));
-        const Vec p = mul(exp2(shifted(power, pairs, memory, i, broadcast(row.shift))), grad);
+        const Vec power = shifted(load(scores + i), broadcast(scale_), pairs, memory, i, broadcast(row.shift));
+        const Vec p = mul(exp2(power), grad);
         store(ds + i, values != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
         if (values != nullptr) store(scores + i, p);
       }
@@ -432,8 +433,9 @@ class RowsBackward {
             fill_factors(factors, pairs, [&](int64_t n) { return dropout_.factor(b, h, n + offset, j); });
           }
           for (int64_t i = 0; i < pairs.count; i += kLanes) {
-            const Vec power = mul(sub(load(scores + i), broadcast(half_square)), broadcast(scale_));
-            const Vec p = mul(exp2(shifted(power, pairs, memory, i, load(shifts + i))), load(row_factors + i));
+            const Vec score = sub(load(scores + i), broadcast(half_square));
+            const Vec power = shifted(score, broadcast(scale_), pairs, memory, i, load(shifts + i));
+            const Vec p = mul(exp2(power), load(row_factors + i));
             store(scores + i, pairs.weights != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
           }
           if (key_wanted) {

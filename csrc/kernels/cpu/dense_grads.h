@@ -2,8 +2,10 @@
 // weight, is the caller's business.
 //
 // S = scale Q K^T again, P = exp(S + ln w - lse), dA = dO V^T, dS = P (dA - delta), dw = exp(S - lse) (dA - delta),
-// dQ = dS K, dK = dS^T Q, dV = P^T dO, with powers of two for exp. bfloat16 runs on pairs or tiles (tile_grads.h),
-// where the instruction set has them: P and dS are rounded to bfloat16, sums are float32.
+// dQ = dS K, dK = dS^T Q, dV = P^T dO, with powers of two for exp. Where lse is so large that it was rounded by more
+// than P may be off, P is exp(S + ln w - max) / sum, with the row's maximum and sum from the same S. bfloat16 runs on
+// pairs or tiles (tile_grads.h), where the instruction set has them: P and dS are rounded to bfloat16, sums are
+// float32.
 //
 // It runs in waves. A wave is a range of queries, a range of keys and a few heads and batch elements. First its rows
 // are computed: P and dS of the wave, dQ and the weights' gradient; then its columns, dK and dV, from the P and dS that
@@ -48,22 +50,62 @@ FIAK_INLINE Input from_row(const Input& x, DType dtype, int64_t begin) {
           x.row_stride};
 }
 
+/// Scores times `factor`, plus `bias` if there is one, as both passes over a row with a large logsumexp must have them,
+/// bit for bit: in memory, so that no compiler fuses their last operation with what follows.
+template <bool kScale>
+__attribute__((noinline)) static void finish_scores(float* scores, int64_t count, float factor, const float* bias) {
+  const Vec f = broadcast(factor);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    Vec s = load(scores + j);
+    if constexpr (kScale) s = mul(s, f);
+    if (bias != nullptr) s = add(s, load(bias + j));
+    store(scores + j, s);
+  }
+}
+
+/// The largest raised score of a row, and the inverse of the sum of 2^(raised score - maximum); 0: they are not needed.
+struct RowSum {
+  float maximum, inverse;
+};
+
+/// Adds the finished scores of keys [0, count) to a row's maximum and sum so far.
+template <class Support>
+static void sum_row(const float* scores, const Support& support, int64_t count, RowState& state) {
+  const float maximum = row_maximum<false>(scores, support, count, 1.0f);
+  if (maximum == -kInfinity) return;
+  raise_maximum(maximum, state.maximum == -kInfinity, state, nullptr, 0);
+  const Vec shift = broadcast(state.maximum);
+  Vec sums = zero();
+  for_vectors(
+      count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        const Vec e = exp2(support.grad_raised(j, n, load(scores + j), shift));
+        sums = add(sums, support.grad_weighted(j, n, e));
+      });
+  state.total += reduce_add(sums);
+}
+
 /// A row's scores, which log2(e) has multiplied, become its attention, and its dA become dS, for keys [0, count); 0 up
-/// to `columns`. Where kScale, scores are still to be multiplied by `factor`. `kept` are dropout's factors and
-/// `grad_weights` is what dw is added to, or null.
-template <bool kScale, class Support>
+/// to `columns`. Where kScale, scores are still to be multiplied by `factor`; where kSummed, they are finished, and
+/// `factor` and `logsumexp` are the row's RowSum. `kept` are dropout's factors and `grad_weights` is what dw is added
+/// to, or null.
+template <bool kScale, bool kSummed, class Support>
 static void grad_row(float* scores, float* products, const Support& support, int64_t count, int64_t columns,
                      float factor, float logsumexp, float delta, const float* bias, const float* kept,
                      float* grad_weights) {
-  const Vec lse = broadcast(logsumexp), shift = broadcast(logsumexp * kLog2E), d = broadcast(delta),
-            f = broadcast(factor);
+  const Vec lse = broadcast(logsumexp), shift = broadcast(kSummed ? logsumexp : logsumexp * kLog2E),
+            d = broadcast(delta), f = broadcast(factor);
   for_vectors(
       count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-        Vec s = load(scores + j), grad = load(products + j);
-        if constexpr (kScale) s = mul(s, f);
-        if (bias != nullptr) s = add(s, load(bias + j));
+        Vec s = load(scores + j), grad = load(products + j), e;
         if (kept != nullptr) grad = mul(grad, load(kept + j));
-        const Vec e = exp2(support.grad_shifted(j, n, s, lse, shift)), ds = mul(e, sub(grad, d));
+        if constexpr (kSummed) {
+          e = mul(exp2(support.grad_raised(j, n, s, shift)), f);
+        } else {
+          if constexpr (kScale) s = mul(s, f);
+          if (bias != nullptr) s = add(s, load(bias + j));
+          e = exp2(support.grad_shifted(j, n, s, lse, shift));
+        }
+        const Vec ds = mul(e, sub(grad, d));
         Vec attention = support.grad_weighted(j, n, e);
         if (kept != nullptr) attention = mul(attention, load(kept + j));
         store(scores + j, attention);
@@ -358,7 +400,8 @@ class DenseBackward {
   struct Slot {
     typename Products::Keys keys;
     float *bias, *grad_key, *grad_value, *score_sums, *grad_query, *attention, *grad_scores;
-    bool* needed;  // of the wave's tiles of kGradRows queries and kKeys keys
+    RowSum* row_sums;  // of the wave's queries
+    bool* needed;      // of the wave's tiles of kGradRows queries and kKeys keys
   };
 
   static constexpr int64_t kSlotBytes = 192;
@@ -369,7 +412,7 @@ class DenseBackward {
     return slots *
            (kSlotBytes + products_.key_bytes(all_keys_) + 2 * carved(all_keys_) + carved(all_keys_ * row_size_) +
             carved(all_keys_ * value_size_) + carved(most_.queries * row_size_) + 2 * carved(products_.wave_units()) +
-            carved((most_.queries / kGradRows * key_blocks() + 3) / 4));
+            carved(2 * most_.queries) + carved((most_.queries / kGradRows * key_blocks() + 3) / 4));
   }
   int64_t key_blocks() const { return most_.keys / kKeys; }
   Slot& slot(int64_t i) const { return *reinterpret_cast<Slot*>(slots_ + bytes_of(1) * i); }
@@ -396,6 +439,7 @@ class DenseBackward {
     x.grad_query = carver.floats(most_.queries * row_size_);
     x.attention = carver.floats(products_.wave_units());
     x.grad_scores = carver.floats(products_.wave_units());
+    x.row_sums = reinterpret_cast<RowSum*>(carver.floats(2 * most_.queries));
     x.needed = reinterpret_cast<bool*>(carver.floats(0));
     std::memset(x.score_sums, 0, all_keys_ * sizeof(float));
     std::memset(x.grad_key, 0, all_keys_ * row_size_ * sizeof(float));
@@ -455,19 +499,14 @@ class DenseBackward {
   void rows(const Wave& wave, int64_t i, int64_t first, int64_t count) {
     const Slot& x = slot(i);
     const int64_t b = batch_of(wave, i), h = key_head_of(wave, i) * shared_heads(args_) + wave.query_head;
-    const int64_t keys = smaller(wave.keys, keys_of(args_, b) - wave.key), row = first - wave.query;
+    const int64_t row = first - wave.query;
     const auto head = head_at_(b, h);
-    bool* needed = x.needed + row / kGradRows * key_blocks();
-    bool any = false;
-    for (int64_t k = 0; k < key_blocks(); ++k) {
-      const int64_t j = k * kKeys;
-      needed[k] = j < keys && head.needs(first, count, wave.key + j, smaller(kKeys, keys - j));
-      any |= needed[k];
-    }
+    if (wave.key == 0) sum_rows(x, b, h, head, first, count, row);
+    const bool any = find_needed(x, b, head, first, count, row, wave.key);
     float* sums = x.grad_query + row * row_size_;
     const bool query_wanted = grads_.grad_query.data != nullptr;
     if (wave.key == 0 && query_wanted) std::memset(sums, 0, kGradRows * row_size_ * sizeof(float));
-    if (any) add_rows(wave, x, b, h, head, first, count, keys, needed);
+    if (any) add_rows(wave, x, b, h, head, first, count);
     if (!query_wanted || wave.key + wave.keys < args_.keys) return;
     for (int64_t r = 0; r < count; ++r) {
       store_row(sums + r * row_size_, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
@@ -475,47 +514,125 @@ class DenseBackward {
     }
   }
 
+  bool* needed_of(const Slot& x, int64_t row) const { return x.needed + row / kGradRows * key_blocks(); }
+  float logsumexp_of(int64_t b, int64_t h, int64_t n) const {
+    return static_cast<const float*>(grads_.logsumexp)[(b * args_.query_heads + h) * args_.queries + n];
+  }
+
+  /// Finds out which tiles of the wave's keys, which start at `key`, queries [first, first + count) need, if any.
   template <class Head>
-  void add_rows(const Wave& wave, const Slot& x, int64_t b, int64_t h, const Head& head, int64_t first, int64_t count,
-                int64_t keys, const bool* needed) {
-    Carver carver{static_cast<char*>(thread_scratch(products_.task_bytes() + carved(most_.keys)))};
-    const int64_t row = first - wave.query, width = most_.keys;
-    [[maybe_unused]] const typename Products::Multiplier multiplier{};
+  bool find_needed(const Slot& x, int64_t b, const Head& head, int64_t first, int64_t count, int64_t row,
+                   int64_t key) const {
+    const int64_t keys = smaller(most_.keys, keys_of(args_, b) - key);
+    bool* needed = needed_of(x, row);
+    bool any = false;
+    for (int64_t k = 0; k < key_blocks(); ++k) {
+      const int64_t j = k * kKeys;
+      needed[k] = j < keys && head.needs(first, count, key + j, smaller(kKeys, keys - j));
+      any |= needed[k];
+    }
+    return any;
+  }
+
+  /// use(task, r, key, begin, end, columns) for row r of queries [first, first + count) and each run of needed tiles
+  /// of the wave's keys, which start at `wave_key`: it has scores and dA in columns [begin, end), `columns` of them
+  /// for keys that the row may attend to, from `key` on. Then done(task, key, begin, end, seen) for the run.
+  template <class Head, class Use, class Done>
+  void multiply_rows(const Slot& x, int64_t b, int64_t h, const Head& head, int64_t first, int64_t count, int64_t row,
+                     int64_t wave_key, Carver& carver, Use&& use, Done&& done) {
     const auto task = products_.load_task(b, h, first, count, row, x.attention, x.grad_scores, carver);
-    float* kept = carver.floats(width);
     const auto factor = static_cast<float>(args_.scale * kLog2E);
+    const int64_t keys = smaller(most_.keys, keys_of(args_, b) - wave_key);
     int64_t ends[kGradRows], diagonal = -kGradRows;
     for (int64_t r = 0; r < count; ++r) {
       ends[r] = head.end(first + r);
       diagonal = larger(diagonal, ends[r] - 1 - r);
     }
-    for_needed(needed, key_blocks(), 1, kKeys, [&](int64_t begin, int64_t end) {
-      const int64_t key = wave.key + begin, seen = smaller(end, keys) - begin;
+    for_needed(needed_of(x, row), key_blocks(), 1, kKeys, [&](int64_t begin, int64_t end) {
+      const int64_t key = wave_key + begin, seen = smaller(end, keys) - begin;
       products_.multiply_keys(x.keys, task, key, seen, begin, diagonal - key, factor);
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t n = first + r, at = (b * args_.query_heads + h) * args_.queries + n;
-        const float lse = static_cast<const float*>(grads_.logsumexp)[at];
-        const int64_t columns = lse == -kInfinity ? 0 : larger(0, smaller(seen, ends[r] - key));
-        float* grad_weights = head.grad_weights(n);
-        if (dropout_.active()) {
-          for (int64_t j = 0; j < columns; ++j) {
-            kept[j] = static_cast<float>(dropout_.factor(b, h, head.row(n), key + j));
-          }
-          for (int64_t j = columns; j < padded(columns); ++j) kept[j] = 0.0f;
-        }
-        head.fetch_grads(n, key, columns);
-        products_.wait();
-        head.with(n, key, [&](const auto& support) {
-          grad_row<!Products::kScaled>(task.scores + r * width + begin, task.products + r * width + begin, support,
-                                       columns, end - begin, factor, lse, delta_[at],
-                                       gaussian_ ? x.bias + key : nullptr, dropout_.active() ? kept : nullptr,
-                                       grad_weights != nullptr ? grad_weights + key : nullptr);
-        });
+        const bool empty = logsumexp_of(b, h, first + r) == -kInfinity;
+        use(task, r, key, begin, end, empty ? 0 : larger(0, smaller(seen, ends[r] - key)));
       }
-      products_.keep_grads(task, row, begin, end, x.attention, x.grad_scores);
-      if (grads_.grad_query.data == nullptr) return;
-      products_.add_keys(x.keys, task, key, seen, begin, x.grad_query + row * row_size_);
+      done(task, key, begin, end, seen);
     });
+  }
+
+  int64_t rows_bytes() const { return products_.task_bytes() + carved(most_.keys); }
+
+  /// The maxima and sums of queries [first, first + count) whose logsumexp is large, over all keys.
+  template <class Head>
+  void sum_rows(const Slot& x, int64_t b, int64_t h, const Head& head, int64_t first, int64_t count, int64_t row) {
+    RowState states[kGradRows];
+    bool any = false;
+    for (int64_t r = 0; r < count; ++r) {
+      states[r] = {-kInfinity, 0.0f};
+      x.row_sums[row + r] = {0.0f, 0.0f};
+      any |= is_large_logsumexp(logsumexp_of(b, h, first + r));
+    }
+    if (!any) return;
+    [[maybe_unused]] const typename Products::Multiplier multiplier{};
+    const auto factor = static_cast<float>(args_.scale * kLog2E);
+    for (int64_t wave_key = 0; wave_key < keys_of(args_, b); wave_key += most_.keys) {
+      if (!find_needed(x, b, head, first, count, row, wave_key)) continue;
+      Carver carver{static_cast<char*>(thread_scratch(rows_bytes()))};
+      multiply_rows(
+          x, b, h, head, first, count, row, wave_key, carver,
+          [&](const auto& task, int64_t r, int64_t key, int64_t begin, int64_t, int64_t columns) {
+            if (!is_large_logsumexp(logsumexp_of(b, h, first + r))) return;
+            float* scores = task.scores + r * most_.keys + begin;
+            finish_scores<!Products::kScaled>(scores, columns, factor, gaussian_ ? x.bias + key : nullptr);
+            head.with(first + r, key, [&](const auto& support) { sum_row(scores, support, columns, states[r]); });
+          },
+          [](const auto&...) {});
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      if (states[r].total > 0.0f) x.row_sums[row + r] = {states[r].maximum, 1.0f / states[r].total};
+    }
+  }
+
+  template <class Head>
+  void add_rows(const Wave& wave, const Slot& x, int64_t b, int64_t h, const Head& head, int64_t first, int64_t count) {
+    Carver carver{static_cast<char*>(thread_scratch(rows_bytes()))};
+    const int64_t row = first - wave.query, width = most_.keys;
+    [[maybe_unused]] const typename Products::Multiplier multiplier{};
+    float* kept = carver.floats(width);
+    const auto factor = static_cast<float>(args_.scale * kLog2E);
+    multiply_rows(
+        x, b, h, head, first, count, row, wave.key, carver,
+        [&](const auto& task, int64_t r, int64_t key, int64_t begin, int64_t end, int64_t columns) {
+          const int64_t n = first + r;
+          float* grad_weights = head.grad_weights(n);
+          if (dropout_.active()) {
+            for (int64_t j = 0; j < columns; ++j) {
+              kept[j] = static_cast<float>(dropout_.factor(b, h, head.row(n), key + j));
+            }
+            for (int64_t j = columns; j < padded(columns); ++j) kept[j] = 0.0f;
+          }
+          head.fetch_grads(n, key, columns);
+          products_.wait();
+          const RowSum sum = x.row_sums[row + r];
+          const float delta = delta_[(b * args_.query_heads + h) * args_.queries + n];
+          const float *bias = gaussian_ ? x.bias + key : nullptr, *factors = dropout_.active() ? kept : nullptr;
+          float *scores = task.scores + r * width + begin, *products = task.products + r * width + begin;
+          if (grad_weights != nullptr) grad_weights += key;
+          if (sum.inverse != 0.0f) finish_scores<!Products::kScaled>(scores, columns, factor, bias);
+          head.with(n, key, [&](const auto& support) {
+            if (sum.inverse != 0.0f) {
+              grad_row<false, true>(scores, products, support, columns, end - begin, sum.inverse, sum.maximum, delta,
+                                    nullptr, factors, grad_weights);
+            } else {
+              grad_row<!Products::kScaled, false>(scores, products, support, columns, end - begin, factor,
+                                                  logsumexp_of(b, h, n), delta, bias, factors, grad_weights);
+            }
+          });
+        },
+        [&](const auto& task, int64_t key, int64_t begin, int64_t end, int64_t seen) {
+          products_.keep_grads(task, row, begin, end, x.attention, x.grad_scores);
+          if (grads_.grad_query.data == nullptr) return;
+          products_.add_keys(x.keys, task, key, seen, begin, x.grad_query + row * row_size_);
+        });
   }
 
   /// Adds the wave's queries to dK and dV of its keys [begin, end) of slot i.

@@ -125,6 +125,7 @@ static void guarded_product(bool finite, const float* a, int64_t a_row, int64_t 
 //   grad_shifted(j, n, s, lse, shift), grad_weighted(j, n, x)
 //                               the same, where a weight of 0 has an exponent, too; shift is the logsumexp times
 //                               log2(e)
+//   grad_raised(j, n, s, shift) what grad_shifted is where shift is the largest raised score instead
 //   weight_gradient(j, n, x)    from 2^grad_shifted (dA - delta), that of the weight's logarithm, or what
 //                               scale_weight_gradients makes that of the weight
 
@@ -140,6 +141,7 @@ struct AllKeys {
   __attribute__((always_inline)) Vec grad_shifted(int64_t, int64_t, Vec s, Vec, Vec shift) const {
     return sub(s, shift);
   }
+  __attribute__((always_inline)) Vec grad_raised(int64_t, int64_t, Vec s, Vec shift) const { return sub(s, shift); }
   __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
   __attribute__((always_inline)) Vec weight_gradient(int64_t, int64_t, Vec x) const { return x; }
 };
@@ -163,6 +165,9 @@ struct WeightedKeys {
     return keep(kept(j, n), mul(x, weight_factor(weight(j, n))));
   }
   __attribute__((always_inline)) Vec grad_shifted(int64_t j, int64_t n, Vec s, Vec, Vec shift) const {
+    return grad_raised(j, n, s, shift);
+  }
+  __attribute__((always_inline)) Vec grad_raised(int64_t j, int64_t n, Vec s, Vec shift) const {
     return add(s, WeightParts(weight(j, n)).exponent_minus(shift));
   }
   __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const {
@@ -192,6 +197,9 @@ struct LogWeightedKeys {
   /// No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
   __attribute__((always_inline)) Vec grad_shifted(int64_t j, int64_t n, Vec s, Vec lse, Vec) const {
     return min(zero(), fmadd(sub(weight(j, n), lse), broadcast(kLog2E), s));
+  }
+  __attribute__((always_inline)) Vec grad_raised(int64_t j, int64_t n, Vec s, Vec shift) const {
+    return shifted<false>(j, n, s, s, shift);
   }
   __attribute__((always_inline)) Vec grad_weighted(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
   __attribute__((always_inline)) Vec weight_gradient(int64_t j, int64_t n, Vec x) const { return weighted(j, n, x); }
