@@ -583,7 +583,11 @@ class DenseBackward {
             if (!is_large_logsumexp(logsumexp_of(b, h, first + r))) return;
             float* scores = task.scores + r * most_.keys + begin;
             finish_scores<!Products::kScaled>(scores, columns, factor, gaussian_ ? x.bias + key : nullptr);
-            head.with(first + r, key, [&](const auto& support) { sum_row(scores, support, columns, states[r]); });
+            for (int64_t j = 0; j < columns; j += kKeys) {  // so that no cut of waves or runs changes a bit
+              head.with(first + r, key + j, [&](const auto& support) {
+                sum_row(scores + j, support, smaller(kKeys, columns - j), states[r]);
+              });
+            }
           },
           [](const auto&...) {});
     }
