@@ -564,12 +564,14 @@ class SparsePattern:
             keep: of :meth:`compact`, where this pattern is what it returned.
 
         Raises:
-            ValueError: a bias of several heads for a pattern that all heads share.
+            ValueError: a bias of several heads for a pattern that all heads share: ``from_mask(to_mask())`` is the same
+                pattern with pairs of its own for each head.
         """
         if bias.size(1) != self._pattern_heads:
+            remedy = "; SparsePattern.from_mask(pattern.to_mask()) has pairs of its own for each head"
             raise ValueError(
                 f"SparsePattern.entries: bias must have the pattern's {self._pattern_heads} heads "
-                f"(got shape {tuple(bias.shape)})"
+                f"(got shape {tuple(bias.shape)}){remedy if self.shared_heads else ''}"
             )
         rows, columns = self._entry_rows(), self.col_indices.long()
         if keep is not None:

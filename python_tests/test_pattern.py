@@ -533,8 +533,12 @@ def test_weights_of_a_shared_pattern() -> None:
     torch.testing.assert_close(ours, theirs)
     grads = [torch.autograd.grad(output.square().sum(), bias, retain_graph=True)[0] for output in (ours, theirs)]
     torch.testing.assert_close(grads[0], torch.nan_to_num(grads[1]))
-    with pytest.raises(ValueError, match=r"entries: bias must have the pattern's 1 heads \(got shape"):
-        shared.entries(torch.zeros(1, 4, 6, 9))
+    bias = torch.randn(1, 4, 6, 9)
+    with pytest.raises(ValueError, match=r"the pattern's 1 heads \(got .*; SparsePattern.from_mask\(pattern.to_mask"):
+        shared.entries(bias)
+    own = SparsePattern.from_mask(shared.to_mask())  # as it says
+    assert torch.equal(own.to_mask(), shared.to_mask())
+    assert torch.equal(own.entries(bias), bias[own.to_mask()])
 
 
 def test_shared_patterns_that_the_op_would_take_for_heads_are_refused() -> None:
