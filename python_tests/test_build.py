@@ -174,11 +174,12 @@ def test_results_of_other_versions_of_torch(tmp_path: Path) -> None:
     case = '<testcase classname="python_tests.test_x.Class" time="1.5">'
     report.write_text(
         f"<testsuites><testsuite>{case}</testcase>{case}<failure/></testcase>{case}<error/></testcase>"
-        f"{case}<skipped/></testcase></testsuite></testsuites>"
+        f'{case}<skipped/></testcase><testcase classname="" name="python_tests.test_y" time="0.5"><error/></testcase>'
+        "</testsuite></testsuites>"
     )
     outcomes, seconds = test_torch.count(report)
-    assert outcomes == {"passed": 1, "failed": 2, "skipped": 1}
-    assert seconds == {"test_x": 6.0}
+    assert outcomes == {"passed": 1, "failed": 3, "skipped": 1}
+    assert seconds == {"test_x": 6.0, "test_y": 0.5}
 
     row = {**dict.fromkeys(test_torch.COLUMNS, "1"), "torch": "2.13.0+cpu"}
     test_torch.write_row(table, row)

@@ -44,8 +44,11 @@ print(json.dumps({
 """
 
 # PyPI's torchvision is compiled for PyPI's torch, with CUDA: beside a CPU build of torch its library does not load, and
-# what is written in Python, all that timm takes of it, is not imported for want of this op's schema.
-TORCHVISION = 'import torch\ntorch.library.define("torchvision::nms", "(Tensor a, Tensor b, float c) -> Tensor")\n'
+# what is written in Python, all that timm takes of it, is not imported for want of these ops' schemas.
+TORCHVISION = """import torch
+for _name in {names}:
+    torch.library.define(_name, "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+"""
 
 
 def install(python: Path, libraries: list[str], package: list[str], cmake: str) -> None:
@@ -61,9 +64,13 @@ def install(python: Path, libraries: list[str], package: list[str], cmake: str) 
         [*pip, "--force-reinstall", "--no-deps", *package], check=True, env={**os.environ, "CMAKE_ARGS": cmake}
     )
     imported = subprocess.run([python, "-c", "import torchvision"], capture_output=True, text=True)
-    if "operator torchvision::nms does not exist" in imported.stderr:
-        (extension,) = python.parent.parent.glob("lib/python*/site-packages/torchvision/extension.py")
-        extension.write_text(TORCHVISION + extension.read_text())
+    if re.search(r"operator torchvision::\w+ does not exist", imported.stderr):
+        (package_folder,) = python.parent.parent.glob("lib/python*/site-packages/torchvision")
+        names = re.findall(
+            r'register_fake\("(torchvision::\w+)"\)', (package_folder / "_meta_registrations.py").read_text()
+        )
+        extension = package_folder / "extension.py"
+        extension.write_text(TORCHVISION.format(names=names) + extension.read_text())
 
 
 def copy_tests(folder: Path) -> None:
@@ -81,7 +88,8 @@ def count(report: Path) -> tuple[Counter[str], dict[str, float]]:
     for case in ElementTree.parse(report).iter("testcase"):
         outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
         outcomes[next((outcome[child.tag] for child in case if child.tag in outcome), "passed")] += 1
-        seconds[case.attrib["classname"].split(".")[1]] += float(case.attrib["time"])
+        name = case.attrib["classname"] or case.attrib["name"]  # the latter where a file cannot be imported
+        seconds[name.split(".")[1]] += float(case.attrib["time"])
     return outcomes, seconds
 
 
