@@ -162,7 +162,8 @@ def _call(layer: Projection, x: Tensor, heads: int, head_dim: int | None, owner:
 
 
 def _check_width(layer: Projection, width: int, heads: int, head_dim: int | None, owner: nn.Module | None) -> None:
-    if width % heads or head_dim not in (None, width // heads):
+    # Up to torch 2.13, compiled code does not find a number in a tuple of symbolic sizes that has it.
+    if width % heads or (head_dim is not None and head_dim != width // heads):
         size = "as many" if head_dim is None else str(head_dim)
         raise ValueError(
             f"{_place(layer, owner)}: output must have {size} features for each of {heads} heads (got {width} in "

@@ -676,6 +676,7 @@ def in_one_process(rank: int, work: Callable[..., dict[str, Tensor]], folder: st
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save(work(rank, *arguments), f"{folder}/{rank}.pt")
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -207,6 +207,7 @@ for state in STATES:
     steps(DistributedDataParallel(model, find_unused_parameters=True), ids()[dist.get_rank() :: dist.get_world_size()])
     if dist.get_rank() == 0:
         torch.save(model.state_dict(), f"{sys.argv[1]}/{state}.pt")
+dist.barrier()
 dist.destroy_process_group()
 """
 

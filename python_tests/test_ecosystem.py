@@ -384,6 +384,7 @@ for name in ("bert", "vit_tiny_patch16_224", "torch.nn"):
             results[name, state, low] = output, {key: grad.full_tensor() for key, grad in grads.items()}
 if dist.get_rank() == 0:
     torch.save(results, sys.argv[1])
+dist.barrier()
 dist.destroy_process_group()
 """
 
