@@ -246,6 +246,6 @@ class _ZeroWithGradient(torch.autograd.Function):
 def _take_rows(x: Tensor, keep: Tensor) -> Tensor:
     """``x [B, H, M, C]`` at the kept rows of each head; zeros where keep is -1."""
     batch, heads, rows, columns = x.shape
-    with_zeros = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    with_zeros = torch.cat([x, x.new_zeros(batch, heads, 1, columns)], 2)
     index = torch.where(keep < 0, rows, keep)[None, :, :, None].expand(batch, heads, -1, columns)
     return with_zeros.gather(2, index)

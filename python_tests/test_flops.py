@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fiak_ext
@@ -271,7 +272,10 @@ def test_torch_convention_is_that_of_the_matmuls_of_kept_pairs(
 def test_fused_attention_of_the_cpu_is_counted_once_by_every_torch(
     heads: int, queries: int, keys: int, is_causal: bool
 ) -> None:
-    """4 N M D a head, and 5 such products instead of 2 in the backward pass; torch before 2.15 has no count of it."""
+    """4 N M D a head, and 5 such products instead of 2 in the backward pass; torch before 2.15 has no count of it.
+
+    Single operations, which torch 2.8 takes where query heads share key heads, do not multiply scores again: 4.
+    """
     query = torch.randn(3, heads, queries, 8, requires_grad=True)
     key, value = (torch.randn(3, 2, keys, 8, requires_grad=True) for _ in range(2))
     product = 2 * 3 * heads * queries * keys * 8
@@ -281,7 +285,8 @@ def test_fused_attention_of_the_cpu_is_counted_once_by_every_torch(
         return nn.functional.scaled_dot_product_attention(query, key, value, **arguments)
 
     assert counted(attention) == 2 * product
-    assert counted(lambda: attention().sum().backward()) == 7 * product
+    is_fused = torch._fused_sdp_choice(query, key, value, **arguments) != SDPBackend.MATH.value
+    assert counted(lambda: attention().sum().backward()) == (7 if is_fused else 6) * product
 
 
 def test_conventions_by_name() -> None:
