@@ -37,8 +37,8 @@ test: build $(VENV)/installed-dev
 
 test-torch: $(if $(WHEEL),,build)
 	$(PYTHON) tools/test_torch.py --torch "$(TORCH)" --transformers "$(TRANSFORMERS)" --timm "$(TIMM)" \
-	  --kernels build/release --jobs $(JOBS) $(if $(TESTS),--tests "$(TESTS)") $(if $(RESULTS),--results "$(RESULTS)") \
-	  $(if $(WHEEL),--wheel "$(WHEEL)")
+	  $(if $(WHEEL),--wheel "$(WHEEL)",--kernels build/release) --jobs $(JOBS) \
+	  $(if $(TESTS),--tests "$(TESTS)") $(if $(RESULTS),--results "$(RESULTS)")
 
 wheel: $(VENV)/installed-dev
 	python tools/wheel.py

@@ -21,10 +21,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent
 
-# Ops; modules, what they keep, what is done with them; models of other libraries.
-OPS = "prior_attention csr_attention csr_plan compact compaction pattern packing"
+# Ops, whose tests need no compiler; modules, what they keep, what is done with them; models of other libraries.
+OPS = "prior_attention csr_attention csr_plan compact compaction pattern"
 TESTS = (
-    f"{OPS} modules state models flops compile pruning calibration "
+    f"{OPS} packing modules state models flops compile pruning calibration "
     "convert convert_examples convert_saving convert_timm convert_training convert_transformers"
 )
 
