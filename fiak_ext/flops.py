@@ -40,13 +40,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    flop_registry,
-    register_flop_formula,
-    sdpa_backward_flop,
-    sdpa_flop,
-)
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 from torch.utils.hooks import RemovableHandle
 
 from fiak_ext.calibration import plain_names
@@ -420,18 +414,28 @@ def _by_name(op: str, formula: Callable[[Mapping[str, Any]], Any]) -> Callable[.
     return call
 
 
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Q K^T and P V: 2 FLOPs for each multiply-add."""
+    return 2 * query.shape[:-1].numel() * key.size(2) * (query.size(3) + value.size(3))
+
+
+def _fused_attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+    """Q K^T again, dS K and dS^T Q; dO V^T and P^T dO."""
+    return 2 * query.shape[:-1].numel() * key.size(2) * (3 * query.size(3) + 2 * value.size(3))
+
+
 def _register() -> None:
     def in_torch(forward: Callable[[Mapping[str, Any]], Work]) -> Callable[[Mapping[str, Any]], int]:
         return lambda arguments: forward(arguments).torch
 
     for op, formula in {**{op: in_torch(forward) for op, forward in _FORWARD.items()}, **_BACKWARD}.items():
         register_flop_formula(getattr(torch.ops.fiak, op), get_raw=True)(_by_name(op, formula))
-    # torch before 2.15 counts fused attention on every device but the CPU.
+    # torch before 2.15 counts fused attention on every device but the CPU, and up to 2.11 only with as many key heads.
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for aten, torchs in ((fused, sdpa_flop), (fused_backward, sdpa_backward_flop)):
+    for aten, formula in ((fused, _fused_attention), (fused_backward, _fused_attention_backward)):
         if aten not in flop_registry:
-            register_flop_formula(aten, get_raw=True)(torchs)  # they are wrapped to take raw tensors
+            register_flop_formula(aten, get_raw=True)(formula)
 
 
 _register()
