@@ -414,12 +414,12 @@ def _by_name(op: str, formula: Callable[[Mapping[str, Any]], Any]) -> Callable[.
     return call
 
 
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     """Q K^T and P V: 2 FLOPs for each multiply-add."""
     return 2 * query.shape[:-1].numel() * key.size(2) * (query.size(3) + value.size(3))
 
 
-def _fused_attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+def _sdpa_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
     """Q K^T again, dS K and dS^T Q; dO V^T and P^T dO."""
     return 2 * query.shape[:-1].numel() * key.size(2) * (3 * query.size(3) + 2 * value.size(3))
 
@@ -433,9 +433,9 @@ def _register() -> None:
     # torch before 2.15 counts fused attention on every device but the CPU, and up to 2.11 only with as many key heads.
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for aten, formula in ((fused, _fused_attention), (fused_backward, _fused_attention_backward)):
+    for aten, count in ((fused, _sdpa), (fused_backward, _sdpa_backward)):
         if aten not in flop_registry:
-            register_flop_formula(aten, get_raw=True)(formula)
+            register_flop_formula(aten, get_raw=True)(count)
 
 
 _register()
