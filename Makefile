@@ -5,7 +5,9 @@
 # from there. SANITIZED is what ctest gets to choose the tests of make sanitize. make test-torch TORCH=2.15.0 tests the
 # ops, modules and conversion with another torch, compiling only what includes its headers; TRANSFORMERS=5.24.0 and
 # TIMM=1.0.31 choose the others, TESTS="modules convert" some of the files, RESULTS the table that gets a row, WHEEL what
-# is installed, without a compiler in reach. make wheel puts wheels for this torch and the sdist into dist/.
+# is installed, without a compiler in reach. make wheel puts wheels for this torch and the sdist into dist/. make bits
+# writes a hash of all that every C++ test computes, on every instruction set and in device code, to
+# build/release/bits.txt: the same lines before and after a change that should change no result.
 PYTHON ?= python3
 SOAK_MINUTES ?= 60
 JOBS ?= $(shell nproc)
@@ -23,7 +25,7 @@ export FIAK_REQUIRE ?=
 CONFIGURE = cmake -S . -G Ninja -DPython_EXECUTABLE=$(VENV)/bin/python -DFIAK_REQUIRE=$(FIAK_REQUIRE) $(CMAKE_ARGS)
 CXX_FILES = $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-torch wheel soak build configure sanitize sanitize-address sanitize-thread bench lint format clean
+.PHONY: demo test test-torch wheel soak bits build configure sanitize sanitize-address sanitize-thread bench lint format clean
 
 demo: build
 	python -m fiak_ext demo $(DEMO_ARGS)
@@ -47,6 +49,13 @@ wheel: $(VENV)/installed-dev
 soak: configure
 	cmake --build build/release --target fiak_tests
 	FIAK_SOAK=$(SOAK_MINUTES) build/release/fiak_tests --gtest_filter='*EveryPair*'
+
+bits: configure
+	cmake --build build/release
+	rm -f build/release/bits*.txt
+	for tests in build/release/fiak_tests build/release/fiak_emulated_tests; do \
+	  test ! -x $$tests || FIAK_BITS=build/release/bits-$${tests##*/}.txt $$tests --gtest_brief=1 || exit 1; done
+	for part in build/release/bits-*.txt; do sed "s|^|$${part##*bits-} |" $$part; done >build/release/bits.txt
 
 build: configure
 	cmake --build build/release --target python

@@ -201,6 +201,7 @@ Results Problem::forward(const cpu::Kernels& kernels, DType dtype, const Paralle
       kernels.prior_forward(a, target, parallel);
     }
   });
+  for (const Tensor* result : {&results.output, &results.logsumexp}) record_bits(*result);
   return results;
 }
 
@@ -226,6 +227,9 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
       kernels.prior_backward(a, grads, parallel);
     }
   });
+  for (const Tensor* result : {&results.grad_query, &results.grad_key, &results.grad_value, &results.grad_weight}) {
+    record_bits(*result);
+  }
 }
 
 bool Problem::in_support(int64_t b, int64_t h, int64_t n, int64_t j) const {

@@ -94,6 +94,7 @@ LinearResults run(const LinearCall& call, const cpu::Kernels& kernels, DType dty
   kernels.compact_linear_backward(
       args, {grad_output.input(), results.grad_input.data(), results.grad_weight.data(), results.grad_bias.data()},
       parallel);
+  for (const auto member : LinearResults::kMembers) record_bits(results.*member);
   return results;
 }
 

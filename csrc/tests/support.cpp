@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <thread>
 #include <utility>
@@ -200,6 +202,46 @@ void expect_close(const Tensor& actual, const Tensor& exact, const Tensor& yards
 
 void expect_identical(const Tensor& actual, const Tensor& expected, const std::string& what) {
   ASSERT_TRUE(actual.bytes() == expected.bytes()) << what << " differs";
+}
+
+namespace {
+
+class BitsRecorder : public testing::EmptyTestEventListener {
+ public:
+  explicit BitsRecorder(const char* file) : lines_(file, std::ios::app) {}
+  void add(const std::vector<unsigned char>& bytes) {
+    for (const unsigned char byte : bytes) hash_ = (hash_ ^ byte) * 0x100000001b3;  // FNV-1a
+    count_ += bytes.size();
+  }
+  void OnTestStart(const testing::TestInfo&) override {
+    hash_ = 0xcbf29ce484222325;
+    count_ = 0;
+  }
+  void OnTestEnd(const testing::TestInfo& test) override {
+    if (count_ == 0) return;
+    lines_ << test.test_suite_name() << "." << test.name() << " " << count_ << " " << std::hex << hash_ << std::dec
+           << std::endl;
+  }
+
+ private:
+  std::ofstream lines_;
+  uint64_t hash_ = 0;
+  size_t count_ = 0;
+};
+
+/// Belongs to GoogleTest, and is null where nobody asks for bits.
+BitsRecorder* const bits_recorder = []() -> BitsRecorder* {
+  const char* file = std::getenv("FIAK_BITS");
+  if (file == nullptr || *file == '\0') return nullptr;
+  auto* recorder = new BitsRecorder(file);
+  testing::UnitTest::GetInstance()->listeners().Append(recorder);
+  return recorder;
+}();
+
+}  // namespace
+
+void record_bits(const Tensor& result) {
+  if (bits_recorder != nullptr) bits_recorder->add(result.bytes());
 }
 
 std::vector<std::tuple<cpu::Isa, DType>> all_kernels() {
