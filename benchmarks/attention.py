@@ -140,10 +140,10 @@ def _operands(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, T
         return torch.randn(case.batch, rows, heads, columns, generator=generator).to(dtype).transpose(1, 2)
 
     return (
-        operand(case.query_heads, case.queries, case.head_size),
-        operand(case.key_heads, case.keys, case.head_size),
-        operand(case.key_heads, case.keys, case.value_size),
-        operand(case.query_heads, case.queries, case.value_size),
+        operand(case.query_heads, case.queries, case.head_dim),
+        operand(case.key_heads, case.keys, case.head_dim),
+        operand(case.key_heads, case.keys, case.value_dim),
+        operand(case.query_heads, case.queries, case.value_dim),
     )
 
 
@@ -287,17 +287,17 @@ def planning(case: Case, effort: Effort) -> Iterator[dict[str, Any]]:
 def linear(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[str, Any]]:
     """``compact_linear`` as the projection of keys and values, against ``F.linear`` with the same weight and bias.
 
-    The input is ``[batch, keys, query_heads * head_size]``. Every key head keeps its own random keys, as many as
+    The input is ``[batch, keys, query_heads * head_dim]``. Every key head keeps its own random keys, as many as
     ``kept`` says; ``F.linear`` computes all, so that the ratio of times is also due to the work: ``per_flop`` is what
     is left when both are divided by the multiply-adds that they are asked for.
 
     Yields ``case``, ``dtype``, ``threads``, ``kept``, ``rounds``, ``ratio`` and ``per_flop`` (quartiles).
     """
     generator = torch.Generator().manual_seed(4)
-    heads, width = 2 * case.key_heads, case.query_heads * case.head_size
+    heads, width = 2 * case.key_heads, case.query_heads * case.head_dim
     x = torch.randn(case.batch, case.keys, width, generator=generator).to(dtype)
-    weight = torch.randn(heads * case.head_size, width, generator=generator).to(dtype)
-    bias = torch.randn(heads * case.head_size, generator=generator).to(dtype)
+    weight = torch.randn(heads * case.head_dim, width, generator=generator).to(dtype)
+    bias = torch.randn(heads * case.head_dim, generator=generator).to(dtype)
     shares = (0.25, 0.5, 0.75, 1.0)
 
     def compacted(share: float) -> Contestant:

@@ -33,8 +33,8 @@ class Case:
     key_heads: int
     queries: int
     keys: int
-    head_size: int
-    value_size: int
+    head_dim: int
+    value_dim: int
     is_causal: bool
     recorded: str
 
@@ -52,7 +52,7 @@ class Case:
         heads = str(self.query_heads) + (f"/{self.key_heads}" if self.key_heads != self.query_heads else "")
         length = str(self.queries) + (f"/{self.keys}" if self.is_decoding else "")
         causal = " causal" if self.is_causal else ""
-        return f"{self.name}: B{self.batch} H{heads} N{length} D{self.head_size}{causal}"
+        return f"{self.name}: B{self.batch} H{heads} N{length} D{self.head_dim}{causal}"
 
 
 def load_cases() -> list[Case]:

@@ -64,9 +64,9 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
     query, key, value = (
         torch.randn(case.batch, rows, heads, size).to(dtype).transpose(1, 2).requires_grad_(backward)
         for rows, heads, size in (
-            (case.queries, case.query_heads, case.head_size),
-            (case.keys, case.key_heads, case.head_size),
-            (case.keys, case.key_heads, case.value_size),
+            (case.queries, case.query_heads, case.head_dim),
+            (case.keys, case.key_heads, case.head_dim),
+            (case.keys, case.key_heads, case.value_dim),
         )
     )
     results: list[dict[str, Any]] = []
@@ -143,12 +143,12 @@ def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
 
     nnz, pairs_of_tiles = result["nnz"], result["tiles"] * 384
     elements = 2 if avx2 else 4
-    widest = max(case.head_size, case.value_size)
+    widest = max(case.head_dim, case.value_dim)
     while elements > 1 and (
         case.batch < elements or min(case.keys, 200) * vectors(widest, elements) * lanes * 4 > 52 * 1024
     ):
         elements //= 2
-    key_vectors, value_vectors = vectors(case.head_size, elements), vectors(case.value_size, elements)
+    key_vectors, value_vectors = vectors(case.head_dim, elements), vectors(case.value_dim, elements)
     of_bundle = key_vectors + value_vectors
     packed_bytes = vectors(widest, elements) * lanes * 4  # of a row
     row_bytes = case.keys * packed_bytes
@@ -177,9 +177,9 @@ def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
         return [case.batch * x for x in (pairs_of_tiles, pairs_of_tiles * numbers, rows, columns * copied)]
 
     if result["backward"]:
-        products = case.head_size + 2 * padded(case.head_size) + case.value_size + padded(case.value_size)
-        return {"entries": entries_grads(), "dense": dense(products, case.head_size + case.value_size)}
-    numbers = case.head_size + padded(case.value_size)
+        products = case.head_dim + 2 * padded(case.head_dim) + case.value_dim + padded(case.value_dim)
+        return {"entries": entries_grads(), "dense": dense(products, case.head_dim + case.value_dim)}
+    numbers = case.head_dim + padded(case.value_dim)
     return {
         "entries": entries(1),
         "blocks": entries(1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))),

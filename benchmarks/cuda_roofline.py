@@ -94,7 +94,7 @@ def least(row: Mapping[str, Any], batch: int, heads: int) -> Least:
         raise ValueError(f"cuda_roofline: {kernel} has no formula")
 
     if row["op"] != "compact_linear":
-        n, m, d = row["queries"], row["keys"], row["head_size"]
+        n, m, d = row["queries"], row["keys"], row["head_dim"]
         pairs = batch * heads * row.get("nnz", n * m)
         statistics = 4 * batch * heads * n
         # The prior; or a bit for each pair; or the rows' ends and an index for each pair that is kept
@@ -115,7 +115,7 @@ def least(row: Mapping[str, Any], batch: int, heads: int) -> Least:
         )
         moved = 2 * batch * heads * d * (by_queries * n + by_keys * m) + of_rows * statistics + priors * prior
         return Least(moved, 2 * pairs * d * products, pairs if products else 0)
-    rows, kept, features, d = row["rows"], row["kept"], row["in_features"], row["head_size"]
+    rows, kept, features, d = row["rows"], row["kept"], row["in_features"], row["head_dim"]
     tokens, weight, grad = batch * rows * features, heads * d * features, batch * heads * kept * d
     read = batch * min(rows, heads * kept) * features
     operations = 2 * grad * features
@@ -131,14 +131,14 @@ def least(row: Mapping[str, Any], batch: int, heads: int) -> Least:
 
 def predict(row: Mapping[str, Any]) -> dict[str, Any]:
     """Executed against least, and by GPU the floor in microseconds and the share of it that is predicted."""
-    size = row["in_features"] if row["op"] == "compact_linear" else row["head_size"]
+    size = row["in_features"] if row["op"] == "compact_linear" else row["head_dim"]
     batch, heads = PAPER[row["op"], size]
     needs = least(row, batch, heads)
     copies = batch * heads // (row["batch"] * row["heads"])  # of what was counted
     by_entries = "entries" in row["kernel"]
     if by_entries:
         lanes = int(row["kernel"].rsplit("_d", 1)[1].partition("_")[0])
-        executed = needs.operations * lanes / row["head_size"]
+        executed = needs.operations * lanes / row["head_dim"]
     else:
         executed = copies * row["products"] * OPERATIONS_OF_PRODUCT
     result = {**row, "batch": batch, "heads": heads, "least_bytes": needs.bytes, "least_operations": needs.operations}
@@ -174,7 +174,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if row["op"] != "compact_linear":
-            sizes = f"B{row['batch']} H{row['heads']} N{row['queries']} D{row['head_size']}"
+            sizes = f"B{row['batch']} H{row['heads']} N{row['queries']} D{row['head_dim']}"
             if "nnz" in row:
                 sizes += f", {100 * row['nnz'] / (row['queries'] * row['keys']):.0f}% kept"
         else:

@@ -3,7 +3,7 @@
 Cells are measured one after another, the most important first: machine rates, the main masks of all cases in bfloat16,
 checks, whole models, the same in float32, then all other masks. Contestants take turns, each after the L2 cache was
 overwritten; a line has the quartiles of one contestant's calls in milliseconds, or its error. ``training`` is forward
-and backward, with the gradients of query, key and value, and of bias, prior or values where there are any. With
+and backward, with the gradients of query, key and value, and of bias or prior where there are any. With
 ``--device cpu`` the same cells run with small sizes; what is a GPU's own is named as left out.
 """
 
@@ -47,7 +47,7 @@ MORE_CONTESTANTS = (
     "SDPA flash",
     "SDPA efficient, boolean mask",
     "csr_attention",
-    "csr_attention, values",
+    "csr_attention, prior",
     "FlexAttention",
 )
 MODELS = {
@@ -187,17 +187,17 @@ class Operands:
         return cls(
             case,
             mask,
-            operand(case.query_heads, case.queries, case.head_size),
-            operand(*sizes, case.head_size),
-            operand(*sizes, case.value_size),
-            operand(case.query_heads, case.queries, case.value_size),
+            operand(case.query_heads, case.queries, case.head_dim),
+            operand(*sizes, case.head_dim),
+            operand(*sizes, case.value_dim),
+            operand(case.query_heads, case.queries, case.value_dim),
             prior,
             pattern,
             plan,
         )
 
     def weight(self, kind: str) -> Tensor:
-        """``"bias"``, ``"prior"`` or ``"values"``: the same weights as different ops take them."""
+        """``"bias"``, ``"prior"`` or ``"entries"``, the prior of the kept pairs: the same weights as ops take them."""
         if kind == "bias":
             return self.prior.log().to(self.query.dtype)
         if kind == "prior":
@@ -242,7 +242,7 @@ class Operands:
         result["prior_attention"] = prior, "prior"
         if self.pattern is not None:
             result["csr_attention"] = self.pattern.attend, None
-            result["csr_attention, values"] = self.pattern.attend, "values"
+            result["csr_attention, prior"] = self.pattern.attend, "entries"
         result["FlexAttention"] = flex(None), None
         if self.query.is_cuda and dtype != torch.float32:
             result["FlexAttention, FLASH"] = flex("FLASH"), None
@@ -263,10 +263,10 @@ class Operands:
         Backward reads and writes the operands and their gradients, and multiplies five times where forward does twice.
         """
         case, dtype = self.case, self.query.dtype
-        rows = case.batch * case.query_heads * case.queries * (case.head_size + case.value_size)
-        rows += case.batch * case.key_heads * case.keys * (case.head_size + case.value_size)
+        rows = case.batch * case.query_heads * case.queries * (case.head_dim + case.value_dim)
+        rows += case.batch * case.key_heads * case.keys * (case.head_dim + case.value_dim)
         pairs = case.batch * float(self.plan["pairs"])
-        operations = 2 * pairs * (case.head_size + case.value_size)
+        operations = 2 * pairs * (case.head_dim + case.value_dim)
         moved, multiplied = (1.0, 1.0) if direction == "forward" else (1.0 + 2.0, 1.0 + 2.5)
         rate = rates[f"{str(dtype).removeprefix('torch.')}_operations_per_second"]
         return {
@@ -446,7 +446,7 @@ def _with_keep(op: Callable[..., Any], keep: Tensor, *operands: Tensor) -> Any:
 
 
 def _small(case: Case) -> Case:
-    return replace(case, batch=2, query_heads=2, key_heads=2, queries=33, keys=33, head_size=8, value_size=8)
+    return replace(case, batch=2, query_heads=2, key_heads=2, queries=33, keys=33, head_dim=8, value_dim=8)
 
 
 def _small_model(sizes: models.Sizes) -> models.Sizes:

@@ -16,7 +16,7 @@ OPS = (
     "prior_attention",
     "prior_attention, no prior",
     "csr_attention",
-    "csr_attention, values",
+    "csr_attention, prior",
     "compact_kv",
     "compact_linear",
 )

@@ -69,7 +69,7 @@ using Vector = std::vector<T, LineAllocator<T>>;
 
 struct Case {
   std::string name;
-  int64_t batch, query_heads, key_heads, queries, keys, head_size, value_size, is_causal;
+  int64_t batch, query_heads, key_heads, queries, keys, head_dim, value_dim, is_causal;
   std::string recorded;
 
   bool is_decoding() const { return queries != keys; }
@@ -87,7 +87,7 @@ std::vector<Case> load_cases() {
     std::replace(line.begin(), line.end(), ',', ' ');
     Case c;
     std::istringstream(line) >> c.name >> c.batch >> c.query_heads >> c.key_heads >> c.queries >> c.keys >>
-        c.head_size >> c.value_size >> c.is_causal >> c.recorded;
+        c.head_dim >> c.value_dim >> c.is_causal >> c.recorded;
     cases.push_back(c);
   }
   return cases;
@@ -188,10 +188,10 @@ class Operand {
 /// Everything that a call of either attention op reads and writes.
 struct Operands {
   Operands(const Case& c, DType dtype)
-      : query(dtype, c.batch, c.query_heads, c.queries, c.head_size),
-        key(dtype, c.batch, c.key_heads, c.keys, c.head_size),
-        value(dtype, c.batch, c.key_heads, c.keys, c.value_size),
-        output(dtype, c.batch, c.query_heads, c.queries, c.value_size),
+      : query(dtype, c.batch, c.query_heads, c.queries, c.head_dim),
+        key(dtype, c.batch, c.key_heads, c.keys, c.head_dim),
+        value(dtype, c.batch, c.key_heads, c.keys, c.value_dim),
+        output(dtype, c.batch, c.query_heads, c.queries, c.value_dim),
         grad_output(output),
         grad_query(query),
         grad_key(key),
@@ -202,10 +202,10 @@ struct Operands {
     args.key_heads = c.key_heads;
     args.queries = c.queries;
     args.keys = c.keys;
-    args.head_size = c.head_size;
-    args.value_size = c.value_size;
+    args.head_dim = c.head_dim;
+    args.value_dim = c.value_dim;
     args.dtype = dtype;
-    args.scale = 1 / std::sqrt(static_cast<double>(c.head_size));
+    args.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
     args.query = query.input();
     args.key = key.input();
     args.value = value.input();
@@ -314,7 +314,7 @@ const cpu::Kernels& select(const Variant& variant) {
 Work attention_work(const Case& c, const Operands& operands, bool backward, double pairs) {
   Work work;
   work.pairs = pairs;
-  work.multiply_adds = backward ? 3 * c.head_size + 2 * c.value_size : c.head_size + c.value_size;
+  work.multiply_adds = backward ? 3 * c.head_dim + 2 * c.value_dim : c.head_dim + c.value_dim;
   work.exponentials = 1;
   work.bytes = operands.bytes(backward);
   return work;
@@ -366,7 +366,7 @@ void csr_attention(benchmark::State& state, const Case& c, const Mask& mask, con
   const cpu::Kernels& kernels = select(variant);
   kernels.csr_forward(args, operands.forward(), kOneThread);
   Work work = attention_work(c, operands, variant.backward, c.batch * pattern.indices.nnz);
-  work.numbers_loaded = (variant.backward ? 2 : 1) * (c.head_size + c.value_size);
+  work.numbers_loaded = (variant.backward ? 2 : 1) * (c.head_dim + c.value_dim);
   if (c.is_decoding()) {
     const int64_t row_bytes = (operands.key.bytes() + operands.value.bytes()) / (c.key_heads * c.keys);
     work.memory_bytes = pattern.read_keys * row_bytes;
@@ -399,15 +399,15 @@ void compact_linear(benchmark::State& state, const Case& c, const Variant& varia
   args.heads = c.key_heads;
   args.rows = c.keys;
   args.kept = c.keys * 3 / 10;
-  args.in_features = c.query_heads * c.head_size;
-  args.head_size = c.head_size;
+  args.in_features = c.query_heads * c.head_dim;
+  args.head_dim = c.head_dim;
   args.dtype = variant.dtype;
   Vector<int64_t> keep(args.heads * args.kept);
   for (size_t i = 0; i < keep.size(); ++i) keep[i] = static_cast<int64_t>(i) % args.kept * 10 / 3;
   args.keep = keep.data();
   Operand input(variant.dtype, args.batch, 1, args.rows, args.in_features), grad_input(input);
-  Numbers weight(variant.dtype, args.heads * args.head_size * args.in_features), grad_weight(weight);
-  Operand output(variant.dtype, args.batch, args.heads, args.kept, args.head_size);
+  Numbers weight(variant.dtype, args.heads * args.head_dim * args.in_features), grad_weight(weight);
+  Operand output(variant.dtype, args.batch, args.heads, args.kept, args.head_dim);
   args.input = input.input();
   args.weight = weight.data();
   args.weight_stride = args.in_features;
@@ -415,7 +415,7 @@ void compact_linear(benchmark::State& state, const Case& c, const Variant& varia
   const cpu::Kernels& kernels = select(variant);
   Work work;
   work.pairs = static_cast<double>(args.batch * args.heads * args.kept);
-  work.multiply_adds = static_cast<double>((variant.backward ? 2 : 1) * args.in_features * args.head_size);
+  work.multiply_adds = static_cast<double>((variant.backward ? 2 : 1) * args.in_features * args.head_dim);
   work.bytes = (variant.backward ? 2 : 1) * (input.bytes() + weight.bytes()) + output.bytes();
   measure(state, variant, work, [&] {
     if (variant.backward) {

@@ -41,7 +41,7 @@ def _status(field: str) -> int:
 
 def _inputs(case: Case) -> list[Tensor]:
     rows = [
-        torch.randn(case.batch, case.queries, case.query_heads, case.head_size).transpose(1, 2).requires_grad_()
+        torch.randn(case.batch, case.queries, case.query_heads, case.head_dim).transpose(1, 2).requires_grad_()
         for _ in range(3)
     ]
     return [*rows, (torch.rand(1, case.query_heads, case.queries, case.keys) + 0.5).requires_grad_()]

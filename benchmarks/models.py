@@ -86,15 +86,15 @@ def build(sizes: Sizes) -> dict[str, VisionTransformer]:
     plain, pruned, unfused, unfused_prior, dense = (
         sizes.model(kind) for kind in ("softmax", "fiak", "softmax", "fiak", "fiak")
     )
-    num_tokens, head_size = plain.num_tokens, sizes.dim // sizes.num_heads
+    num_tokens, head_dim = plain.num_tokens, sizes.dim // sizes.num_heads
     case = Case(
-        "", sizes.batch, sizes.num_heads, sizes.num_heads, num_tokens, num_tokens, head_size, head_size, False, ""
+        "", sizes.batch, sizes.num_heads, sizes.num_heads, num_tokens, num_tokens, head_dim, head_dim, False, ""
     )
     mask = load_mask(RECORDED, PRUNED)
     for layer in range(sizes.depth):
         _attention(pruned, layer).set_pattern(SparsePattern.from_mask(recorded_heads(mask, case, layer)))
-        _block(unfused, layer).attention = _Unfused()
-        _block(unfused_prior, layer).attention = _UnfusedPrior(_attention(unfused_prior, layer).weight())
+        _block(unfused, layer).prior_attention = _Unfused()
+        _block(unfused_prior, layer).prior_attention = _UnfusedPrior(_attention(unfused_prior, layer).weight())
     csr = f"FiAK {PRUNED:.0%} pruned"
     return {
         "SDPA": plain,
@@ -112,7 +112,7 @@ def _block(model: VisionTransformer, layer: int) -> Any:
 
 
 def _attention(model: VisionTransformer, layer: int) -> PriorAttention:
-    attention = _block(model, layer).attention
+    attention = _block(model, layer).prior_attention
     assert isinstance(attention, PriorAttention)
     return attention
 

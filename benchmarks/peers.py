@@ -87,13 +87,13 @@ def torch_sparse(case: Case, mask: Tensor) -> Attention:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
         query, key, value = (x.reshape(-1, x.size(3)) for x in (query, key, value))
-        scores = torch.sparse.sampled_addmm(zeros, query, key.t(), beta=0.0, alpha=case.head_size**-0.5)
+        scores = torch.sparse.sampled_addmm(zeros, query, key.t(), beta=0.0, alpha=case.head_dim**-0.5)
         matrix = torch.sparse_coo_tensor(
             places, scores.values(), (rows, columns), check_invariants=False, is_coalesced=True
         )
         weights = torch.sparse.softmax(matrix, 1).values()
         output: Tensor = csr(weights) @ value
-        return output.view(case.batch, case.query_heads, case.queries, case.value_size)
+        return output.view(case.batch, case.query_heads, case.queries, case.value_dim)
 
     return attention
 

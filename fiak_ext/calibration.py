@@ -219,7 +219,7 @@ def _move_prior(attention: PriorAttention, mean: _Mean, momentum: float) -> None
     else:
         pi = prior.masked_fill(~eligible, -math.inf).softmax(-1)
     moved = torch.lerp(pi, total / samples.clamp(min=1), momentum)
-    if attention.parameterization == "softmax":
+    if attention.parameterization == "logits":
         moved = moved.clamp(min=torch.finfo(attention.prior.dtype).tiny).log()
         # The logits of a row are free up to a constant: those of pairs that stay must have the same one.
         pi = pi.clamp(min=torch.finfo(attention.prior.dtype).tiny).log()
@@ -665,7 +665,7 @@ def _stand_ins(means: Iterable[_MeanSaliency]) -> Iterator[list[Tensor]]:
             attention, prior = mean.attention, mean.attention.prior
             earlier.append((attention, attention.kind, attention.parameterization, prior))
             if prior is None:
-                attention.kind, attention.parameterization = "fiak", "softmax"
+                attention.kind, attention.parameterization = "fiak", "logits"
             uniform = torch.zeros((), device=attention._device).expand(mean.heads_shape)
             attention.prior = nn.Parameter(uniform if prior is None else prior.detach())
             attention.prior.register_post_accumulate_grad_hook(mean.take)

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def compact(model: Model) -> Model:
     """Drops the key and value projections of positions that no query keeps, head by head.
 
-    These are the keys that Algorithms 2 and 3 prune, and the columns that score pruning (Algorithm 1) happens to leave
+    These are the keys that Algorithms 2 and 3 prune, and the columns that pair pruning (Algorithm 1) happens to leave
     empty. Outputs change by rounding only, parameters stay as they are, and the model can be fine-tuned further; it
     cannot be pruned again.
 
@@ -43,7 +43,7 @@ def compact(model: Model) -> Model:
             f"(got {type(model).__name__})"
         )
     for name, module in found.items():
-        attention = module.prior_attention if isinstance(module, ConvertedAttention) else module.attention
+        attention = module.prior_attention
         if attention.is_compacted:
             raise ValueError(f"compact: model must not be compacted already (got {name!r} compacted)")
         if not attention.is_pruned:

@@ -198,7 +198,7 @@ def convert(
     *,
     num_tokens: int | None = None,
     kind: Kind = "fiak",
-    parameterization: Parameterization = "softmax",
+    parameterization: Parameterization = "logits",
     score: Score = "dot",
     is_causal: bool | None = None,
 ) -> Model:

@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 Convention = Literal["table1", "torch"]
-Method = Literal["dense", "score", "mixed", "key"]
+Method = Literal["dense", "pair", "mixed", "key"]
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def table1(
     :func:`attention_cost` counts any pattern.
 
     Args:
-        method: ``"dense"`` gives the cost; ``"score"`` (Algorithm 1), ``"mixed"`` (Algorithm 2) and ``"key"``
+        method: ``"dense"`` gives the cost; ``"pair"`` (Algorithm 1), ``"mixed"`` (Algorithm 2) and ``"key"``
             (Algorithm 3) the saving.
         heads, tokens, head_dim, model_dim: H, N, D and Dx.
-        k: the fraction of eligible pairs (``"score"``) or of keys (``"key"``) that is pruned.
+        k: the fraction of eligible pairs (``"pair"``) or of keys (``"key"``) that is pruned.
         k1: the fraction of eligible pairs that mixed pruning removes, those of pruned keys included.
         k2: the fraction of keys that mixed pruning removes.
         version: as printed, or exact.
@@ -174,7 +174,7 @@ def table1(
         ValueError: an unknown name, missing or superfluous fractions, a causal or sparse printed formula, or a causal
             saving that depends on ``key_pairs`` without it.
     """
-    wanted = {"dense": (), "score": ("k",), "mixed": ("k1", "k2"), "key": ("k",)}
+    wanted = {"dense": (), "pair": ("k",), "mixed": ("k1", "k2"), "key": ("k",)}
     for name, choice, choices in (
         ("method", method, tuple(wanted)),
         ("version", version, ("printed", "exact")),
@@ -190,7 +190,7 @@ def table1(
         )
     if version == "printed" and (is_causal or av == "sparse"):
         raise ValueError("table1: version must be 'exact' with is_causal or av='sparse', which the paper does not have")
-    scores_gone: Any = {"score": k, "mixed": k1}.get(method, 0)
+    pairs_gone: Any = {"pair": k, "mixed": k1}.get(method, 0)
     keys_gone: Any = {"mixed": k2, "key": k}.get(method, 0)
     if key_pairs is None:
         if is_causal and (method == "key" or (method == "mixed" and av == "dense")):
@@ -205,18 +205,18 @@ def table1(
     result: Any
     if method == "dense":
         result = pairs * (4 * d - 1) + features * (6 * dx - 4)
-    elif method == "score":
-        result = scores_gone * pairs * (2 * d - 1 if av == "dense" else 4 * d - 1)
+    elif method == "pair":
+        result = pairs_gone * pairs * (2 * d - 1 if av == "dense" else 4 * d - 1)
     elif version == "printed":
-        bracket = keys_gone * (4 * d - 1) if method == "key" else 2 * ((scores_gone + keys_gone) * d - scores_gone)
+        bracket = keys_gone * (4 * d - 1) if method == "key" else 2 * ((pairs_gone + keys_gone) * d - pairs_gone)
         result = bracket * pairs + (2 * dx - 3) * keys_gone * features
     else:
         if method == "key":
             bracket = key_pairs * (4 * d - 1)
         elif av == "dense":
-            bracket = 2 * (scores_gone + key_pairs) * d - scores_gone
+            bracket = 2 * (pairs_gone + key_pairs) * d - pairs_gone
         else:
-            bracket = scores_gone * (4 * d - 1)
+            bracket = pairs_gone * (4 * d - 1)
         result = bracket * pairs + (4 * dx - 2) * keys_gone * features
     return int(result) if isinstance(result, Fraction) and result.denominator == 1 else result
 
@@ -563,9 +563,7 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
     """
     names: dict[PriorAttention, str] = {}
     for name, module in plain_names(dict(model.named_modules())).items():  # parents come first
-        if isinstance(module, MultiHeadSelfAttention):
-            names[module.attention] = name
-        elif isinstance(module, ConvertedAttention):
+        if isinstance(module, (MultiHeadSelfAttention, ConvertedAttention)):
             names[module.prior_attention] = name
         elif isinstance(module, PriorAttention):
             names.setdefault(module, name)
@@ -730,14 +728,14 @@ class _Run:
     def _before_projections(self, module: MultiHeadSelfAttention, args: Any, kwargs: Any) -> None:
         (x,) = _named(("x",), args, kwargs)
         batch, tokens, dim = x.shape
-        keep = module.attention.keep
+        keep = module.prior_attention.keep
         kept = [tokens] * module.num_heads
         if keep is not None:
             kept = _kept_rows(keep.masked_fill(keep >= tokens, -1))
         query = _linear(batch * tokens, dim, module.head_dim)
         dense = query + _linear(batch * tokens, dim, 2 * module.head_dim)
         now = [query + _linear(batch * rows, dim, 2 * module.head_dim) for rows in kept]
-        self._add(module.attention, [Comparison(dense, work) for work in now])
+        self._add(module.prior_attention, [Comparison(dense, work) for work in now])
         self.inside += sum(now, Work())
 
 

@@ -13,7 +13,7 @@ from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention, first_of
 
 __all__ = ["CausalLM", "TransformerBlock", "VisionTransformer", "deit_tiny", "param_groups"]
 
-_PRIOR_LR_FACTORS = {"softmax": 30.0, "clamp": 5.0}
+_PRIOR_LR_FACTORS = {"logits": 30.0, "clamp": 5.0}
 
 
 class TransformerBlock(nn.Module):
@@ -188,14 +188,14 @@ def param_groups(
     Args:
         model: its parameters that need a gradient are grouped, each once.
         lr: learning rate of all but the priors.
-        prior_lr: learning rate of the priors; by default 30 ``lr`` for ``"softmax"`` and 5 ``lr`` for ``"clamp"``.
+        prior_lr: learning rate of the priors; by default 30 ``lr`` for ``"logits"`` and 5 ``lr`` for ``"clamp"``.
         weight_decay: of weights; vectors (biases, norms, class token) and priors have none.
 
     Returns:
-        Groups ``decayed``, ``not decayed``, ``softmax priors`` and ``clamp priors``, as far as they hold parameters;
+        Groups ``decayed``, ``not decayed``, ``logit priors`` and ``clamp priors``, as far as they hold parameters;
         the name is each group's ``"name"``.
     """
-    priors: dict[str, list[nn.Parameter]] = {"softmax": [], "clamp": []}
+    priors: dict[str, list[nn.Parameter]] = {"logits": [], "clamp": []}
     for module in model.modules():
         if isinstance(module, PriorAttention) and module.prior is not None and module.prior.requires_grad:
             priors[module.parameterization].append(module.prior)

@@ -15,7 +15,7 @@ from fiak_ext.projection import project_qkv
 __all__ = ["MultiHeadSelfAttention", "PriorAttention"]
 
 Kind = Literal["fiak", "gmm", "softmax"]
-Parameterization = Literal["softmax", "clamp"]
+Parameterization = Literal["logits", "clamp"]
 Score = Literal["dot", "gaussian"]
 
 # What a checkpoint of a pruned module holds. These are plain attributes, not buffers: code that averages, truncates or
@@ -40,7 +40,7 @@ class PriorAttention(nn.Module):
         num_keys: the longest input, in keys; by default ``num_queries``.
         kind: ``"fiak"``, a prior for every pair (Eq. 12); ``"gmm"``, one for every key (Eq. 7); ``"softmax"``, none,
             the dense baseline.
-        parameterization: ``"softmax"``, priors are the softmax of logits over the keys that a query may see, and start
+        parameterization: ``"logits"``, priors are the softmax of logits over the keys that a query may see, and start
             uniform; ``"clamp"``, the paper's ``min(|pi|, 1)``, starting at ``num_keys ** -0.5`` for FiAK, at
             ``1 / num_keys`` for GMM and at 1 for causal attention.
         is_causal: query i sees keys ``j <= i``.
@@ -50,7 +50,7 @@ class PriorAttention(nn.Module):
         groups: priors that the batch elements use in turn: element b uses group ``b % groups``.
 
     Attributes:
-        prior: the parameter, logits (``"softmax"``) or pi (``"clamp"``): ``[groups, num_heads, num_queries, num_keys]``
+        prior: the parameter, logits (``"logits"``) or pi (``"clamp"``): ``[groups, num_heads, num_queries, num_keys]``
             for FiAK, ``[groups, num_heads, 1, num_keys]`` for GMM; None for softmax attention and once pruned.
         posterior: mean posterior attention ``[groups, num_heads, num_queries, num_keys]``, or None before calibration;
             not saved. ``reached``, of the same shape, counts the inputs behind each mean.
@@ -80,7 +80,7 @@ class PriorAttention(nn.Module):
         num_keys: int | None = None,
         *,
         kind: Kind = "fiak",
-        parameterization: Parameterization = "softmax",
+        parameterization: Parameterization = "logits",
         is_causal: bool = False,
         score: Score = "dot",
         scale: float | None = None,
@@ -94,7 +94,7 @@ class PriorAttention(nn.Module):
             check_size("PriorAttention", name, size, 1)
         for name, choice, choices in (
             ("kind", kind, ("fiak", "gmm", "softmax")),
-            ("parameterization", parameterization, ("softmax", "clamp")),
+            ("parameterization", parameterization, ("logits", "clamp")),
             ("score", score, ("dot", "gaussian")),
         ):
             if choice not in choices:
@@ -121,7 +121,7 @@ class PriorAttention(nn.Module):
         """Sets the prior to its initial value, a uniform one."""
         if self.prior is None:
             return
-        if self.parameterization == "softmax":
+        if self.parameterization == "logits":
             initial = 0.0
         elif self.is_causal:
             initial = 1.0
@@ -139,7 +139,7 @@ class PriorAttention(nn.Module):
     def weight(self) -> Tensor:
         """The weights w that attention uses, in the shape of the prior, float32 (float64 for a float64 prior).
 
-        ``"clamp"``: ``min(|pi|, 1)``. ``"softmax"``: pi times the number of keys that the row may see (GMM: of all
+        ``"clamp"``: ``min(|pi|, 1)``. ``"logits"``: pi times the number of keys that the row may see (GMM: of all
         keys), so that a uniform prior gives ones. 0 for pairs of FiAK that are not eligible.
 
         Raises:
@@ -165,7 +165,7 @@ class PriorAttention(nn.Module):
     def importance(self) -> Tensor:
         """What pruning ranks by, ``[groups, num_heads, num_queries, num_keys]``: 0 for pairs that are not eligible.
 
-        ``"softmax"``: pi times the number of keys that the row may see, comparable between rows because each row's mean
+        ``"logits"``: pi times the number of keys that the row may see, comparable between rows because each row's mean
         is 1; ``"clamp"``: ``|pi|`` as it is. Softmax attention holds all eligible pairs for equally important.
 
         Raises:
@@ -366,7 +366,7 @@ class PriorAttention(nn.Module):
                 scale=self.scale,
                 enable_gqa=key.size(1) != self.num_heads,
             )
-        weight, log_weights = self._dense_weight(query, key, query_offsets, bias)
+        weight, log_prior = self._dense_weight(query, key, query_offsets, bias)
         output: Tensor = torch.ops.fiak.prior_attention(
             query,
             key,
@@ -378,7 +378,7 @@ class PriorAttention(nn.Module):
             seed=_draw_seed(dropout_p, query.device),
             scale=self.scale,
             score=self.score,
-            log_weights=log_weights,
+            log_prior=log_prior,
         )
         return output
 
@@ -433,7 +433,7 @@ class PriorAttention(nn.Module):
                 return x[group.unsqueeze(-1), :, rows].transpose(1, 2).to(dtype)
             return (x if x.size(2) == 1 else first_of(x, 2, queries)).to(dtype)
 
-        are_logs = self.prior is None or self.parameterization == "softmax" or bias is not None
+        are_logs = self.prior is None or self.parameterization == "logits" or bias is not None
         weight = None if self.prior is None else of_input(self.prior)
         if weight is not None and self.parameterization == "clamp":
             weight = _at_most_one(weight.abs())
@@ -478,22 +478,22 @@ class PriorAttention(nn.Module):
             kv_lens = kv_lens.clamp(max=keys)
         if query_offsets is None and may_be_shorter(queries, self.num_queries):
             query_offsets = torch.zeros(batch, dtype=torch.int64, device=query.device)
-        values = None
+        prior = None
         if bias is not None:
             weight_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-            values = pattern.entries(bias, self.keep).to(weight_dtype)
+            prior = pattern.entries(bias, self.keep).to(weight_dtype)
         return pattern.attend(
             query,
             key,
             value,
-            values,
+            prior,
             query_offsets=query_offsets,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
             seed=_draw_seed(dropout_p, query.device),
             scale=self.scale,
             score=self.score,
-            log_weights=values is not None,
+            log_prior=prior is not None,
         )
 
     # ---------------------------------------------------------------- copies, moves and checkpoints
@@ -629,7 +629,7 @@ class MultiHeadSelfAttention(nn.Module):
 
     Attributes:
         qkv: the input projections in one: queries, keys, values.
-        attention: the :class:`PriorAttention`.
+        prior_attention: the :class:`PriorAttention`.
         proj: the output projection.
 
     Raises:
@@ -659,7 +659,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.head_dim = head_dim
         self.num_tokens = num_tokens
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
-        self.attention = PriorAttention(num_heads, num_tokens, **attention)
+        self.prior_attention = PriorAttention(num_heads, num_tokens, **attention)
         self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, kv_lens: Tensor | None = None) -> Tensor:
@@ -676,12 +676,12 @@ class MultiHeadSelfAttention(nn.Module):
         if tokens > self.num_tokens:
             raise ValueError(f"MultiHeadSelfAttention: x must have at most {self.num_tokens} tokens (got {tokens})")
         keep = None
-        if self.attention.is_compacted:
-            keep = self.attention.kept(tokens)
-            if kv_lens is None and not self.attention.is_causal and may_be_shorter(tokens, self.num_tokens):
+        if self.prior_attention.is_compacted:
+            keep = self.prior_attention.kept(tokens)
+            if kv_lens is None and not self.prior_attention.is_causal and may_be_shorter(tokens, self.num_tokens):
                 kv_lens = torch.full((batch,), tokens, device=x.device)
         query, key, value = project_qkv(self.qkv, x, self.num_heads, keep, head_dim=self.head_dim, owner=self)
-        return self.proj(self.attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
+        return self.proj(self.prior_attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
 
     def compact(self) -> None:
         """Projects keys and values of the positions only that some query of a head keeps.
@@ -691,7 +691,7 @@ class MultiHeadSelfAttention(nn.Module):
         Raises:
             RuntimeError: attention that is not pruned, or compacted already.
         """
-        self.attention.compact()
+        self.prior_attention.compact()
 
 
 def may_be_shorter(size: int, longest: int) -> bool:

@@ -554,7 +554,7 @@ class SparsePattern:
     # ---------------------------------------------------------------- attention
 
     def entries(self, bias: Tensor, keep: Tensor | None = None) -> Tensor:
-        """``bias`` of the kept pairs, ``[nnz]``: what :meth:`attend` takes as ``values`` with ``log_weights``.
+        """``bias`` of the kept pairs, ``[nnz]``: what :meth:`attend` takes as ``prior`` with ``log_prior``.
 
         This is how an additive bias, the logarithm of a weight, joins attention.
 
@@ -584,7 +584,7 @@ class SparsePattern:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        values: Tensor | None = None,
+        prior: Tensor | None = None,
         *,
         query_offsets: Tensor | None = None,
         kv_lens: Tensor | None = None,
@@ -592,7 +592,7 @@ class SparsePattern:
         seed: Tensor | None = None,
         scale: float | None = None,
         score: str = "dot",
-        log_weights: bool = False,
+        log_prior: bool = False,
     ) -> Tensor:
         """Attention over the pairs of this pattern only: ``fiak::csr_attention`` with its plan.
 
@@ -600,14 +600,14 @@ class SparsePattern:
             query: ``[B, num_heads, N, D]``, N = ``num_queries`` unless ``query_offsets`` says which rows these are.
             key: ``[B, H, M, D]``; num_heads is a multiple of H. Keys from M to ``num_keys - 1`` are hidden.
             value: ``[B, H, M, Dv]``.
-            values: weights ``[nnz]`` with gradient, float32 (float64 with float64 inputs), or None for all ones.
+            prior: weights ``[nnz]`` with gradient, float32 (float64 with float64 inputs), or None for all ones.
             query_offsets: ``[B]``: query n of element b uses row ``n + query_offsets[b]``.
             kv_lens: the number of keys ``[B]`` of each batch element, or ``[B, H]`` of each of its key heads, as
                 compaction needs; keys behind are never read.
             dropout_p: probability of dropping a normalised weight; needs ``seed``, an int64 tensor of one element.
             scale: factor of the scores, by default ``1 / sqrt(D)``.
             score: ``"dot"`` or ``"gaussian"``.
-            log_weights: ``values`` holds the weights' logarithms; -inf is a weight of 0.
+            log_prior: ``prior`` holds the weights' logarithms; -inf is a weight of 0.
 
         Returns:
             ``[B, num_heads, N, Dv]``; 0 for a query without keys.
@@ -628,13 +628,14 @@ class SparsePattern:
                 query,
                 key,
                 value,
-                None if values is None else values[entries],
+                None if prior is None else prior[entries],
                 query_offsets=query_offsets,
                 kv_lens=kv_lens,
                 dropout_p=dropout_p,
                 seed=seed,
                 scale=scale,
                 score=score,
+                log_prior=log_prior,
             )
         if kv_lens is not None and lens_of_heads:
             batch, _, queries, _ = query.shape
@@ -652,7 +653,7 @@ class SparsePattern:
             value,
             self.crow_indices,
             self.col_indices,
-            values,
+            prior,
             plan=self.plan,
             query_offsets=query_offsets,
             kv_lens=kv_lens,
@@ -660,7 +661,7 @@ class SparsePattern:
             seed=seed,
             scale=scale,
             score=score,
-            log_weights=log_weights,
+            log_prior=log_prior,
         )
         return output.reshape(batch, self.num_heads, queries, value.size(3)) if lens_of_heads else output
 

@@ -47,10 +47,10 @@ def prune(
 ) -> PruningReport:
     """Replaces the priors of every ``PriorAttention`` in ``model`` by a static pattern of the most important pairs.
 
-    Algorithm 1 (score pruning) is ``keys=0``. Algorithm 2 (mixed) prunes keys first, then scores until exactly
-    ``round(amount * eligible)`` pairs of each scope are gone, pruned keys' pairs included. Algorithm 3 (GMM) is
-    ``keys`` alone. The survivors get weight one. The least important go first, of equals the lower index (in the
-    order layer, group, head, query, key), so that the same importance always gives the same pattern.
+    Algorithm 1 (pairs; the paper calls it score pruning) is ``keys=0``. Algorithm 2 (mixed) prunes keys first, then
+    pairs until exactly ``round(amount * eligible)`` of each scope are gone, pruned keys' pairs included. Algorithm 3
+    (GMM) is ``keys`` alone. The survivors get weight one. The least important go first, of equals the lower index (in
+    the order layer, group, head, query, key), so that the same importance always gives the same pattern.
 
     Eligible are all pairs that a query can see (``j <= i`` where causal) and, on a calibrated model, that calibration
     reached, whatever ``importance`` is; but not those of ``dead_rows``. Pairs that calibration did not reach and pairs

@@ -27,7 +27,7 @@ def prior_attention(
     seed: Tensor | int | None = None,
     scale: float | None = None,
     score: str = "dot",
-    log_weights: bool = False,
+    log_prior: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention with a weight for every pair: ``a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij')`` (Eq. 12).
@@ -41,7 +41,7 @@ def prior_attention(
         scale: factor of the scores, by default ``1 / sqrt(D)``.
         score: ``"dot"``, ``s = scale q.k``, or ``"gaussian"``, ``s = -scale/2 |q-k|^2`` (Eq. 8) without the ``|q|^2``
             term, which cancels.
-        log_weights: ``prior`` holds ``ln w``, any number or -inf, which is outside the support and has gradient 0.
+        log_prior: ``prior`` holds ``ln w``, any number or -inf, which is outside the support and has gradient 0.
         dtype: what to compute in and to return.
 
     Returns:
@@ -53,12 +53,12 @@ def prior_attention(
     if is_causal:
         eligible = eligible.tril()
     if prior is None:
-        weight = torch.full_like(eligible, 0 if log_weights else 1, dtype=dtype)
+        weight = torch.full_like(eligible, 0 if log_prior else 1, dtype=dtype)
     else:
         group = torch.arange(batch, device=query.device) % max(prior.shape[0], 1)
         weight = prior.to(dtype)[group].expand(batch, heads, queries, keys)
     kept = philox_keep_mask(seed, dropout_p, batch, heads, queries, keys) if dropout_p > 0 else None
-    return _attention(query, key, value, weight, eligible, kv_lens, kept, dropout_p, scale, score, log_weights)
+    return _attention(query, key, value, weight, eligible, kv_lens, kept, dropout_p, scale, score, log_prior)
 
 
 def csr_attention(
@@ -67,7 +67,7 @@ def csr_attention(
     value: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
-    values: Tensor | None = None,
+    prior: Tensor | None = None,
     *,
     query_offsets: Tensor | None = None,
     num_queries: int | None = None,
@@ -76,7 +76,7 @@ def csr_attention(
     seed: Tensor | int | None = None,
     scale: float | None = None,
     score: str = "dot",
-    log_weights: bool = False,
+    log_prior: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the pairs of a CSR pattern only, computed densely.
@@ -85,7 +85,7 @@ def csr_attention(
         crow_indices: ``[G * Hq * num_queries + 1]``, row offsets, or ``[G * num_queries + 1]``, G not a multiple of
             Hq, where all query heads share a pattern; batch element ``b`` uses group ``b % G``.
         col_indices: ``[nnz]``, the keys of each row; those that ``key`` does not have are hidden.
-        values: ``[nnz]``, the weights of the pairs, or None for all ones.
+        prior: ``[nnz]``, the weights of the pairs, or None for all ones.
         query_offsets: ``[B]``; query ``n`` of element ``b`` uses row ``n + query_offsets[b]`` of its head.
         num_queries: rows of the pattern for each head, by default ``N``.
 
@@ -99,8 +99,8 @@ def csr_attention(
     row = torch.repeat_interleave(torch.arange(num_rows, device=device), crow_indices.long().diff())
     there = col_indices < keys
     entry = row[there] * keys + col_indices[there].long()
-    one = 0.0 if log_weights else 1.0
-    weight = torch.full(entry.shape, one, device=device) if values is None else values[there]
+    one = 0.0 if log_prior else 1.0
+    weight = torch.full(entry.shape, one, device=device) if prior is None else prior[there]
     dense = torch.zeros(num_rows * keys, dtype=dtype, device=device).index_put((entry,), weight.to(dtype))
     pattern = torch.zeros(num_rows * keys, dtype=torch.bool, device=device).index_fill(0, entry, True)
 
@@ -123,7 +123,7 @@ def csr_attention(
     read = eligible.any(2).view(batch, key.shape[1], heads // max(key.shape[1], 1), keys).any(2)[..., None]
     key, value = torch.where(read, key, 0), torch.where(read, value, 0)
     weight = dense.view(shape)[which]
-    return _attention(query, key, value, weight, eligible, kv_lens, kept, dropout_p, scale, score, log_weights)
+    return _attention(query, key, value, weight, eligible, kv_lens, kept, dropout_p, scale, score, log_prior)
 
 
 def compact_kv(key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def _attention(
     dropout_p: float,
     scale: float | None,
     score: str,
-    log_weights: bool,
+    log_prior: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both attentions, in the dtype of weight ``[B, Hq, N, M]``; what is not eligible (same shape) takes no part."""
     if score not in ("dot", "gaussian"):
@@ -205,18 +205,18 @@ def _attention(
         scores = scores - scale / 2 * key.square().sum(-1).unsqueeze(-2)
 
     # A NaN weight counts, and makes its row NaN.
-    support = eligible & ~(weight <= (-math.inf if log_weights else 0))
+    support = eligible & ~(weight <= (-math.inf if log_prior else 0))
     empty = ~support.any(-1, keepdim=True)
     outside = eligible & ~support & ~empty
     # Weights join the scores in the exponent: only their ratios within a row matter, however large they are.
-    scores = scores + (torch.where(support, weight, 0) if log_weights else torch.where(support, weight, 1).log())
+    scores = scores + (torch.where(support, weight, 0) if log_prior else torch.where(support, weight, 1).log())
     if scores.shape[-1] == 0:
         row_max = scores.new_zeros((*scores.shape[:-1], 1))
     else:
         largest = scores.detach().masked_fill(~support | scores.isnan(), -math.inf).amax(-1, keepdim=True)
         row_max = largest.masked_fill(empty | largest.isinf(), 0)
     unnormalised = torch.where(support, scores - row_max, -math.inf).exp()
-    if not log_weights:
+    if not log_prior:
         # Pairs of weight zero add nothing, but the derivative with respect to their weight is exp(s), not zero.
         factor = torch.where(outside, scores.detach() - row_max, -math.inf).exp()
         unnormalised = unnormalised + _ZeroWithGradient.apply(torch.where(outside, weight, 0), factor)

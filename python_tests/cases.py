@@ -29,8 +29,8 @@ class Case:
     key_heads: int = 2
     queries: int = 4
     keys: int = 5
-    head_size: int = 3
-    value_size: int = 2
+    head_dim: int = 3
+    value_dim: int = 2
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     score: str = "dot"
     scale: float | None = None
@@ -38,12 +38,12 @@ class Case:
     dropout_p: float = 0.0
     groups: int = 1
     kept: float = 0.6  # share of the pairs in the support
-    log_weights: bool = False
+    log_prior: bool = False
     # prior_attention
     prior: str | None = "GHNM"  # its shape, with 1 for a broadcast dimension
     is_causal: bool = False
     # csr_attention
-    values: bool = False
+    weighted: bool = False  # each pair has a weight of its own
     index_dtype: torch.dtype = torch.int64
     planned: bool = False
     more_rows: int = 0  # rows of the pattern beyond the queries, which have random offsets then
@@ -57,13 +57,13 @@ class Case:
     def problem(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
         """Random tensors of these sizes. ``seed`` also decides which pairs are in the support."""
         generator = torch.Generator().manual_seed(seed)
-        sizes = (self.batch, self.query_heads, self.queries, self.head_size)
+        sizes = (self.batch, self.query_heads, self.queries, self.head_dim)
         query = _laid_out(sizes, self.layouts[0], dtype, generator)
         key_sizes = (self.batch, self.key_heads, self.keys)
-        key = _laid_out((*key_sizes, self.head_size), self.layouts[1], dtype, generator)
-        value = _laid_out((*key_sizes, self.value_size), self.layouts[2], dtype, generator)
+        key = _laid_out((*key_sizes, self.head_dim), self.layouts[1], dtype, generator)
+        value = _laid_out((*key_sizes, self.value_dim), self.layouts[2], dtype, generator)
         options: dict[str, Any] = {"score": self.score, "scale": self.scale, "dropout_p": self.dropout_p}
-        options["log_weights"] = self.log_weights
+        options["log_prior"] = self.log_prior
         if self.dropout_p > 0:
             options["seed"] = torch.randint(2**62, (1,), generator=generator)
         if self.kv_lens:
@@ -80,7 +80,7 @@ class Case:
         sizes = {"G": self.groups, "H": self.query_heads, "N": self.queries, "M": self.keys, "1": 1}
         weight = _weights(tuple(sizes[name] for name in self.prior), dtype, generator)
         weight = weight * (torch.rand(weight.shape, generator=generator) < self.kept)
-        return weight.log() if self.log_weights else weight, (), options
+        return weight.log() if self.log_prior else weight, (), options
 
     def _pattern(
         self, dtype: torch.dtype, generator: torch.Generator
@@ -90,8 +90,8 @@ class Case:
         num_keys = self.keys + self.more_keys
         mask = torch.rand(self.groups * heads * num_queries, num_keys, generator=generator) < self.kept
         crow, col = csr_of(mask, self.index_dtype)
-        weight = _weights((col.numel(),), dtype, generator) if self.values else None
-        if weight is not None and self.log_weights:
+        weight = _weights((col.numel(),), dtype, generator) if self.weighted else None
+        if weight is not None and self.log_prior:
             weight = weight.log()
         options: dict[str, Any] = {}
         if self.more_rows:
@@ -136,7 +136,7 @@ class Problem:
 
     def grad_output(self) -> Tensor:
         case = self.case
-        sizes = (case.batch, case.query_heads, case.queries, case.value_size)
+        sizes = (case.batch, case.query_heads, case.queries, case.value_dim)
         return torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(self.tensors[0].dtype)
 
     def run(self, name: str = "forward", wanted: Sequence[bool] = (True,) * 4, **kwargs: Any) -> Results:
@@ -212,40 +212,40 @@ PRIOR_CASES = [
     Case("prior_attention", dropout_p=0.3, score="gaussian", is_causal=True, groups=2),
     Case("prior_attention", kept=0.2, scale=-0.7, layouts=("strided columns",) * 3),
     Case("prior_attention", scale=0.0, kept=1.0),
-    Case("prior_attention", log_weights=True, kv_lens=True),
-    Case("prior_attention", log_weights=True, prior="GH1M", is_causal=True, dropout_p=0.3, score="gaussian"),
+    Case("prior_attention", log_prior=True, kv_lens=True),
+    Case("prior_attention", log_prior=True, prior="GH1M", is_causal=True, dropout_p=0.3, score="gaussian"),
 ]
 CSR_CASES = [
     Case("csr_attention"),
-    Case("csr_attention", values=True),
-    Case("csr_attention", values=True, score="gaussian", kv_lens=True, index_dtype=torch.int32),
-    Case("csr_attention", values=True, groups=2, batch=4, planned=True),
+    Case("csr_attention", weighted=True),
+    Case("csr_attention", weighted=True, score="gaussian", kv_lens=True, index_dtype=torch.int32),
+    Case("csr_attention", weighted=True, groups=2, batch=4, planned=True),
     Case("csr_attention", query_heads=4, key_heads=2, layouts=("transposed", "sliced", "expanded"), kept=0.3),
-    Case("csr_attention", values=True, more_rows=3, query_heads=2, key_heads=1, kv_lens=True),
+    Case("csr_attention", weighted=True, more_rows=3, query_heads=2, key_heads=1, kv_lens=True),
     Case("csr_attention", more_rows=2, dropout_p=0.4, score="gaussian", groups=2),
-    Case("csr_attention", values=True, dropout_p=0.3, kept=0.2, scale=-0.7, layouts=("strided columns",) * 3),
+    Case("csr_attention", weighted=True, dropout_p=0.3, kept=0.2, scale=-0.7, layouts=("strided columns",) * 3),
     Case("csr_attention", kept=0.0),
-    Case("csr_attention", values=True, log_weights=True, kv_lens=True),
-    Case("csr_attention", values=True, log_weights=True, groups=2, dropout_p=0.3, more_rows=2, score="gaussian"),
+    Case("csr_attention", weighted=True, log_prior=True, kv_lens=True),
+    Case("csr_attention", weighted=True, log_prior=True, groups=2, dropout_p=0.3, more_rows=2, score="gaussian"),
     Case("csr_attention", scale=0.0, kept=1.0, planned=True),
-    Case("csr_attention", query_heads=4, key_heads=2, shared_pattern=True, values=True, score="gaussian"),
+    Case("csr_attention", query_heads=4, key_heads=2, shared_pattern=True, weighted=True, score="gaussian"),
     Case("csr_attention", query_heads=4, groups=2, batch=4, shared_pattern=True, more_rows=2, dropout_p=0.4, kept=0.3),
-    Case("csr_attention", more_keys=3, values=True, kv_lens=True),
+    Case("csr_attention", more_keys=3, weighted=True, kv_lens=True),
     Case("csr_attention", more_keys=40, more_rows=3, query_heads=3, key_heads=1, shared_pattern=True, kept=0.3),
 ]
 
 
 # The sizes of the paper's models, and more than one block of keys.
 LARGE_PRIOR_CASES = [
-    Case("prior_attention", query_heads=4, key_heads=4, queries=197, keys=197, head_size=48, value_size=48),
-    Case("prior_attention", queries=256, keys=256, head_size=16, value_size=16, is_causal=True, prior="GH1M"),
-    Case("prior_attention", batch=1, queries=150, keys=1000, head_size=128, value_size=64, score="gaussian"),
+    Case("prior_attention", query_heads=4, key_heads=4, queries=197, keys=197, head_dim=48, value_dim=48),
+    Case("prior_attention", queries=256, keys=256, head_dim=16, value_dim=16, is_causal=True, prior="GH1M"),
+    Case("prior_attention", batch=1, queries=150, keys=1000, head_dim=128, value_dim=64, score="gaussian"),
 ]
 LARGE_CSR_CASES = [
-    Case("csr_attention", query_heads=4, key_heads=4, queries=197, keys=197, head_size=48, value_size=48, kept=0.3),
-    Case("csr_attention", queries=256, keys=256, head_size=16, value_size=16, kept=0.1, values=True, planned=True),
-    Case("csr_attention", batch=1, queries=150, keys=1000, head_size=128, value_size=64, kept=0.5, score="gaussian"),
-    Case("csr_attention", queries=150, keys=300, more_keys=500, shared_pattern=True, kept=0.6, head_size=16),
+    Case("csr_attention", query_heads=4, key_heads=4, queries=197, keys=197, head_dim=48, value_dim=48, kept=0.3),
+    Case("csr_attention", queries=256, keys=256, head_dim=16, value_dim=16, kept=0.1, weighted=True, planned=True),
+    Case("csr_attention", batch=1, queries=150, keys=1000, head_dim=128, value_dim=64, kept=0.5, score="gaussian"),
+    Case("csr_attention", queries=150, keys=300, more_keys=500, shared_pattern=True, kept=0.6, head_dim=16),
 ]
 
 
@@ -265,8 +265,8 @@ def random_case(op: str, seed: int) -> Case:
         key_heads=key_heads,
         queries=size(0, 80),
         keys=size(0, 90),
-        head_size=size(1, 130),
-        value_size=size(1, 130),
+        head_dim=size(1, 130),
+        value_dim=size(1, 130),
         layouts=tuple(str(layout) for layout in rng.choice(LAYOUTS, 3)),  # type: ignore[arg-type]
         score=str(rng.choice(["dot", "gaussian"])),
         scale=[None, 0.0, 0.3, -0.2][int(rng.choice(4, p=[0.7, 0.1, 0.1, 0.1]))],
@@ -276,13 +276,13 @@ def random_case(op: str, seed: int) -> Case:
         kept=float(rng.choice([0.0, 0.1, 0.3, 0.6, 1.0], p=[0.05, 0.25, 0.3, 0.3, 0.1])),
         prior=[None, "GHNM", "G1NM", "GH1M", "G11M"][int(rng.integers(5))],
         is_causal=bool(rng.random() < 0.3),
-        values=bool(rng.random() < 0.5),
+        weighted=bool(rng.random() < 0.5),
         index_dtype=torch.int32 if rng.random() < 0.5 else torch.int64,
         planned=bool(rng.random() < 0.5),
         more_rows=int(rng.integers(0, 6)) if rng.random() < 0.3 else 0,
         more_keys=int(rng.integers(0, 60)) if rng.random() < 0.3 else 0,
         shared_pattern=bool(rng.random() < 0.3),
-        log_weights=bool(rng.random() < 0.3),
+        log_prior=bool(rng.random() < 0.3),
     )
 
 
@@ -354,7 +354,7 @@ def _roundings(problem: Problem, exact: Results) -> dict[str, float]:
     repeats = case.query_heads // case.key_heads
     key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     grad_output = problem.grad_output().double().abs()
-    scale = abs(case.head_size**-0.5 if case.scale is None else case.scale)
+    scale = abs(case.head_dim**-0.5 if case.scale is None else case.scale)
     kept = 1 / (1 - case.dropout_p) if case.dropout_p < 1 else 0.0
 
     # The normalised weights are the output for unit vectors as values; without a weight, exp(s - logsumexp).
@@ -363,7 +363,7 @@ def _roundings(problem: Problem, exact: Results) -> dict[str, float]:
     attention, logsumexp = undropped.reference(*problem.tensors[:2], units)
     unweighted, unweighted_logsumexp = undropped.reference(*problem.tensors[:2], units, None)
     ratio = unweighted * (unweighted_logsumexp - logsumexp).exp().nan_to_num(0, 0)[..., None]
-    if case.log_weights:
+    if case.log_prior:
         ratio = attention
 
     delta = (grad_output * exact.output.abs()).sum(-1, keepdim=True)

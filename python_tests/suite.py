@@ -82,7 +82,7 @@ class AttentionSuite:
             assert torch.autograd.gradcheck(problem.public, leaves)
             return
         # Central differences are halved at the edge of the support, so pairs of weight 0 keep it here.
-        outside = weight == (-torch.inf if case.log_weights else 0)
+        outside = weight == (-torch.inf if case.log_prior else 0)
         inside = weight.masked_fill(outside, 0.5).requires_grad_()
         assert torch.autograd.gradcheck(
             lambda q, k, v, w: problem.public(q, k, v, torch.where(outside, weight, w)), [*leaves, inside]
@@ -287,7 +287,7 @@ class AttentionSuite:
         exact_grads = torch.autograd.grad(exact, exact_leaves, grad_output)
         tolerance = max(tolerance, {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2}.get(dtype, 6e-2))
         pairs = [(output, exact), (logsumexp, exact_logsumexp), *zip(grads[:3], exact_grads[:3], strict=True)]
-        if options.get("log_weights"):
+        if options.get("log_prior"):
             pairs.append((grads[3], exact_grads[3]))
         for ours, wanted in pairs:
             assert ours.isfinite().all() or not wanted.isfinite().all()
@@ -322,7 +322,7 @@ class AttentionSuite:
         weight[..., 3], weight[..., 20], weight[..., 30] = 1e38, 1e-26, 1e25
         with cpu_isa(isa):
             self._compare_weighted(query, key, value, weight, scale=1.0, tolerance=5e-5)
-            self._compare_weighted(query, key, value, weight.log(), scale=1.0, tolerance=5e-5, log_weights=True)
+            self._compare_weighted(query, key, value, weight.log(), scale=1.0, tolerance=5e-5, log_prior=True)
 
     @pytest.mark.parametrize("size", [40.0, 61.7, 90.0])
     @pytest.mark.parametrize("weights", ["none", "weights", "logarithms"])
@@ -345,7 +345,7 @@ class AttentionSuite:
         def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if weights == "none":
                 return self.attend(query, key, value, mask)[0]
-            return self.weigh(query, key, value, given, log_weights=weights == "logarithms")[0]
+            return self.weigh(query, key, value, given, log_prior=weights == "logarithms")[0]
 
         def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             scores = query @ key.mT / 32**0.5 + weight.to(query.dtype).log()
@@ -380,11 +380,11 @@ class AttentionSuite:
         weight[:, 2, :4] = -torch.inf
         kv_lens = torch.tensor([25, 10])
         with cpu_isa(isa):
-            self._compare_weighted(query, key, value, weight, kv_lens=kv_lens, log_weights=True)
+            self._compare_weighted(query, key, value, weight, kv_lens=kv_lens, log_prior=True)
             self._compare_weighted(query, key, value, weight.exp().clamp(max=1e38), kv_lens=kv_lens)
 
     @pytest.mark.parametrize("queries", [3, 19])
-    def test_log_weights(self, isa: str, dtype: torch.dtype, queries: int) -> None:
+    def test_log_prior(self, isa: str, dtype: torch.dtype, queries: int) -> None:
         """Any finite number is a weight, -inf is none, NaN and inf make their row NaN."""
         generator = torch.Generator().manual_seed(7)
         query = torch.randn(2, 2, queries, 8, generator=generator).to(dtype)
@@ -396,7 +396,7 @@ class AttentionSuite:
             plain, plain_lse = self.weigh(query, key, value, torch.ones_like(weight))
             for row, size in enumerate([0.0, 300.0, least]):  # of whole rows
                 weight[:, row] = size
-            output, logsumexp = self.weigh(query, key, value, weight, log_weights=True)
+            output, logsumexp = self.weigh(query, key, value, weight, log_prior=True)
             torch.testing.assert_close(output, plain)
             shifted = (logsumexp - weight[None, ..., 0])[..., :2]
             torch.testing.assert_close(shifted, plain_lse[..., :2], rtol=0, atol=1e-4)
@@ -404,7 +404,7 @@ class AttentionSuite:
             weight[0, 0], weight[1, 0, 3], weight[0, 1, 5] = -torch.inf, torch.nan, torch.inf
             weight[1, 1, 1:], weight[0, 2, 4] = least, torch.inf
             leaves = [x.clone().requires_grad_() for x in (query, key, value, weight)]
-            output, logsumexp = self.weigh(*leaves, log_weights=True)
+            output, logsumexp = self.weigh(*leaves, log_prior=True)
             rows = torch.zeros(logsumexp.shape, dtype=torch.bool)
             rows[:, 1, 0] = rows[:, 0, 1] = rows[:, 0, 2] = True
             assert output[rows].isnan().all() and logsumexp[rows].isnan().all()
@@ -443,8 +443,8 @@ class AttentionSuite:
             key_heads=1,
             queries=queries,
             keys=400,
-            head_size=16,
-            value_size=16,
+            head_dim=16,
+            value_dim=16,
             scale=900.0,
             kept=kept,
         )

@@ -35,8 +35,8 @@ CASES = [SMALL, SMALL_CAUSAL, DECODING]
 
 def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(case.batch, case.query_heads, case.queries, case.head_size, generator=generator)
-    key, value = torch.randn(2, case.batch, case.key_heads, case.keys, case.head_size, generator=generator)
+    query = torch.randn(case.batch, case.query_heads, case.queries, case.head_dim, generator=generator)
+    key, value = torch.randn(2, case.batch, case.key_heads, case.keys, case.head_dim, generator=generator)
     return query, key, value
 
 

@@ -110,7 +110,7 @@ def assert_calibrated(attention: PriorAttention, batches: Sequence[Batch]) -> No
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
 @pytest.mark.parametrize("score", ["dot", "gaussian"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mean_posterior(kind: Any, score: Any, parameterization: Any, is_causal: bool) -> None:
@@ -363,7 +363,8 @@ def test_compiled_models_are_measured_as_eager_ones(compiled: Any, fresh_compile
         for name in ("posterior", "saliency", "reached"):
             assert torch.equal(getattr(one, name), getattr(other, name))
     dead, expected_dead = find_dead_rows(model, images), find_dead_rows(eager, images)
-    assert list(dead) == list(expected_dead) == ["blocks.0.attention.attention", "blocks.1.attention.attention"]
+    names = ["blocks.0.attention.prior_attention", "blocks.1.attention.prior_attention"]
+    assert list(dead) == list(expected_dead) == names
     assert all(torch.equal(dead[name], rows) for name, rows in expected_dead.items())
     assert flops.model_report(model, images).to_dict() == flops.model_report(eager, images).to_dict()
     arguments: dict[str, Any] = {"scope": "global", "importance": "posterior", "example": images}
@@ -492,7 +493,7 @@ def saliency(attention: PriorAttention) -> Tensor:
     return attention.saliency
 
 
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_saliency_is_what_a_smaller_weight_costs(parameterization: Any, is_causal: bool) -> None:
     """Against central differences of the loss in log w, for which the clamp parameter is w itself."""
@@ -503,8 +504,8 @@ def test_saliency_is_what_a_smaller_weight_costs(parameterization: Any, is_causa
     batches = [{name: tensor.double() for name, tensor in batch.items()} for batch in batches_of(attention, [2, 3])]
     batches[0]["kv_lens"] = torch.tensor([4, 2])
     tested = copy.deepcopy(attention)
-    if parameterization == "softmax":
-        tested.parameterization = "softmax"
+    if parameterization == "logits":
+        tested.parameterization = "logits"
         assert tested.prior is not None
         nn.init.zeros_(tested.prior)
         tested.prior.data.copy_(attention.prior.log())
@@ -577,7 +578,7 @@ def test_an_error_leaves_priors_as_they_were() -> None:
 # ---------------------------------------------------------------- soft EM
 
 
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_soft_em_moves_pi_towards_the_mean_posterior(parameterization: Any, is_causal: bool) -> None:
     torch.manual_seed(0)
@@ -589,7 +590,7 @@ def test_soft_em_moves_pi_towards_the_mean_posterior(parameterization: Any, is_c
     start = torch.rand_like(attention.prior).masked_fill(~eligible, 0)
     start /= start.sum(-1, keepdim=True)
     pi = start
-    attention.prior.data.copy_(start.log().clamp(min=-9) if parameterization == "softmax" else start)
+    attention.prior.data.copy_(start.log().clamp(min=-9) if parameterization == "logits" else start)
     batches = [{name: tensor.double() for name, tensor in batch.items()} for batch in batches_of(attention, [2, 1, 4])]
     with SoftEM(model, momentum=0.3) as em:
         assert not attention.prior.requires_grad
@@ -649,7 +650,7 @@ def test_soft_em_in_a_training_loop() -> None:
         model.eval()(images)  # a validation pass is not training
         with pytest.raises(RuntimeError, match=r"SoftEM.step: a forward pass in training mode must come first"):
             em.step()
-    attention = model.get_submodule("blocks.0.attention.attention")
+    attention = model.get_submodule("blocks.0.attention.prior_attention")
     assert isinstance(attention, PriorAttention) and attention.prior is not None
     assert attention.prior.std() > 0 and attention.prior.grad is None
     assert prune(model, 0.5).pruned == 50
@@ -747,13 +748,13 @@ def test_dead_rows_of_a_class_token() -> None:
     model = VisionTransformer(8, 4, 1, 3, dim=8, depth=2, num_heads=2).train()
     images = torch.randn(2, 1, 8, 8)
     dead = find_dead_rows(model, (images, "labels"))
-    assert set(dead) == {"blocks.0.attention.attention", "blocks.1.attention.attention"}
+    assert set(dead) == {"blocks.0.attention.prior_attention", "blocks.1.attention.prior_attention"}
     first, last = dead.values()
     assert not first.any()
     assert last.tolist() == [[[False, True, True, True, True]] * 2]
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     model.requires_grad_(False)
-    assert find_dead_rows(model, images)["blocks.1.attention.attention"].sum() == 8
+    assert find_dead_rows(model, images)["blocks.1.attention.prior_attention"].sum() == 8
 
 
 def test_rows_that_the_batch_does_not_have_are_not_dead() -> None:

@@ -16,7 +16,7 @@ from fiak_ext import reference
 compact_kv = torch.ops.fiak.compact_kv
 compact_linear = torch.ops.fiak.compact_linear
 
-# batch, heads, rows, kept, in_features, head_size; the values of compact_kv have head_size + 1 columns
+# batch, heads, rows, kept, in_features, head_dim; the values of compact_kv have head_dim + 1 columns
 SIZES = [
     (2, 3, 7, 4, 5, 6),
     (1, 1, 1, 1, 1, 1),

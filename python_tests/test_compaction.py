@@ -34,8 +34,8 @@ def sparse_mask(is_causal: bool = False, groups: int = 1, tokens: int = TOKENS, 
 def pruned_attention(**kwargs: Any) -> MultiHeadSelfAttention:
     torch.manual_seed(0)
     module = MultiHeadSelfAttention(DIM, HEADS, TOKENS, **kwargs)
-    mask = sparse_mask(module.attention.is_causal, module.attention.groups)
-    module.attention.set_pattern(SparsePattern.from_mask(mask))
+    mask = sparse_mask(module.prior_attention.is_causal, module.prior_attention.groups)
+    module.prior_attention.set_pattern(SparsePattern.from_mask(mask))
     return module.double()
 
 
@@ -67,12 +67,12 @@ def test_outputs_and_gradients_stay(is_causal: bool, qkv_bias: bool, groups: int
 
 def test_what_is_kept() -> None:
     module = compact(pruned_attention())
-    attention = module.attention
+    attention = module.prior_attention
     assert attention.is_compacted and attention.keep is not None and attention.pattern is not None
     assert attention.keep.tolist() == [[-1] * 7, [1, 2, 4, 5, 7, -1, -1], [0, 1, 3, 4, 5, 6, 7]]
     assert (attention.pattern.num_queries, attention.pattern.num_keys) == (TOKENS, 7)
     assert repr(attention) == f"PriorAttention(3, 8, 8, kind='fiak', compacted to {attention.pattern.nnz} pairs, " + (
-        "parameterization='softmax')"
+        "parameterization='logits')"
     )
 
 
@@ -90,7 +90,7 @@ def test_hidden_tokens_and_dropped_keys_are_never_read() -> None:
 
 def test_a_model_whose_every_pair_is_pruned() -> None:
     module = MultiHeadSelfAttention(DIM, HEADS, TOKENS)
-    module.attention.set_pattern(SparsePattern.from_mask(torch.zeros(HEADS, TOKENS, TOKENS, dtype=torch.bool)))
+    module.prior_attention.set_pattern(SparsePattern.from_mask(torch.zeros(HEADS, TOKENS, TOKENS, dtype=torch.bool)))
     x = torch.randn(2, TOKENS, DIM, requires_grad=True)
     output = compact(module)(x)
     torch.testing.assert_close(output, module.proj.bias.expand_as(output))
@@ -183,7 +183,7 @@ def test_a_compacted_checkpoint_loads_into_any_state(before: str) -> None:
 def test_a_malformed_keep_is_refused(keep: Tensor) -> None:
     source = compact(pruned_attention())
     with pytest.raises(RuntimeError, match=r"attention\.pattern: keep must "):
-        pruned_attention().load_state_dict(source.state_dict() | {"attention.keep": keep})
+        pruned_attention().load_state_dict(source.state_dict() | {"prior_attention.keep": keep})
 
 
 def test_autocast() -> None:

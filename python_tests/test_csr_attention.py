@@ -36,7 +36,7 @@ class TestCsrAttention(AttentionSuite):
     def test_at_most_twice_the_error_of_scaled_dot_product_attention(
         self, isa: str, dtype: torch.dtype, kept: float
     ) -> None:
-        query, key, value, mask = _inputs(dtype, kept, queries=197, keys=197, head_size=48)
+        query, key, value, mask = _inputs(dtype, kept, queries=197, keys=197, head_dim=48)
         exact, _ = reference.csr_attention(query, key, value, *csr_of(mask))
         theirs = F.scaled_dot_product_attention(query, key, value, mask[None].expand(query.shape[0], -1, -1, -1))
         with cpu_isa(isa):
@@ -46,7 +46,7 @@ class TestCsrAttention(AttentionSuite):
 
     @pytest.mark.parametrize(("queries", "keys"), [(2, 65536), (2, 66000), (70, 65537), (66000, 3), (65537, 2)])
     def test_more_rows_or_columns_than_16_bits(self, isa: str, queries: int, keys: int) -> None:
-        case = Case("csr_attention", batch=1, key_heads=1, queries=queries, keys=keys, values=True)
+        case = Case("csr_attention", batch=1, key_heads=1, queries=queries, keys=keys, weighted=True)
         problem = case.problem(torch.float32)
         with cpu_isa(isa):
             actual = problem.run()
@@ -69,13 +69,13 @@ class TestCsrAttention(AttentionSuite):
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
-    @pytest.mark.parametrize(("queries", "keys", "head_size"), [(1, 1024, 64), (2, 1024, 32), (3, 256, 128)])
+    @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1024, 64), (2, 1024, 32), (3, 256, 128)])
     def test_decoding_rows_leave_each_other_alone(
-        self, isa: str, dtype: torch.dtype, queries: int, keys: int, head_size: int
+        self, isa: str, dtype: torch.dtype, queries: int, keys: int, head_dim: int
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        query = torch.randn(1, 4, queries, head_size, generator=generator).to(dtype)
-        key, value = (torch.randn(1, 1, keys, head_size, generator=generator).to(dtype) for _ in range(2))
+        query = torch.randn(1, 4, queries, head_dim, generator=generator).to(dtype)
+        key, value = (torch.randn(1, 1, keys, head_dim, generator=generator).to(dtype) for _ in range(2))
         crow, col = csr_of(torch.ones(4, queries, keys, dtype=torch.bool))
         exact, _ = reference.csr_attention(query, key, value, crow, col)
         theirs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
@@ -180,7 +180,7 @@ class TestCsrAttention(AttentionSuite):
         self, isa: str, dtype: torch.dtype, groups: int, heads: int, key_heads: int, valued: bool
     ) -> None:
         case = Case(
-            "csr_attention", batch=2 * groups, query_heads=heads, key_heads=key_heads, queries=20, keys=33, head_size=8
+            "csr_attention", batch=2 * groups, query_heads=heads, key_heads=key_heads, queries=20, keys=33, head_dim=8
         )
         query, key, value, _ = case.problem(dtype).tensors
         mask = torch.rand(groups, 1, 20, 33, generator=torch.Generator().manual_seed(2)) < 0.4
@@ -278,9 +278,9 @@ class TestCsrAttention(AttentionSuite):
             ),
             ({"crow_indices": torch.zeros(9).int()}, r"col_indices must have the dtype of crow_indices, torch.int32"),
             ({"col_indices": torch.zeros(3, dtype=torch.int64, device="meta")}, r"col_indices must be on the device"),
-            ({"values": torch.zeros(1)}, r"values must have size \d+ in dimension 0, the number of col_indices \(got"),
-            ({"values": torch.zeros(1, 1)}, r"values must have the shape \[nnz\] \(got \[1, 1\]\)"),
-            ({"values": torch.zeros(1).double()}, r"values must be torch.float32 with torch.float32 inputs \(got"),
+            ({"prior": torch.zeros(1)}, r"prior must have size \d+ in dimension 0, the number of col_indices \(got"),
+            ({"prior": torch.zeros(1, 1)}, r"prior must have the shape \[nnz\] \(got \[1, 1\]\)"),
+            ({"prior": torch.zeros(1).double()}, r"prior must be torch.float32 with torch.float32 inputs \(got"),
             ({"query_offsets": torch.tensor([0, 0])}, r"plan must be given with query_offsets; .*csr_plan makes it"),
             ({"query_offsets": torch.tensor([0])}, r"query_offsets must have size 2 in dimension 0, query's batch"),
             ({"plan": torch.zeros(8)}, r"plan must be torch.uint8 \(got torch.float32\)"),
@@ -333,10 +333,10 @@ class TestCsrAttention(AttentionSuite):
 
 
 def _inputs(
-    dtype: torch.dtype, kept: float = 0.6, queries: int = 5, keys: int = 7, head_size: int = 6
+    dtype: torch.dtype, kept: float = 0.6, queries: int = 5, keys: int = 7, head_dim: int = 6
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """query, key and value of 2 elements and 2 heads, and a mask [2, queries, keys]."""
-    case = Case("csr_attention", queries=queries, keys=keys, head_size=head_size, value_size=head_size)
+    case = Case("csr_attention", queries=queries, keys=keys, head_dim=head_dim, value_dim=head_dim)
     query, key, value, _ = case.problem(dtype).tensors
     return query, key, value, torch.rand(2, queries, keys, generator=torch.Generator().manual_seed(2)) < kept
 

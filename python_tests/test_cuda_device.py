@@ -30,7 +30,7 @@ from fiak_ext import SparsePattern, reference, which_kernel
 DEVICE = os.environ.get("FIAK_TEST_DEVICE", "cuda")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = [  # around the kernels' tiles of 64, and their widest heads
-    Case("prior_attention", queries=n, keys=m, head_size=d, value_size=dv, is_causal=causal, kept=0.5)
+    Case("prior_attention", queries=n, keys=m, head_dim=d, value_dim=dv, is_causal=causal, kept=0.5)
     for n, m, d, dv, causal in [
         (1, 197, 64, 64, False),
         (64, 64, 64, 128, True),
@@ -38,7 +38,7 @@ WIDE = [  # around the kernels' tiles of 64, and their widest heads
         (128, 129, 200, 256, True),
     ]
 ]
-WIDE += [replace(case, op="csr_attention", is_causal=False, values=True) for case in WIDE]
+WIDE += [replace(case, op="csr_attention", is_causal=False, weighted=True) for case in WIDE]
 MANY = [  # more blocks than the second dimension of a grid may have
     Case("prior_attention", batch=8200, query_heads=8, key_heads=8, queries=2, keys=2),
     Case("csr_attention", batch=8200, query_heads=8, key_heads=8, queries=2, keys=2),

@@ -20,7 +20,7 @@ MEANT = {
     r"compact_linear_(forward|grad_input|grad_weight)_b?f16": TENSOR_CORES,
     r"compact_linear_(forward|grad_input|grad_weight)_f32": (r"\bFFMA\b", r"\bLDGSTS\.E\.BYPASS\.128"),
     r"(prior|csr_tiles)_(forward|grad_query|grad_key|grad_value|grad_prior)_b?f16_": TENSOR_CORES,
-    r"csr_entries_(forward|grad_query|grad_key|grad_value|grad_values)_": (r"\bLDG\.E\.128",),
+    r"csr_entries_(forward|grad_query|grad_key|grad_value|grad_prior)_": (r"\bLDG\.E\.128",),
 }
 
 

@@ -16,7 +16,7 @@ ROW = {
     "heads": 1,
     "queries": 197,
     "keys": 197,
-    "head_size": 64,
+    "head_dim": 64,
     "blocks": 4,
     "copied_bytes": 226944,
     "loaded_bytes": 0,
@@ -39,7 +39,7 @@ def test_a_prediction_by_hand() -> None:
 
 
 def test_a_prediction_of_a_kernel_by_entries_by_hand() -> None:
-    row = {**ROW, "op": "csr_attention", "kernel": "fiak_csr_entries_grad_key_f16_d64_e2", "head_size": 48}
+    row = {**ROW, "op": "csr_attention", "kernel": "fiak_csr_entries_grad_key_f16_d64_e2", "head_dim": 48}
     row.update(batch=2, nnz=10000, copied_bytes=0, loaded_bytes=2 * 3 * 10000 * 96, products=0)
     prediction = cuda_roofline.predict(row)
     pairs, row_bytes = 256 * 4 * 10000, 2 * 256 * 4 * 197 * 48

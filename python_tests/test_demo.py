@@ -330,7 +330,7 @@ def test_a_run_writes_everything_and_repeats(
             assert min(picture.size) > 200
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
 
-    for name, stem in (("FiAK", "fiak"), ("score 70%", "score-70"), ("mixed 70%, 20% keys", "mixed-70-20-keys")):
+    for name, stem in (("FiAK", "fiak"), ("pairs 70%", "pairs-70"), ("mixed 70%, 20% keys", "mixed-70-20-keys")):
         checkpoint = torch.load(tmp_path / "first" / f"{stem}.pt", weights_only=True)
         model = fiak_ext.VisionTransformer(**checkpoint["arguments"])
         model.load_state_dict(checkpoint["state_dict"])
@@ -434,7 +434,7 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fresh = fiak_ext.MultiHeadSelfAttention(dim=64, num_heads=4, num_tokens=50)
     state = torch.load("pruned.pt", weights_only=True)
     fresh.load_state_dict({name[2:]: tensor for name, tensor in state.items() if name.startswith("0.")})
-    assert fresh.attention.pattern is not None and fresh.attention.pattern.nnz == 3000
+    assert fresh.prior_attention.pattern is not None and fresh.prior_attention.pattern.nnz == 3000
     assert names["attention"].pattern.nnz == names["window"].nnz  # stored once for all heads
     assert names["attention"].pattern.shared_heads
 

@@ -94,7 +94,7 @@ def test_dense_cost_of_deit_tiny() -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("av", ["dense", "sparse"])
 @pytest.mark.parametrize(
-    ("method", "keys_gone", "density"), [("dense", 0, 1.0), ("score", 0, 0.4), ("mixed", 3, 0.6), ("key", 3, 1.0)]
+    ("method", "keys_gone", "density"), [("dense", 0, 1.0), ("pair", 0, 0.4), ("mixed", 3, 0.6), ("key", 3, 1.0)]
 )
 def test_exact_formulas_count_what_loops_do(
     method: Any, keys_gone: int, density: float, av: Any, is_causal: bool
@@ -108,13 +108,13 @@ def test_exact_formulas_count_what_loops_do(
 
     total = heads * int(eligible.sum())
     kept_keys = mask.any(1)
-    scores_gone = Fraction(total - int(mask.sum()), total)
+    pairs_gone = Fraction(total - int(mask.sum()), total)
     keys = Fraction(int((~kept_keys).sum()), heads * tokens)
     key_pairs = Fraction(int((eligible & ~kept_keys[:, None]).sum()), total)
     fractions: dict[str, Any] = {
         "dense": {},
-        "score": {"k": scores_gone},
-        "mixed": {"k1": scores_gone, "k2": keys},
+        "pair": {"k": pairs_gone},
+        "mixed": {"k1": pairs_gone, "k2": keys},
         "key": {"k": keys},
     }[method]
     if skip_keys:
@@ -137,7 +137,7 @@ def test_exact_formulas_count_what_loops_do(
     assert (work.table1, work.torch) == (loops.multiplications + loops.additions, 2 * loops.multiplications)
 
 
-def test_attention_cost_of_empty_rows_and_other_value_sizes() -> None:
+def test_attention_cost_of_empty_rows_and_other_value_dims() -> None:
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     mask[0, 1, :3] = True
     works = flops.attention_cost(SparsePattern.from_mask(mask), head_dim=3, value_dim=2, model_dim=7, skip_keys=True)
@@ -150,11 +150,11 @@ def test_attention_cost_of_empty_rows_and_other_value_sizes() -> None:
 def test_printed_table() -> None:
     n2, hnd = 4 * 197 * 197, 4 * 197 * 48
     half = Fraction(1, 2)
-    assert flops.table1("score", **DEIT, k=half, version="printed") == n2 * 95 / 2
+    assert flops.table1("pair", **DEIT, k=half, version="printed") == n2 * 95 / 2
     assert flops.table1("key", **DEIT, k=half, version="printed") == (n2 * 191 + 381 * hnd) / 2
     assert flops.table1("mixed", **DEIT, k1=half, k2=Fraction(1, 4), version="printed") == n2 * 71 + 381 * hnd / 4
     # As fractions of a float, as printed in the paper.
-    assert flops.table1("score", **DEIT, k=0.7, version="printed") == pytest.approx(0.7 * n2 * 95)
+    assert flops.table1("pair", **DEIT, k=0.7, version="printed") == pytest.approx(0.7 * n2 * 95)
 
 
 def test_errata() -> None:
@@ -166,14 +166,14 @@ def test_errata() -> None:
         exact = flops.table1(method, **DEIT, **fractions)
         return exact - flops.table1(method, **DEIT, **fractions, version="printed")
 
-    assert wrong_by("score", k=k1) == 0
+    assert wrong_by("pair", k=k1) == 0
     assert wrong_by("key", k=k2) == (2 * dx + 1) * k2 * hnd
     assert wrong_by("mixed", k1=k1, k2=k2) == k1 * n2 + (2 * dx + 1) * k2 * hnd
 
 
 def test_sparse_values_save_more() -> None:
     k = Fraction(7, 10)
-    dense, sparse = (flops.table1("score", **DEIT, k=k, av=av) for av in ("dense", "sparse"))
+    dense, sparse = (flops.table1("pair", **DEIT, k=k, av=av) for av in ("dense", "sparse"))
     assert (dense, sparse) == (k * 4 * 197**2 * 95, k * 4 * 197**2 * 191)
     assert flops.table1("key", **DEIT, k=k) == flops.table1("key", **DEIT, k=k, av="sparse")
 
@@ -181,10 +181,10 @@ def test_sparse_values_save_more() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "rows"}, "method must be one of dense, score, mixed, key"),
+        ({"method": "rows"}, "method must be one of dense, pair, mixed, key"),
         ({"method": "dense", "version": "paper"}, "version must be one of"),
         ({"method": "dense", "av": "csr"}, "av must be one of"),
-        ({"method": "score"}, r"takes the fractions \(k\) \(got \(\)\)"),
+        ({"method": "pair"}, r"takes the fractions \(k\) \(got \(\)\)"),
         ({"method": "mixed", "k": 0.5}, r"takes the fractions \(k1, k2\) \(got \(k\)\)"),
         ({"method": "dense", "version": "printed", "is_causal": True}, "version must be 'exact'"),
         ({"method": "key", "k": 0.5, "is_causal": True}, "key_pairs is required"),
@@ -681,7 +681,7 @@ def test_figures_2_and_7_flops_shrink_with_length() -> None:
             "head_dim": head_dim,
             "model_dim": heads * head_dim,
         }
-        saved = float(flops.table1("score", **sizes, k=k, av="sparse", is_causal=is_causal))
+        saved = float(flops.table1("pair", **sizes, k=k, av="sparse", is_causal=is_causal))
         return 1 - saved / float(flops.table1("dense", **sizes, is_causal=is_causal))
 
     vision = [ratio(tokens, 4, 48, 0.7, False) for tokens in (197, 785, 3137)]

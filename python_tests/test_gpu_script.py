@@ -370,7 +370,7 @@ def test_every_cell_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert results["machine|rates"]["bytes_per_second"] > 0
     pattern = results[f"{wanted[1]}|pattern"]
     assert 0 < pattern["pairs"] < 2 * 33 * 34 / 2 and pattern["plan_bytes"] > 0
-    for name in ("SDPA math, boolean mask", "SDPA math, float bias", "csr_attention, values", "prior_attention"):
+    for name in ("SDPA math, boolean mask", "SDPA math, float bias", "csr_attention, prior", "prior_attention"):
         for key in wanted[2:4]:
             line = results[f"{key}|{name}"]
             assert line["calls"] == 3 and line["milliseconds"] == sorted(line["milliseconds"])

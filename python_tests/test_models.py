@@ -59,7 +59,7 @@ def test_embeddings_of_the_language_model_are_tied() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fiak", "gmm", "softmax"])
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
 def test_all_kinds_start_as_the_softmax_model(kind: str, parameterization: str) -> None:
     images, tokens = torch.randn(2, 3, 8, 8), torch.randint(11, (2, 6))
     for build, inputs in ((small_vit, images), (small_lm, tokens)):
@@ -94,7 +94,7 @@ def test_dropout_is_for_training() -> None:
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
 def test_training(parameterization: str, pruned: bool) -> None:
     model = small_vit(parameterization=parameterization)
     if pruned:
@@ -148,11 +148,11 @@ def test_param_groups() -> None:
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
         "decayed": (0.1, 0.2),
         "not decayed": (0.1, 0.0),
-        "softmax priors": (pytest.approx(3.0), 0.0),
+        "logit priors": (pytest.approx(3.0), 0.0),
     }
     assert all(p.dim() > 1 for p in groups["decayed"]["params"])
     assert all(p.dim() == 1 for p in groups["not decayed"]["params"])
-    assert [id(p) for p in groups["softmax priors"]["params"]] == [id(a.prior) for a in attentions(model)]
+    assert [id(p) for p in groups["logit priors"]["params"]] == [id(a.prior) for a in attentions(model)]
     grouped = [p for group in groups.values() for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
@@ -160,7 +160,7 @@ def test_param_groups() -> None:
 def test_learning_rates_of_the_priors() -> None:
     model = nn.ModuleList([PriorAttention(2, 3), PriorAttention(2, 3, parameterization="clamp")])
     rates = {group["name"]: group["lr"] for group in param_groups(model, lr=0.1)}
-    assert rates == {"softmax priors": pytest.approx(3.0), "clamp priors": pytest.approx(0.5)}
+    assert rates == {"logit priors": pytest.approx(3.0), "clamp priors": pytest.approx(0.5)}
     assert {group["lr"] for group in param_groups(model, lr=0.1, prior_lr=0.0)} == {0.0}
 
 

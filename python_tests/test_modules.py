@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fiak_ext import MultiHeadSelfAttention, PriorAttention, SparsePattern, reference
 
 KINDS = ("fiak", "gmm", "softmax")
-PARAMETERIZATIONS = ("softmax", "clamp")
+PARAMETERIZATIONS = ("logits", "clamp")
 HEADS, QUERIES, KEYS = 4, 7, 9
 
 
@@ -45,11 +45,11 @@ def trained(module: nn.Module, seed: int = 0) -> Any:
     for attention in module.modules():
         if isinstance(attention, PriorAttention) and attention.prior is not None:
             noise = torch.randn(attention.prior.shape, dtype=torch.float64, generator=generator)
-            attention.prior.data = noise if attention.parameterization == "softmax" else noise / 2
+            attention.prior.data = noise if attention.parameterization == "logits" else noise / 2
     return module
 
 
-def dense(kind: str = "fiak", parameterization: str = "softmax", **kwargs: Any) -> PriorAttention:
+def dense(kind: str = "fiak", parameterization: str = "logits", **kwargs: Any) -> PriorAttention:
     kwargs = {"kind": kind, "parameterization": parameterization} | kwargs
     return trained(PriorAttention(HEADS, QUERIES, KEYS, **kwargs))
 
@@ -88,7 +88,7 @@ def test_shape_of_the_prior(kind: str) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("queries", [5, KEYS, 12])
-def test_softmax_weights_average_one_over_the_eligible_keys(is_causal: bool, queries: int) -> None:
+def test_weights_from_logits_average_one_over_the_eligible_keys(is_causal: bool, queries: int) -> None:
     attention: PriorAttention = trained(PriorAttention(HEADS, queries, KEYS, is_causal=is_causal))
     weight, eligible = attention.weight(), attention.eligible()
     assert torch.equal(weight != 0, eligible.expand_as(weight))
@@ -98,7 +98,7 @@ def test_softmax_weights_average_one_over_the_eligible_keys(is_causal: bool, que
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_softmax_weights_of_a_uniform_prior_are_exactly_one(is_causal: bool) -> None:
+def test_weights_from_logits_of_a_uniform_prior_are_exactly_one(is_causal: bool) -> None:
     for keys in range(1, 100):  # softmax times the count misses one at 41, 47, 55 and others
         attention = PriorAttention(1, keys, is_causal=is_causal)
         assert torch.equal(attention.weight()[0, 0], attention.eligible().float())
@@ -304,7 +304,7 @@ def test_the_recorder_sees_every_call() -> None:
         ({"num_keys": 0}, r"num_keys must be at least 1 \(got 0\)"),
         ({"groups": 0}, r"groups must be at least 1 \(got 0\)"),
         ({"kind": "vit"}, r"kind must be one of fiak, gmm, softmax \(got 'vit'\)"),
-        ({"parameterization": "relu"}, r"parameterization must be one of softmax, clamp \(got 'relu'\)"),
+        ({"parameterization": "relu"}, r"parameterization must be one of logits, clamp \(got 'relu'\)"),
         ({"score": "cosine"}, r"score must be one of dot, gaussian \(got 'cosine'\)"),
         ({"dropout_p": 1.5}, r"dropout_p must be in 0..1 \(got 1.5\)"),
     ],
@@ -433,17 +433,17 @@ def test_loading_by_assignment_from_the_meta_device() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"pattern_col_indices": torch.full((3,), KEYS)}, r"0\.attention\.pattern: csr_plan: "),
+        ({"pattern_col_indices": torch.full((3,), KEYS)}, r"0\.prior_attention\.pattern: csr_plan: "),
         (
             {"pattern_crow_indices": torch.zeros(5, dtype=torch.int64)},
-            r"0\.attention\.pattern: .*= 8 or 29 elements \(got 5\)",
+            r"0\.prior_attention\.pattern: .*= 8 or 29 elements \(got 5\)",
         ),
-        ({"pattern_crow_indices": torch.zeros(29)}, r"0\.attention\.pattern: .*must be int32 or int64"),
+        ({"pattern_crow_indices": torch.zeros(29)}, r"0\.prior_attention\.pattern: .*must be int32 or int64"),
     ],
 )
 def test_a_malformed_checkpoint_is_refused(changed: dict[str, Tensor], message: str) -> None:
-    model = nn.Sequential(nn.ModuleDict({"attention": pruned()}))
-    state = model.state_dict() | {f"0.attention.{name}": tensor for name, tensor in changed.items()}
+    model = nn.Sequential(nn.ModuleDict({"prior_attention": pruned()}))
+    state = model.state_dict() | {f"0.prior_attention.{name}": tensor for name, tensor in changed.items()}
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state)
 
@@ -500,7 +500,7 @@ def test_a_plan_made_in_inference_mode_serves_training() -> None:
 def test_a_checkpoint_moves_between_processes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = MultiHeadSelfAttention(8, 2, 6)
-    module.attention.set_pattern(SparsePattern.from_mask(random_mask(2, 6, 6)))
+    module.prior_attention.set_pattern(SparsePattern.from_mask(random_mask(2, 6, 6)))
     x = torch.randn(3, 6, 8)
     torch.save({"state": module.state_dict(), "x": x, "output": module(x).detach()}, tmp_path / "checkpoint.pt")
     program = (
@@ -509,7 +509,7 @@ def test_a_checkpoint_moves_between_processes(tmp_path: Path) -> None:
         "saved = torch.load(sys.argv[1], weights_only=True)\n"
         "module = MultiHeadSelfAttention(8, 2, 6)\n"
         "module.load_state_dict(saved['state'])\n"
-        "assert module.attention.is_pruned\n"
+        "assert module.prior_attention.is_pruned\n"
         "assert torch.equal(module(saved['x']), saved['output'])\n"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "checkpoint.pt"], check=True)
@@ -524,7 +524,7 @@ def self_attention(state: str, **kwargs: Any) -> MultiHeadSelfAttention:
     module = MultiHeadSelfAttention(12, 3, 8, kind=kind, **kwargs)
     if state == "pruned":
         mask = random_mask(3, 8, 8, causal=kwargs.get("is_causal", False))
-        module.attention.set_pattern(SparsePattern.from_mask(mask))
+        module.prior_attention.set_pattern(SparsePattern.from_mask(mask))
     return module
 
 
@@ -537,7 +537,7 @@ def test_self_attention(state: str, is_causal: bool) -> None:
         for lens in (None, torch.tensor([tokens, 2])):
             assert module.qkv is not None
             projected = module.qkv(x).view(2, tokens, 3, 3, 5).permute(2, 0, 3, 1, 4)
-            heads = expected_output(module.attention, (projected[0], projected[1], projected[2]), kv_lens=lens)
+            heads = expected_output(module.prior_attention, (projected[0], projected[1], projected[2]), kv_lens=lens)
             torch.testing.assert_close(module(x, lens), module.proj(heads.transpose(1, 2).reshape(2, tokens, 15)))
 
 
@@ -612,7 +612,7 @@ def test_a_copy_is_compiled_before_it_has_a_plan() -> None:
 
 def test_representation() -> None:
     assert repr(PriorAttention(4, 7, 9, kind="gmm", is_causal=True, dropout_p=0.1)) == (
-        "PriorAttention(4, 7, 9, kind='gmm', dense, parameterization='softmax', is_causal=True, dropout_p=0.1)"
+        "PriorAttention(4, 7, 9, kind='gmm', dense, parameterization='logits', is_causal=True, dropout_p=0.1)"
     )
 
 

@@ -265,7 +265,7 @@ def test_attend(groups: int, heads: int, key_heads: int) -> None:
     torch.testing.assert_close(SparsePattern.from_mask(mask).attend(query, key, value), expected)
 
 
-def test_attend_to_rows_from_an_offset_with_values() -> None:
+def test_attend_to_rows_from_an_offset_with_a_prior() -> None:
     pattern = SparsePattern.from_mask(random_mask(2, 6, 8))
     query, key, value = random_inputs(3, 2, 2, 2, 8)
     values = torch.rand(pattern.nnz, dtype=torch.float64)
@@ -516,6 +516,12 @@ def test_a_shared_pattern_attends_as_each_heads(groups: int, heads: int, key_hea
         torch.testing.assert_close(
             shared.attend(query, key, value, kv_lens=kv_lens), own.attend(query, key, value, kv_lens=kv_lens)
         )
+        bias = torch.randn(1, 1, 6, 9, dtype=torch.float64)
+        logs = [
+            pattern.attend(query, key, value, pattern.entries(of_heads), kv_lens=kv_lens, log_prior=True)
+            for pattern, of_heads in ((shared, bias), (own, bias.expand(-1, heads, -1, -1)))
+        ]
+        torch.testing.assert_close(*logs)
     compacted, keep = shared.compact(key_heads)
     theirs, their_keep = own.compact(key_heads)
     assert compacted.shared_heads
@@ -527,7 +533,7 @@ def test_weights_of_a_shared_pattern() -> None:
     shared = SparsePattern.from_mask(random_mask(1, 1, 6, 9), num_heads=4)
     bias = torch.randn(1, 1, 6, 9, dtype=torch.float64, requires_grad=True)
     query, key, value = (torch.randn(2, 4, n, 5, dtype=torch.float64) for n in (6, 9, 9))
-    ours = shared.attend(query, key, value, shared.entries(bias), log_weights=True)
+    ours = shared.attend(query, key, value, shared.entries(bias), log_prior=True)
     mask = torch.where(shared.to_mask(), bias, -torch.inf)
     theirs = torch.nan_to_num(torch.nn.functional.scaled_dot_product_attention(query, key, value, mask))
     torch.testing.assert_close(ours, theirs)

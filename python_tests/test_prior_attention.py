@@ -43,15 +43,15 @@ class TestPriorAttention(AttentionSuite):
         assert error(ours, exact) <= 2 * error(theirs, exact) + rounding
 
     @pytest.mark.parametrize(
-        ("rows", "queries", "keys", "head_size"),
+        ("rows", "queries", "keys", "head_dim"),
         [(4, 1, 1024, 64), (4, 1, 1024, 32), (2, 2, 511, 64), (3, 3, 256, 128), (8, 4, 1023, 33)],
     )
     def test_decoding_rows_leave_each_other_alone(
-        self, isa: str, dtype: torch.dtype, rows: int, queries: int, keys: int, head_size: int
+        self, isa: str, dtype: torch.dtype, rows: int, queries: int, keys: int, head_dim: int
     ) -> None:
         generator = _generator()
-        query = torch.randn(1, rows // queries, queries, head_size, generator=generator).to(dtype)
-        key, value = (torch.randn(1, 1, keys, head_size, generator=generator).to(dtype) for _ in range(2))
+        query = torch.randn(1, rows // queries, queries, head_dim, generator=generator).to(dtype)
+        key, value = (torch.randn(1, 1, keys, head_dim, generator=generator).to(dtype) for _ in range(2))
         exact, _ = reference.prior_attention(query, key, value)
         theirs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         with cpu_isa(isa):

@@ -207,8 +207,8 @@ def test_groups_have_patterns_of_their_own(scope: Scope) -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
-def test_learned_prior(scope: Scope, parameterization: Literal["softmax", "clamp"]) -> None:
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
+def test_learned_prior(scope: Scope, parameterization: Literal["logits", "clamp"]) -> None:
     layers = [PriorAttention(2, 7, parameterization=parameterization, is_causal=causal) for causal in (False, True)]
     model = Attentions(*(trained(layer, seed) for seed, layer in enumerate(layers)))
     own = {f"layers.{index}": layer.importance() for index, layer in enumerate(model)}
@@ -292,8 +292,8 @@ def test_no_dependence_on_threads() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
-def test_algorithm_3(parameterization: Literal["softmax", "clamp"], is_causal: bool) -> None:
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
+def test_algorithm_3(parameterization: Literal["logits", "clamp"], is_causal: bool) -> None:
     attention = trained(PriorAttention(3, 10, kind="gmm", parameterization=parameterization, is_causal=is_causal), 0)
     assert attention.prior is not None
     prior = attention.prior.flatten(0, 2)
@@ -496,8 +496,8 @@ def test_an_error_in_the_last_layer_touches_no_layer() -> None:
 # ---------------------------------------------------------------- the report
 
 
-@pytest.mark.parametrize("parameterization", ["softmax", "clamp"])
-def test_dead_rows_of_class_token_pooling(parameterization: Literal["softmax", "clamp"]) -> None:
+@pytest.mark.parametrize("parameterization", ["logits", "clamp"])
+def test_dead_rows_of_class_token_pooling(parameterization: Literal["logits", "clamp"]) -> None:
     torch.manual_seed(0)
     attention = PriorAttention(2, 6, parameterization=parameterization)
     optimizer = torch.optim.Adam(attention.parameters(), lr=0.1)
@@ -665,7 +665,7 @@ def class_token_model(**attention: Any) -> VisionTransformer:
     return VisionTransformer(8, 4, 1, 3, dim=8, depth=2, num_heads=2, **attention)
 
 
-NAMES = ("blocks.0.attention.attention", "blocks.1.attention.attention")
+NAMES = ("blocks.0.attention.prior_attention", "blocks.1.attention.prior_attention")
 
 
 @pytest.mark.parametrize("kind", ["fiak", "gmm", "softmax"])

@@ -127,12 +127,11 @@ def test_other_indices_that_are_a_pattern_too_are_refused(place: int, tensor: st
     model = model_in("dense")
     query, key = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
     kept = (query // 4 == key // 4) & (key % 2 == 0)
-    set_patterns(
-        model, dict.fromkeys(("0.attention", "1.attention"), SparsePattern.from_mask(kept.expand(HEADS, -1, -1)))
-    )
+    pattern = SparsePattern.from_mask(kept.expand(HEADS, -1, -1))
+    set_patterns(model, dict.fromkeys(("0.prior_attention", "1.prior_attention"), pattern))
     compact(model)
     before, state = model(tokens()), model.state_dict()
-    state[f"0.attention.{tensor}"].view(-1)[place] -= 1
+    state[f"0.prior_attention.{tensor}"].view(-1)[place] -= 1
     with pytest.raises(RuntimeError, match="pattern_checksum must be that of crow_indices, col_indices and keep"):
         model.load_state_dict(state)
     assert torch.equal(model(tokens()), before)
@@ -159,7 +158,7 @@ def test_there_is_no_buffer_to_average_truncate_or_offload(state: str) -> None:
 def test_one_pattern_for_all_layers(tmp_path: Path) -> None:
     model = model_in("dense")
     pattern = SparsePattern.from_mask(mask())
-    set_patterns(model, dict.fromkeys(("0.attention", "1.attention"), pattern))
+    set_patterns(model, dict.fromkeys(("0.prior_attention", "1.prior_attention"), pattern))
     save_model(model, str(tmp_path / "model.safetensors"))
     other = model_in("dense", seed=1)
     load_model(other, str(tmp_path / "model.safetensors"))
@@ -181,7 +180,7 @@ def test_models_share_no_storage() -> None:
 def test_a_pattern_is_not_the_modules_tensors() -> None:
     pattern = SparsePattern.from_mask(mask())
     model = model_in("dense")
-    model[0].attention.set_pattern(pattern)
+    model[0].prior_attention.set_pattern(pattern)
     expected = model(tokens())
     pattern.col_indices.zero_()
     assert torch.equal(model(tokens()), expected)
@@ -288,8 +287,8 @@ def damaged(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("into", LOADING_STATES)
 @pytest.mark.parametrize("state", LOADING_STATES)
 def test_what_does_not_fit_is_refused_and_nothing_is_lost(state: str, into: str) -> None:
-    for broken in damaged(model_in(state)[0].attention.state_dict()).values():
-        module = model_in(into, seed=5)[0].attention
+    for broken in damaged(model_in(state)[0].prior_attention.state_dict()).values():
+        module = model_in(into, seed=5)[0].prior_attention
         query = torch.randn(2, HEADS, TOKENS, DIM)
         rows = query if not module.is_compacted else query[:, :, module.keep.size(1) * [0]]
         before = module.state_dict(), module(query, rows, rows)

@@ -6,16 +6,16 @@
 
 namespace fiak {
 
-/// What prior_attention and csr_attention have in common. Shapes: query [batch, query_heads, queries, head_size],
-/// key [batch, key_heads, keys, head_size], value [batch, key_heads, keys, value_size]; query head h reads key head
+/// What prior_attention and csr_attention have in common. Shapes: query [batch, query_heads, queries, head_dim],
+/// key [batch, key_heads, keys, head_dim], value [batch, key_heads, keys, value_dim]; query head h reads key head
 /// h / (query_heads / key_heads).
 struct AttentionArgs {
-  int64_t batch = 0, query_heads = 0, key_heads = 0, queries = 0, keys = 0, head_size = 0, value_size = 0;
+  int64_t batch = 0, query_heads = 0, key_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
   DType dtype = DType::kFloat32;
   Score score = Score::kDot;
   double scale = 1.0;
   double dropout_p = 0.0;
-  bool log_weights = false;  ///< whether the weights are given as ln w
+  bool log_prior = false;  ///< whether the weights are given as ln w
   uint64_t seed = 0;
   const int64_t* kv_lens = nullptr;  ///< [batch], each in 0..keys, or null: what lies behind is never read
   Input query, key, value;
@@ -45,7 +45,7 @@ struct PatternHeads {
 
 struct CsrArgs : AttentionArgs {
   PlanView plan;
-  const void* values = nullptr;            ///< weights [nnz], float (double with double), or null for all ones
+  const void* prior = nullptr;             ///< weights [nnz], float (double with double), or null for all ones
   const int64_t* query_offsets = nullptr;  ///< [batch]: query n is row n + offset of its head, or null for 0
 
   /// How many heads of the plan a batch element reads: all query heads share one, or each has its own (PatternHeads).
@@ -56,7 +56,7 @@ struct CsrArgs : AttentionArgs {
 };
 
 struct ForwardResult {
-  Output output;              ///< [batch, query_heads, queries, value_size]
+  Output output;              ///< [batch, query_heads, queries, value_dim]
   void* logsumexp = nullptr;  ///< contiguous [batch, query_heads, queries], float (double with double)
 };
 

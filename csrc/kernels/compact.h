@@ -11,10 +11,10 @@ struct CompactRowsArgs {
   const int64_t* keep = nullptr;
 };
 
-/// input [batch, rows, in_features] (head_stride unused), weight [heads * head_size, in_features] with rows
-/// weight_stride apart, bias [heads * head_size] or null; output [batch, heads, kept, head_size].
+/// input [batch, rows, in_features] (head_stride unused), weight [heads * head_dim, in_features] with rows
+/// weight_stride apart, bias [heads * head_dim] or null; output [batch, heads, kept, head_dim].
 struct CompactLinearArgs {
-  int64_t batch = 0, heads = 0, rows = 0, kept = 0, in_features = 0, head_size = 0;
+  int64_t batch = 0, heads = 0, rows = 0, kept = 0, in_features = 0, head_dim = 0;
   DType dtype = DType::kFloat32;
   const int64_t* keep = nullptr;
   Input input;

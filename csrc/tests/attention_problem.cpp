@@ -30,10 +30,10 @@ Tensor random_operand(Random& random, DType dtype, int64_t batch, int64_t heads,
 /// Operands for the arguments; keys behind kv_lens are NaN.
 void fill_operands(Random& random, DType dtype, Problem& problem) {
   const AttentionArgs& args = problem.args;
-  problem.query = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.head_size);
-  problem.key = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.head_size);
-  problem.value = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.value_size);
-  problem.grad_output = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.value_size);
+  problem.query = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.head_dim);
+  problem.key = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.head_dim);
+  problem.value = random_operand(random, dtype, args.batch, args.key_heads, args.keys, args.value_dim);
+  problem.grad_output = random_operand(random, dtype, args.batch, args.query_heads, args.queries, args.value_dim);
   for (int64_t b = 0; b < args.batch; ++b) {
     for (int64_t h = 0; h < args.key_heads; ++h) {
       for (int64_t j = problem.keys_of(b); j < args.keys; ++j) {
@@ -58,10 +58,10 @@ Problem random_problem(Random& random, DType dtype, const Sizes* sizes = nullptr
   args.queries = sizes != nullptr ? sizes->queries : random_size(random, random.chance(0.1) ? 0 : 1, 50);
   args.keys = sizes != nullptr ? sizes->keys : random_size(random, random.chance(0.1) ? 0 : 1, 70);
   const int64_t columns = sizes != nullptr ? sizes->most_columns : 130;
-  args.head_size = random_size(random, 1, columns);
-  args.value_size = random.chance(0.5) ? args.head_size : random_size(random, 1, columns);
+  args.head_dim = random_size(random, 1, columns);
+  args.value_dim = random.chance(0.5) ? args.head_dim : random_size(random, 1, columns);
   args.score = random.chance(0.5) ? Score::kDot : Score::kGaussian;
-  args.scale = 1 / std::sqrt(static_cast<double>(args.head_size));
+  args.scale = 1 / std::sqrt(static_cast<double>(args.head_dim));
   if (random.chance(0.2)) args.scale *= random.chance(0.3) ? 0 : random.real(-2, 2);
   if (random.chance(0.3)) {
     args.dropout_p = random.chance(0.1) ? 1 : random.real(0, 1);
@@ -191,7 +191,7 @@ void Problem::with_args(DType dtype, Call&& call) const {
 
 Results Problem::forward(const cpu::Kernels& kernels, DType dtype, const Parallel& parallel) const {
   Results results;
-  results.output = Tensor(dtype, args.batch, args.query_heads, args.queries, args.value_size, true, 3);
+  results.output = Tensor(dtype, args.batch, args.query_heads, args.queries, args.value_dim, true, 3);
   results.logsumexp = Tensor(weight_dtype(dtype), args.batch, args.query_heads, args.queries, 1);
   const ForwardResult target{results.output.output(), results.logsumexp.data()};
   with_args(dtype, [&](const auto& a) {
@@ -208,9 +208,9 @@ Results Problem::forward(const cpu::Kernels& kernels, DType dtype, const Paralle
 void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Results& results, unsigned wanted) const {
   const DType dtype = results.output.dtype;
   const Tensor grad = grad_output.to(dtype);
-  results.grad_query = Tensor(dtype, args.batch, args.query_heads, args.queries, args.head_size, true, 1);
-  results.grad_key = Tensor(dtype, args.batch, args.key_heads, args.keys, args.head_size, false, 2);
-  results.grad_value = Tensor(dtype, args.batch, args.key_heads, args.keys, args.value_size, true, 0);
+  results.grad_query = Tensor(dtype, args.batch, args.query_heads, args.queries, args.head_dim, true, 1);
+  results.grad_key = Tensor(dtype, args.batch, args.key_heads, args.keys, args.head_dim, false, 2);
+  results.grad_value = Tensor(dtype, args.batch, args.key_heads, args.keys, args.value_dim, true, 0);
   results.grad_weight = Tensor(weight_dtype(dtype), weight.batch, weight.heads, weight.rows, weight.columns);
   BackwardArgs grads;
   grads.grad_output = grad.input();
@@ -234,7 +234,7 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
 
 bool Problem::in_support(int64_t b, int64_t h, int64_t n, int64_t j) const {
   if (j >= keys_of(b) || (is_causal && j > n)) return false;
-  const double below = args.log_weights ? -std::numeric_limits<double>::infinity() : 0;
+  const double below = args.log_prior ? -std::numeric_limits<double>::infinity() : 0;
   if (pattern == nullptr) {
     return !has_weight || weight.at(b % weight.batch, weight.heads == 1 ? 0 : h, weight.rows == 1 ? 0 : n, j) > below;
   }
@@ -249,8 +249,8 @@ bool Problem::in_support(int64_t b, int64_t h, int64_t n, int64_t j) const {
 std::string Problem::describe() const {
   std::ostringstream text;
   text << (pattern != nullptr ? "csr" : "prior") << " B" << args.batch << " Hq" << args.query_heads << " H"
-       << args.key_heads << " N" << args.queries << " M" << args.keys << " D" << args.head_size << " Dv"
-       << args.value_size << (args.score == Score::kGaussian ? " gaussian" : "") << (is_causal ? " causal" : "")
+       << args.key_heads << " N" << args.queries << " M" << args.keys << " D" << args.head_dim << " Dv"
+       << args.value_dim << (args.score == Score::kGaussian ? " gaussian" : "") << (is_causal ? " causal" : "")
        << " scale " << args.scale << " dropout " << args.dropout_p << (kv_lens.empty() ? "" : " kv_lens");
   if (pattern != nullptr) {
     const PatternHeads heads(pattern->heads, args.query_heads);
@@ -260,7 +260,7 @@ std::string Problem::describe() const {
   } else if (has_weight) {
     text << " prior " << weight.batch << " " << weight.heads << " " << weight.rows;
   }
-  if (has_weight && args.log_weights) text << " logarithms";
+  if (has_weight && args.log_prior) text << " logarithms";
   return text.str();
 }
 
@@ -346,10 +346,10 @@ Problem problem_of(Random& random, const Case& p) {
   args.query_heads = p.key_heads * p.heads_per_key_head;
   args.queries = p.queries;
   args.keys = p.keys;
-  args.head_size = p.head_size;
-  args.value_size = p.value_size;
+  args.head_dim = p.head_dim;
+  args.value_dim = p.value_dim;
   args.score = p.score;
-  args.scale = p.scale_factor / std::sqrt(static_cast<double>(p.head_size));
+  args.scale = p.scale_factor / std::sqrt(static_cast<double>(p.head_dim));
   args.dropout_p = p.dropout_p;
   args.seed = static_cast<uint64_t>(random.integer(0, std::numeric_limits<int64_t>::max() - 1)) * 3;
   for (int64_t b = 0; b < p.batch && p.has_kv_lens; ++b) problem.kv_lens.push_back(random.integer(0, p.keys));
@@ -413,7 +413,7 @@ void hide_unseen_keys(Problem& problem) {
 /// Adds the rest of a call of csr_attention to a problem, with the pattern that make(heads, rows, keys) gives. Some
 /// patterns have more columns than there are keys, and some are shared by all heads.
 template <class MakePattern>
-Problem with_pattern(Random& random, Problem problem, double values, MakePattern&& make) {
+Problem with_pattern(Random& random, Problem problem, double prior, MakePattern&& make) {
   const AttentionArgs& args = problem.args;
   const int64_t groups = random_groups(random, args.batch);
   int64_t rows = std::max<int64_t>(args.queries, 1);  // a pattern without rows has no heads: the op calls no kernel
@@ -425,7 +425,7 @@ Problem with_pattern(Random& random, Problem problem, double values, MakePattern
   const int64_t keys = args.keys + (random.chance(0.2) ? random.integer(1, 70) : 0);
   problem.pattern = std::make_shared<Pattern>(make(groups * (shared ? 1 : args.query_heads), rows, keys));
   const Pattern& pattern = *problem.pattern;
-  problem.has_weight = random.chance(values);
+  problem.has_weight = random.chance(prior);
   problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? pattern.nnz() : 0);
   fill_weights(random, problem.weight);
 
@@ -497,7 +497,7 @@ Problem csr_problem(Random& random, const CsrCase& properties, std::shared_ptr<P
   for (int64_t b = 0; b < args.batch && properties.has_query_offsets; ++b) {
     problem.query_offsets.push_back(random.integer(0, problem.pattern->queries - args.queries));
   }
-  problem.has_weight = properties.has_values;
+  problem.has_weight = properties.has_prior;
   problem.weight = Tensor(DType::kFloat64, 1, 1, 1, problem.has_weight ? problem.pattern->nnz() : 0);
   fill_weights(random, problem.weight);
   hide_unseen_keys(problem);
@@ -540,7 +540,7 @@ namespace {
 /// all, weights of all sizes, or, where some keys of it are hidden, the largest by far among these.
 void make_extreme(Random& random, Problem& problem) {
   if (!problem.has_weight) return;
-  const bool logs = problem.args.log_weights = random.chance(0.5);
+  const bool logs = problem.args.log_prior = random.chance(0.5);
   // Beyond 60, sums of scores and logarithms, which CUDA takes, are rounded by more than these checks allow.
   const double most = logs ? 60 : 87;
   Tensor& weight = problem.weight;
@@ -613,7 +613,7 @@ void KernelChecks::matches(const Reference& reference, const Problem& problem, i
   grads.output = actual.output;
   grads.logsumexp = actual.logsumexp;
   Reference scaled = reference;
-  if (problem.has_weight && !problem.args.log_weights) {
+  if (problem.has_weight && !problem.args.log_prior) {
     scale_weight_gradients(problem, grads, scaled.exact, scaled.yardstick);
   }
   expect_all_close(grads, scaled.exact, scaled.yardstick, what);
@@ -802,7 +802,7 @@ void KernelChecks::ignores_huge_scores_outside_the_support(MakeProblem make, int
     const int64_t j = random.integer(0, args.keys - 1);
     for (int64_t b = 0; b < args.batch; ++b) {
       for (int64_t h = 0; h < args.key_heads; ++h) {
-        for (int64_t d = 0; d < args.head_size; ++d) problem.key.set(b, h, j, d, 10000 * problem.key.at(b, h, j, d));
+        for (int64_t d = 0; d < args.head_dim; ++d) problem.key.set(b, h, j, d, 10000 * problem.key.at(b, h, j, d));
       }
     }
     Results huge = problem.forward(kernels(), dtype(), threads(1));

@@ -24,7 +24,7 @@ struct Problem {
   bool is_causal = false;
   std::vector<int64_t> kv_lens, query_offsets;  // empty: none
   Tensor query, key, value, grad_output, weight;
-  bool has_weight = false;           // where args.log_weights, `weight` holds logarithms
+  bool has_weight = false;           // where args.log_prior, `weight` holds logarithms
   std::shared_ptr<Pattern> pattern;  // null: prior_attention
 
   Results forward(const cpu::Kernels& kernels, DType dtype, const Parallel& parallel) const;
@@ -49,7 +49,7 @@ struct Problem {
 /// Sizes from 0 upward, every option on or off. Keys behind kv_lens, and columns that nobody keeps, are NaN.
 Problem random_prior_problem(Random& random, DType dtype);
 Problem random_csr_problem(Random& random, DType dtype);
-/// Without values, of more queries and keys than kernels take at once; patterns of every density up to 100%, causal, in
+/// Without prior, of more queries and keys than kernels take at once; patterns of every density up to 100%, causal, in
 /// bands and in blocks.
 Problem random_long_csr_problem(Random& random, DType dtype);
 /// Of more queries and keys than kernels take at once.
@@ -67,9 +67,9 @@ struct PriorCase {
   enum class Prior { kNone, kPairs, kKeys, kPairsOfAllHeads, kBlocks };  ///< kBlocks: 0 in whole blocks of pairs
 
   DType dtype;
-  int64_t batch, groups, key_heads, heads_per_key_head, queries, keys, head_size, value_size;
+  int64_t batch, groups, key_heads, heads_per_key_head, queries, keys, head_dim, value_dim;
   Score score;
-  double scale_factor, dropout_p;  ///< times 1 / sqrt(head_size)
+  double scale_factor, dropout_p;  ///< times 1 / sqrt(head_dim)
   bool is_causal, has_kv_lens;
   Prior prior;
 };
@@ -82,10 +82,10 @@ struct CsrCase {
   enum class Kept { kNone, kThin, kSparse, kHalf, kAll, kCausal, kGaps };
 
   DType dtype;
-  int64_t batch, groups, key_heads, heads_per_key_head, queries, keys, head_size, value_size;
+  int64_t batch, groups, key_heads, heads_per_key_head, queries, keys, head_dim, value_dim;
   Score score;
-  double scale_factor, dropout_p;  ///< times 1 / sqrt(head_size)
-  bool has_kv_lens, has_query_offsets, has_values;
+  double scale_factor, dropout_p;  ///< times 1 / sqrt(head_dim)
+  bool has_kv_lens, has_query_offsets, has_prior;
   Kept kept;
 };
 Problem csr_problem(Random& random, const CsrCase& properties);

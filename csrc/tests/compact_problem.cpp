@@ -31,7 +31,7 @@ LinearSizes random_linear_sizes(Random& random) {
   sizes.rows = mostly_positive(40);
   sizes.kept = mostly_positive(40);
   sizes.in_features = random.integer(1, 140);
-  sizes.head_size = random.integer(1, 70);
+  sizes.head_dim = random.integer(1, 70);
   sizes.has_bias = random.chance(0.5);
   sizes.gap = random.chance(0.5) ? random.integer(1, 4) : 0;
   return sizes;
@@ -45,7 +45,7 @@ LinearCall linear_call(Random& random, const LinearSizes& sizes, DType dtype) {
   args.rows = sizes.rows;
   args.kept = sizes.kept;
   args.in_features = sizes.in_features;
-  args.head_size = sizes.head_size;
+  args.head_dim = sizes.head_dim;
   call.keep = random_keep(random, args.heads, args.rows, args.kept);
   const auto operand = [&](int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
     Tensor x(DType::kFloat64, batch, heads, rows, columns, false, sizes.gap);
@@ -53,9 +53,9 @@ LinearCall linear_call(Random& random, const LinearSizes& sizes, DType dtype) {
     return x.to(dtype).to(DType::kFloat64);
   };
   call.input = operand(args.batch, 1, args.rows, args.in_features);
-  call.weight = operand(1, 1, args.heads * args.head_size, args.in_features);
-  call.bias = operand(1, 1, 1, args.heads * args.head_size);
-  call.grad_output = operand(args.batch, args.heads, args.kept, args.head_size);
+  call.weight = operand(1, 1, args.heads * args.head_dim, args.in_features);
+  call.bias = operand(1, 1, 1, args.heads * args.head_dim);
+  call.grad_output = operand(args.batch, args.heads, args.kept, args.head_dim);
   call.has_bias = sizes.has_bias;
   for (int64_t b = 0; b < args.batch; ++b) {
     for (int64_t row = 0; row < args.rows; ++row) {
@@ -71,7 +71,7 @@ LinearCall linear_call(Random& random, const LinearSizes& sizes, DType dtype) {
   }
   std::ostringstream what;
   what << "B" << args.batch << " H" << args.heads << " M" << args.rows << " K" << args.kept << " Dx" << args.in_features
-       << " D" << args.head_size << " gap " << sizes.gap << (call.has_bias ? " bias" : "");
+       << " D" << args.head_dim << " gap " << sizes.gap << (call.has_bias ? " bias" : "");
   call.what = what.str();
   return call;
 }
@@ -86,10 +86,10 @@ LinearResults run(const LinearCall& call, const cpu::Kernels& kernels, DType dty
   args.weight = weight.data();
   args.weight_stride = weight.row_stride;
   args.bias = call.has_bias ? bias.data() : nullptr;
-  LinearResults results{Tensor(dtype, args.batch, args.heads, args.kept, args.head_size, true, 1),
+  LinearResults results{Tensor(dtype, args.batch, args.heads, args.kept, args.head_dim, true, 1),
                         Tensor(dtype, args.batch, 1, args.rows, args.in_features),
-                        Tensor(dtype, 1, 1, args.heads * args.head_size, args.in_features),
-                        Tensor(dtype, 1, 1, 1, args.heads * args.head_size)};
+                        Tensor(dtype, 1, 1, args.heads * args.head_dim, args.in_features),
+                        Tensor(dtype, 1, 1, 1, args.heads * args.head_dim)};
   kernels.compact_linear_forward(args, results.output.output(), parallel);
   kernels.compact_linear_backward(
       args, {grad_output.input(), results.grad_input.data(), results.grad_weight.data(), results.grad_bias.data()},
@@ -162,7 +162,7 @@ void LinearChecks::linear_keeps_nan_in_its_place(int rounds) const {
       for (int64_t h = 0; h < call.args.heads; ++h) {
         for (int64_t k = 0; k < call.args.kept; ++k) {
           const bool nan = b == at_b && call.keep[h * call.args.kept + k] == at_row;
-          for (int64_t d = 0; d < call.args.head_size; ++d) {
+          for (int64_t d = 0; d < call.args.head_dim; ++d) {
             const double x = results.output.at(b, h, k, d);
             ASSERT_TRUE(nan ? std::isnan(x) : x == clean.output.at(b, h, k, d)) << call.what;
           }

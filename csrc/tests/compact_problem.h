@@ -12,7 +12,7 @@ namespace fiak::tests {
 std::vector<int64_t> random_keep(Random& random, int64_t heads, int64_t rows, int64_t kept);
 
 struct LinearSizes {
-  int64_t batch, heads, rows, kept, in_features, head_size;
+  int64_t batch, heads, rows, kept, in_features, head_dim;
   bool has_bias;
   int64_t gap;  ///< elements between rows of every operand
 };
@@ -22,7 +22,7 @@ LinearSizes random_linear_sizes(Random& random);
 struct LinearCall {
   CompactLinearArgs args;
   std::vector<int64_t> keep;
-  Tensor input, weight, bias, grad_output;  ///< weight [1, 1, heads * head_size, in_features], bias one row of it
+  Tensor input, weight, bias, grad_output;  ///< weight [1, 1, heads * head_dim, in_features], bias one row of it
   bool has_bias;
   std::string what;
 };

@@ -98,7 +98,7 @@ int64_t element_size(DType dtype);
 const char* dtype_name(DType dtype);
 /// Half the distance from 1 to the next number.
 double rounding_unit(DType dtype);
-/// The type of priors, values and logsumexp that come with `dtype`.
+/// The type of priors and logsumexp that come with `dtype`.
 DType weight_dtype(DType dtype);
 
 /// Expects |actual - exact| <= 2 * max |yardstick - exact| + some rounding units of the largest |exact|, and NaN and

@@ -55,7 +55,7 @@ class KernelBlocks : public KernelTest {
     args.rows = c.rows;
     args.kept = c.kept;
     args.in_features = c.in_features;
-    args.head_size = c.head_size;
+    args.head_dim = c.head_dim;
     args.dtype = dtype();
     cpu::BlockCounts counts;
     kernels().compact_linear_blocks(args, counts);
@@ -70,8 +70,8 @@ class KernelBlocks : public KernelTest {
     args.query_heads = c.key_heads * c.heads_per_key_head;
     args.queries = c.queries;
     args.keys = c.keys;
-    args.head_size = c.head_size;
-    args.value_size = c.value_size;
+    args.head_dim = c.head_dim;
+    args.value_dim = c.value_dim;
     args.dtype = c.dtype;
     args.score = c.score;
   }
@@ -114,7 +114,7 @@ class DecodeBlocks : public KernelBlocks {
     // One query of many heads, one head of many queries, or some of both.
     c.heads_per_key_head = way == 0 ? rows : way == 1 ? 1 : rows % 2 == 0 ? 2 : rows % 3 == 0 ? 3 : rows;
     c.queries = rows / c.heads_per_key_head;
-    if (random.chance(0.3)) c.value_size = kDecodedSizes[random.integer(0, 11)];
+    if (random.chance(0.3)) c.value_dim = kDecodedSizes[random.integer(0, 11)];
     c.score = random.chance(0.7) ? Score::kDot : Score::kGaussian;
     c.scale_factor = 3;  // so that scores differ
     c.dropout_p = random.chance(0.1) ? 0.3 : 0;
@@ -152,13 +152,13 @@ class DecodeBlocks : public KernelBlocks {
     const bool positive = pairs == DecodedPairs::kAllWeighted, some = pairs >= DecodedPairs::kSome;
     if (csr) {
       CsrCase c{};
-      c.head_size = c.value_size = size;
-      c.has_values = pairs != DecodedPairs::kAll && pairs != DecodedPairs::kSome;
+      c.head_dim = c.value_dim = size;
+      c.has_prior = pairs != DecodedPairs::kAll && pairs != DecodedPairs::kSome;
       c.kept = some ? CsrCase::Kept::kHalf : CsrCase::Kept::kAll;
       return weighted(random, make(random, c, rows, keys, side, way), positive);
     }
     PriorCase c{};
-    c.head_size = c.value_size = size;
+    c.head_dim = c.value_dim = size;
     c.is_causal = some;
     c.prior = pairs == DecodedPairs::kAll || pairs == DecodedPairs::kSome ? PriorCase::Prior::kNone
               : random.chance(0.5)                                        ? PriorCase::Prior::kPairs
@@ -187,8 +187,8 @@ TEST_P(DecodeBlocks, MatchScalarFloat64OfSeveralChunksInASplit) {
   c.key_heads = 16;
   c.heads_per_key_head = 3;
   c.queries = 1;
-  c.head_size = 30;  // stages that are no multiples of 4
-  c.value_size = 5;
+  c.head_dim = 30;  // stages that are no multiples of 4
+  c.value_dim = 5;
   c.scale_factor = 3;
   c.keys = 2500;
   for (const int64_t keys : {2047, 2050}) {
@@ -254,8 +254,8 @@ class AllBlocks : public KernelBlocks, protected LinearChecks {
     c.heads_per_key_head = random.integer(1, 2);
     c.queries = one_of(random, {1, 7, 24, 33, 50, 96, 100});
     c.keys = one_of(random, {5, 40, 100, 200});
-    c.head_size = one_of(random, {1, 3, 8, 16, 17, 64});
-    c.value_size = random.chance(0.5) ? c.head_size : one_of(random, {1, 8, 24, 33});
+    c.head_dim = one_of(random, {1, 3, 8, 16, 17, 64});
+    c.value_dim = random.chance(0.5) ? c.head_dim : one_of(random, {1, 8, 24, 33});
     c.score = random.chance(0.6) ? Score::kDot : Score::kGaussian;
     c.scale_factor = 2;
     c.dropout_p = random.chance(0.2) ? 0.3 : 0;
@@ -265,11 +265,11 @@ class AllBlocks : public KernelBlocks, protected LinearChecks {
   template <class Case, class Check>
   void around_all_starts(Random& random, Case c, int64_t threads, Check&& check) const {
     const auto products = [](const Case& x) {
-      return x.batch * x.key_heads * x.heads_per_key_head * x.queries * x.keys * (x.head_size + x.value_size);
+      return x.batch * x.key_heads * x.heads_per_key_head * x.queries * x.keys * (x.head_dim + x.value_dim);
     };
     for (const auto& [size, most] :
          {std::pair(&Case::queries, int64_t{800}), std::pair(&Case::keys, int64_t{6000}),
-          std::pair(&Case::head_size, int64_t{300}), std::pair(&Case::value_size, int64_t{300})}) {
+          std::pair(&Case::head_dim, int64_t{300}), std::pair(&Case::value_dim, int64_t{300})}) {
       Case one = c;
       one.*size = 1;
       around_starts(random, c, size, std::min(most, std::max<int64_t>(70, kMostProducts / products(one))), threads,
@@ -315,7 +315,7 @@ TEST_P(AllBlocks, CsrAttentionMatchesScalarFloat64AtEveryPairOfNeighbours) {
       c.groups = 1;
       c.batch = one_of(random, {1, 2, 4, 5});
       c.has_query_offsets = random.chance(0.2);
-      c.has_values = random.chance(0.3);
+      c.has_prior = random.chance(0.3);
       c.kept = random.chance(0.6) ? CsrCase::Kept::kAll : CsrCase::Kept::kHalf;
       around_all_starts(random, c, count, [&](const CsrCase& x) { check(csr_problem(random, x), count); });
     }
@@ -328,10 +328,10 @@ TEST_P(AllBlocks, CsrAttentionMatchesScalarFloat64AroundBlocksOfThePlan) {
   CsrCase c{};
   c.dtype = dtype();
   c.batch = c.groups = c.key_heads = c.heads_per_key_head = 1;
-  c.head_size = 3;
-  c.value_size = 2;
+  c.head_dim = 3;
+  c.value_dim = 2;
   c.scale_factor = 2;
-  c.has_values = true;
+  c.has_prior = true;
   for (const int64_t size : {kPlanShort - 1, kPlanShort, kPlanShort + 1, 2 * kPlanShort, 2 * kPlanShort + 1}) {
     for (const auto& [queries, keys] :
          {std::pair(size, int64_t{2}), std::pair(int64_t{2}, size), std::pair(int64_t{40}, size)}) {
@@ -367,15 +367,15 @@ TEST_P(AllBlocks, CompactLinearMatchesScalarFloat64AtEveryPairOfNeighbours) {
     sizes.gap = random.integer(0, 2);
     sizes.kept = one_of(random, {1, 20, 48, 50, 100});
     sizes.in_features = one_of(random, {3, 16, 33, 64});
-    sizes.head_size = one_of(random, {3, 16, 33, 64});
+    sizes.head_dim = one_of(random, {3, 16, 33, 64});
     for (const auto& [size, most] :
          {std::pair(&LinearSizes::kept, int64_t{200}), std::pair(&LinearSizes::in_features, int64_t{150}),
-          std::pair(&LinearSizes::head_size, int64_t{150})}) {
+          std::pair(&LinearSizes::head_dim, int64_t{150})}) {
       around_starts(random, sizes, size, most, 1, check);
     }
     // Heads whose packed weights no longer fit.
     sizes.in_features = one_of(random, {64, 100, 200});
-    sizes.head_size = one_of(random, {40, 64, 128});
+    sizes.head_dim = one_of(random, {40, 64, 128});
     sizes.kept = 10;
     around_starts(random, sizes, &LinearSizes::heads, 40, 1, check);
   });

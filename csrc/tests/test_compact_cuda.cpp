@@ -120,14 +120,14 @@ TEST_P(CompactLinearCuda, HasEveryPairOfSizes) {
   constexpr int64_t kRows[] = {0, 1, 16, 63, 64, 65, 130};
   constexpr int64_t kKept[] = {0, 1, 15, 17, 64, 65};
   constexpr int64_t kFeatures[] = {1, 8, 31, 32, 33, 64, 65, 130};
-  constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 65, 80, 128};
+  constexpr int64_t kHeadDims[] = {1, 16, 33, 48, 64, 65, 80, 128};
   constexpr int64_t kGaps[] = {0, 1, 8};
   Random random(34);
   int run = 0;
   for_choices<8>({7, 6, 8, 8, 3, 2, 3, 2}, random, [&](const Choice<8>& choice) {
-    const LinearSizes sizes{1 + choice[6],        1 + 2 * choice[7],     kRows[choice[0]], kKept[choice[1]],
-                            kFeatures[choice[2]], kHeadSizes[choice[3]], choice[5] != 0,   kGaps[choice[4]]};
-    const bool small = sizes.rows <= 65 && sizes.in_features <= 65 && sizes.head_size <= 65 && sizes.heads == 1;
+    const LinearSizes sizes{1 + choice[6],        1 + 2 * choice[7],    kRows[choice[0]], kKept[choice[1]],
+                            kFeatures[choice[2]], kHeadDims[choice[3]], choice[5] != 0,   kGaps[choice[4]]};
+    const bool small = sizes.rows <= 65 && sizes.in_features <= 65 && sizes.head_dim <= 65 && sizes.heads == 1;
     if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 3)) return true;
     schedule.seed = static_cast<uint64_t>(1000 * ++run);
     linear_matches_scalar_float64(linear_call(random, sizes, dtype()));
@@ -206,7 +206,7 @@ TEST(CudaCounts, OfCompactLinear) {
     run(call, kCudaKernels, DType::kFloat16, threads(1));
     print_counts(
         "compact_linear",
-        {{"batch", 1}, {"heads", 1}, {"rows", 197}, {"kept", 59}, {"in_features", features}, {"head_size", 64}});
+        {{"batch", 1}, {"heads", 1}, {"rows", 197}, {"kept", 59}, {"in_features", features}, {"head_dim", 64}});
   }
 }
 

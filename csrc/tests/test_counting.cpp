@@ -139,7 +139,7 @@ class Plan {
 
 /// One layer's attention as in Appendix D: H heads, N tokens, head size D, model size Dx.
 struct Layer {
-  int64_t heads, tokens, head_size, model_size;
+  int64_t heads, tokens, head_dim, model_size;
   bool is_causal;
 
   int64_t eligible(int64_t query) const { return is_causal ? query + 1 : tokens; }
@@ -147,17 +147,17 @@ struct Layer {
 
   /// N^2 H(4D-1) + NHD(6Dx-4), with the eligible pairs for N^2 H.
   int64_t dense_cost() const {
-    return eligible_pairs() * (4 * head_size - 1) + tokens * heads * head_size * (6 * model_size - 4);
+    return eligible_pairs() * (4 * head_dim - 1) + tokens * heads * head_dim * (6 * model_size - 4);
   }
   /// k1 H N^2 (4D-1) + (4Dx-2) k2 HDN: score pruning has k2 = 0, and key pruning k1 = k2.
   int64_t saving(int64_t pruned_pairs, int64_t pruned_keys) const {
-    return pruned_pairs * (4 * head_size - 1) + (4 * model_size - 2) * pruned_keys * head_size;
+    return pruned_pairs * (4 * head_dim - 1) + (4 * model_size - 2) * pruned_keys * head_dim;
   }
   /// The two kinds apart, for `pairs` in `filled_rows` rows and `keys` projected keys, over all heads.
   Operations operations(int64_t pairs, int64_t filled_rows, int64_t keys) const {
-    const int64_t projected = (heads * tokens + 2 * keys) * head_size;
-    return {projected * model_size + 2 * pairs * head_size,
-            projected * (model_size - 1) + pairs * (head_size - 1) + (pairs - filled_rows) * head_size};
+    const int64_t projected = (heads * tokens + 2 * keys) * head_dim;
+    return {projected * model_size + 2 * pairs * head_dim,
+            projected * (model_size - 1) + pairs * (head_dim - 1) + (pairs - filled_rows) * head_dim};
   }
 };
 
@@ -176,12 +176,12 @@ class Run {
     args.rows = layer_.tokens;
     for (const std::vector<int64_t>& head : keep) args.kept = std::max(args.kept, length(head));
     args.in_features = layer_.model_size;
-    args.head_size = layer_.head_size;
+    args.head_dim = layer_.head_dim;
     std::vector<int64_t> padded(layer_.heads * args.kept, -1);
     for (size_t h = 0; h < keep.size(); ++h) std::copy(keep[h].begin(), keep[h].end(), &padded[h * args.kept]);
     args.keep = padded.data();
     args.input = input_.input();
-    Array weight(1, layer_.heads, layer_.head_size, layer_.model_size);
+    Array weight(1, layer_.heads, layer_.head_dim, layer_.model_size);
     args.weight = weight.data();
     args.weight_stride = layer_.model_size;
     Array projected = head_array(args.kept);
@@ -202,7 +202,7 @@ class Run {
     args.query_heads = args.key_heads = layer_.heads;
     args.queries = layer_.tokens;
     args.keys = keys;
-    args.head_size = args.value_size = layer_.head_size;
+    args.head_dim = args.value_dim = layer_.head_dim;
     args.query = query.input();
     args.key = key.input();
     args.value = value.input();
@@ -215,7 +215,7 @@ class Run {
   }
 
  private:
-  Array head_array(int64_t rows) const { return Array(1, layer_.heads, rows, layer_.head_size); }
+  Array head_array(int64_t rows) const { return Array(1, layer_.heads, rows, layer_.head_dim); }
 
   Layer layer_;
   Array input_, output_;
@@ -282,11 +282,11 @@ Operations run_dense_values(const Layer& layer, const Pattern& pattern, bool ski
   const Array query = run.project();
   run.project(keep);
   run.project(keep);
-  const Array row(1, 1, 1, layer.head_size);
+  const Array row(1, 1, 1, layer.head_dim);
   const auto* x = static_cast<const Counted*>(row.input().data);
-  RowSum<Counted> sum(layer.head_size);
+  RowSum<Counted> sum(layer.head_dim);
   for (size_t i = 0; i < pattern.rows.size(); ++i) {
-    for (size_t pair = 0; pair < pattern.rows[i].size(); ++pair) dot(x, x, layer.head_size);
+    for (size_t pair = 0; pair < pattern.rows[i].size(); ++pair) dot(x, x, layer.head_dim);
     sum.clear();
     for (const int64_t j : keep[i / layer.tokens]) {
       if (j < layer.eligible(static_cast<int64_t>(i) % layer.tokens)) sum.add(1, x);
@@ -340,7 +340,7 @@ TEST_P(Table1, ScorePruning) {
   const Operations executed = run_score_pruned(layer, pattern);
   EXPECT_EQ(executed.total(), layer.dense_cost() - layer.saving(pruned, 0));
   EXPECT_EQ(executed, layer.operations(pattern.pairs(), rows, rows));
-  EXPECT_EQ(run_dense_values(layer, pattern, false).total(), layer.dense_cost() - pruned * (2 * layer.head_size - 1));
+  EXPECT_EQ(run_dense_values(layer, pattern, false).total(), layer.dense_cost() - pruned * (2 * layer.head_dim - 1));
 }
 
 TEST_P(Table1, MixedPruning) {
@@ -353,7 +353,7 @@ TEST_P(Table1, MixedPruning) {
   EXPECT_EQ(executed, layer.operations(pattern.pairs(), rows, keys));
   if (!layer.is_causal) {
     // [2(k1 + k2)D - k1] H N^2 + (4Dx-2) k2 HDN
-    const int64_t pruned_keys = rows - keys, size = layer.head_size;
+    const int64_t pruned_keys = rows - keys, size = layer.head_dim;
     const int64_t saved =
         2 * (pruned + pruned_keys * layer.tokens) * size - pruned + (4 * layer.model_size - 2) * pruned_keys * size;
     EXPECT_EQ(run_dense_values(layer, pattern, true).total(), layer.dense_cost() - saved);
@@ -379,7 +379,7 @@ INSTANTIATE_TEST_SUITE_P(Layers, Table1,
                          [](const testing::TestParamInfo<Layer>& info) {
                            const Layer& x = info.param;
                            return "H" + std::to_string(x.heads) + "N" + std::to_string(x.tokens) + "D" +
-                                  std::to_string(x.head_size) + (x.is_causal ? "causal" : "");
+                                  std::to_string(x.head_dim) + (x.is_causal ? "causal" : "");
                          });
 
 TEST(Counting, DeitTinyLayer) { EXPECT_EQ(run_dense(Layer{4, 197, 48, 192, false}).total(), 73'072'028); }
@@ -388,7 +388,7 @@ TEST(Counting, DeitTinyLayer) { EXPECT_EQ(run_dense(Layer{4, 197, 48, 192, false
 
 /// Grouped queries, pattern groups, padding and rows without keys: what FlopCounterMode is told for csr_attention.
 TEST(Counting, CsrForwardAndBackward) {
-  const int64_t batch = 4, query_heads = 6, key_heads = 3, queries = 9, keys = 11, head_size = 5, value_size = 3;
+  const int64_t batch = 4, query_heads = 6, key_heads = 3, queries = 9, keys = 11, head_dim = 5, value_dim = 3;
   const int64_t groups = 2;
   const std::vector<int64_t> kv_lens{11, 0, 7, 10};
   std::mt19937 random(3);
@@ -409,9 +409,9 @@ TEST(Counting, CsrForwardAndBackward) {
   const int64_t pairs = visible.pairs(), rows = visible.filled_rows();
   ASSERT_LT(rows, length(visible.rows));
 
-  Array query(batch, query_heads, queries, head_size), key(batch, key_heads, keys, head_size);
-  Array value(batch, key_heads, keys, value_size), output(batch, query_heads, queries, value_size);
-  Array grad_output(batch, query_heads, queries, value_size);
+  Array query(batch, query_heads, queries, head_dim), key(batch, key_heads, keys, head_dim);
+  Array value(batch, key_heads, keys, value_dim), output(batch, query_heads, queries, value_dim);
+  Array grad_output(batch, query_heads, queries, value_dim);
   std::vector<double> logsumexp(batch * query_heads * queries);
   const Plan plan(pattern);
   CsrArgs args;
@@ -420,8 +420,8 @@ TEST(Counting, CsrForwardAndBackward) {
   args.key_heads = key_heads;
   args.queries = queries;
   args.keys = keys;
-  args.head_size = head_size;
-  args.value_size = value_size;
+  args.head_dim = head_dim;
+  args.value_dim = value_dim;
   args.query = query.input();
   args.key = key.input();
   args.value = value.input();
@@ -430,12 +430,11 @@ TEST(Counting, CsrForwardAndBackward) {
 
   counted = {};
   csr_forward<Counted>(args, {output.output(), logsumexp.data()}, kSerial);
-  EXPECT_EQ(counted,
-            (Operations{pairs * (head_size + value_size), pairs * (head_size - 1) + (pairs - rows) * value_size}));
+  EXPECT_EQ(counted, (Operations{pairs * (head_dim + value_dim), pairs * (head_dim - 1) + (pairs - rows) * value_dim}));
 
   // delta_i = dO_i . O_i is a normalisation term of each query, which FLOP counts leave out.
-  const Operations delta{batch * query_heads * queries * value_size, batch * query_heads * queries * (value_size - 1)};
-  const int64_t by_rows = pairs * (2 * head_size + value_size), by_columns = pairs * 2 * (head_size + value_size);
+  const Operations delta{batch * query_heads * queries * value_dim, batch * query_heads * queries * (value_dim - 1)};
+  const int64_t by_rows = pairs * (2 * head_dim + value_dim), by_columns = pairs * 2 * (head_dim + value_dim);
   Array grad_query = query, grad_key = key, grad_value = value;
   BackwardArgs grads;
   grads.grad_output = grad_output.input();

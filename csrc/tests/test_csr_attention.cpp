@@ -65,22 +65,22 @@ TEST_P(CsrAttention, MatchesScalarFloat64OfScoresOfTenThousands) {
     c.key_heads = 2;
     c.heads_per_key_head = 1;
     c.queries = c.keys = random.integer(33, 70);
-    c.head_size = random.integer(16, 70);
-    c.value_size = 9;
+    c.head_dim = random.integer(16, 70);
+    c.value_dim = 9;
     c.score = Score::kDot;
     c.scale_factor = 1;
     c.has_kv_lens = round % 4 == 1;
-    c.has_values = round % 4 > 1;
+    c.has_prior = round % 4 > 1;
     c.kept = round % 5 == 0 ? CsrCase::Kept::kAll : CsrCase::Kept::kHalf;
     Problem problem = csr_problem(random, c);
-    problem.args.scale = 6e4 / 35 / static_cast<double>(c.head_size);
+    problem.args.scale = 6e4 / 35 / static_cast<double>(c.head_dim);
     std::vector<double> direction;
-    for (int64_t d = 0; d < c.head_size; ++d) direction.push_back(random.chance(0.5) ? 1 : -1);
+    for (int64_t d = 0; d < c.head_dim; ++d) direction.push_back(random.chance(0.5) ? 1 : -1);
     for (int64_t b = 0; b < c.batch; ++b) {
       for (int64_t h = 0; h < c.key_heads; ++h) {
         for (int64_t n = 0; n < c.queries; ++n) {
           const double sign = random.chance(0.5) ? 1 : -1;
-          for (int64_t d = 0; d < c.head_size; ++d) {
+          for (int64_t d = 0; d < c.head_dim; ++d) {
             problem.query.set(b, h, n, d, sign * direction[d]);
             problem.key.set(b, h, n, d, static_cast<double>(n / 2) * direction[d]);
           }
@@ -126,8 +126,8 @@ Problem long_problem(Random& random, DType dtype, int64_t queries, int64_t keys,
   problem.args.query_heads = problem.args.key_heads = 2;
   problem.args.queries = queries;
   problem.args.keys = keys;
-  problem.args.head_size = 5;
-  problem.args.value_size = 3;
+  problem.args.head_dim = 5;
+  problem.args.value_dim = 3;
   for (auto [operand, rows, columns] :
        {std::tuple(&problem.query, queries, 5), std::tuple(&problem.key, keys, 5), std::tuple(&problem.value, keys, 3),
         std::tuple(&problem.grad_output, queries, 3)}) {
@@ -193,7 +193,7 @@ TEST_P(CsrAttention, BackwardOfFewEntriesWalksNoEmptyTiles) {
     properties.dtype = dtype();
     properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
     properties.queries = properties.keys = side;
-    properties.head_size = properties.value_size = 4;
+    properties.head_dim = properties.value_dim = 4;
     properties.scale_factor = 1;
     const Problem problem = csr_problem(random, properties, std::make_shared<Pattern>(1, side, side, crow, col));
     Results results = problem.forward(kernels(), dtype(), threads(1));

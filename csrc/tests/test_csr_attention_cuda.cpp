@@ -29,7 +29,7 @@ cuda::CsrWeights weights_of(const CsrArgs& args) {
           plan->bytes,
           plan->num_rows,
           plan->nnz,
-          static_cast<const float*>(args.values),
+          static_cast<const float*>(args.prior),
           args.query_offsets,
           static_cast<int32_t>(selected)};
 }
@@ -108,10 +108,10 @@ TEST_P(CsrAttentionCuda, OfLongRowsAndColumns) {
   CsrCase properties{};
   properties.dtype = dtype();
   properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
-  properties.head_size = 5;
-  properties.value_size = 3;
+  properties.head_dim = 5;
+  properties.value_dim = 3;
   properties.scale_factor = 1;
-  properties.has_values = true;
+  properties.has_prior = true;
   Random random(22);
   const auto check = [&](const Problem& problem, unsigned wanted) {
     Results exact = problem.forward(scalar(), DType::kFloat64, threads(1));
@@ -148,7 +148,7 @@ INSTANTIATE_TEST_SUITE_P(Kernels, CsrAttentionCuda, testing::Values(DType::kFloa
 // Every pair of properties
 
 constexpr int64_t kSizes[] = {0, 1, 15, 16, 17, 63, 64, 65, 197};
-constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 80, 128, 256};
+constexpr int64_t kHeadDims[] = {1, 16, 33, 48, 64, 80, 128, 256};
 /// How many values each property of a case has, in make_case's order.
 constexpr Choice<16> kValues = {3, 9, 9, 8, 8, 3, 2, 3, 2, 2, 2, 2, 2, 7, 3, 2};
 
@@ -160,8 +160,8 @@ CsrCase make_case(const Choice<16>& choice) {
   c.dtype = kDTypes[choice[0]];
   c.queries = kSizes[choice[1]];
   c.keys = kSizes[choice[2]];
-  c.head_size = kHeadSizes[choice[3]];
-  c.value_size = kHeadSizes[choice[4]];
+  c.head_dim = kHeadDims[choice[3]];
+  c.value_dim = kHeadDims[choice[4]];
   c.key_heads = kHeads[choice[5]][0];
   c.heads_per_key_head = kHeads[choice[5]][1];
   c.groups = 1 + choice[6];
@@ -170,7 +170,7 @@ CsrCase make_case(const Choice<16>& choice) {
   c.dropout_p = choice[9] == 0 ? 0 : 0.3;
   c.has_kv_lens = choice[10] != 0;
   c.has_query_offsets = choice[11] != 0;
-  c.has_values = choice[12] != 0;
+  c.has_prior = choice[12] != 0;
   c.kept = static_cast<CsrCase::Kept>(choice[13]);
   c.batch = c.groups * (1 + 2 * choice[15]);  // one element of a group, or three
   return c;
@@ -190,7 +190,7 @@ TEST_F(CsrAttentionCudaCases, HaveEveryPairOfProperties) {
   int run = 0;
   for_choices(kValues, random, [&](const Choice<16>& choice) {
     const CsrCase properties = make_case(choice);
-    const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_size <= 80;
+    const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_dim <= 80;
     if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 5)) return true;
     const Problem problem = csr_problem(random, properties);
     dtype_ = properties.dtype;
@@ -228,9 +228,9 @@ TEST_F(CsrAttentionCudaCases, OfRecordedLearnedMasks) {
     properties.groups = properties.heads_per_key_head = 1;
     properties.key_heads = pattern->heads;
     properties.queries = properties.keys = pattern->queries;
-    properties.head_size = properties.value_size = 48;
+    properties.head_dim = properties.value_dim = 48;
     properties.scale_factor = 1;
-    properties.has_values = true;
+    properties.has_prior = true;
     for (const CsrKernel kernel : {CsrKernel::kEntries, CsrKernel::kTiles}) {
       selected = kernel;
       matches_scalar_float64(csr_problem(random, properties, pattern), names[i]);
@@ -252,7 +252,7 @@ TEST(CudaCounts, OfCsrAttention) {
       properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
       properties.batch = kernels == CsrKernel::kTiles ? 1 : 2;
       properties.queries = properties.keys = 197;
-      properties.head_size = properties.value_size = 48;
+      properties.head_dim = properties.value_dim = 48;
       properties.scale_factor = 1;
       Problem problem = csr_problem(random, properties, pattern);
       problem.lay_rows_apart(random);  // all copies are asynchronous, all loads of 16 bytes
@@ -281,7 +281,7 @@ TEST(CudaCounts, OfCsrAttention) {
                                      {"heads", 1},
                                      {"queries", 197},
                                      {"keys", 197},
-                                     {"head_size", 48},
+                                     {"head_dim", 48},
                                      {"nnz", pattern->nnz()}});
     }
   }
@@ -299,9 +299,9 @@ class CsrAttentionCudaChecks : public testing::Test {
     properties.batch = properties.heads_per_key_head = 2;
     properties.groups = properties.key_heads = 1;
     properties.queries = properties.keys = 5;
-    properties.head_size = properties.value_size = 4;
+    properties.head_dim = properties.value_dim = 4;
     properties.scale_factor = 1;
-    properties.has_kv_lens = properties.has_query_offsets = properties.has_values = true;
+    properties.has_kv_lens = properties.has_query_offsets = properties.has_prior = true;
     properties.kept = CsrCase::Kept::kAll;
     Random random(24);
     problem_ = csr_problem(random, properties);
@@ -368,10 +368,10 @@ TEST_P(CsrAttentionCudaFaults, OfTilesAreNoticedAtEverySite) {
   properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
   properties.queries = 70;
   properties.keys = 300;
-  properties.head_size = properties.value_size = 22;
+  properties.head_dim = properties.value_dim = 22;
   properties.score = Score::kGaussian;
   properties.scale_factor = 1;
-  properties.has_values = true;
+  properties.has_prior = true;
   Problem problem = csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 70, 300, 0.3));
   problem.lay_rows_apart(random);
   selected = CsrKernel::kTiles;

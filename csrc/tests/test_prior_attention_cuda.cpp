@@ -77,7 +77,7 @@ INSTANTIATE_TEST_SUITE_P(Kernels, PriorAttentionCuda,
 // Every pair of properties
 
 constexpr int64_t kSizes[] = {0, 1, 15, 16, 17, 63, 64, 65, 197};
-constexpr int64_t kHeadSizes[] = {1, 16, 33, 48, 64, 80, 128, 256};
+constexpr int64_t kHeadDims[] = {1, 16, 33, 48, 64, 80, 128, 256};
 /// How many values each property of a case has, in make_case's order.
 constexpr Choice<13> kValues = {3, 9, 9, 8, 8, 3, 2, 3, 2, 2, 2, 2, 5};
 
@@ -90,8 +90,8 @@ PriorCase make_case(const Choice<13>& choice) {
   c.dtype = kDTypes[choice[0]];
   c.queries = kSizes[choice[1]];
   c.keys = kSizes[choice[2]];
-  c.head_size = kHeadSizes[choice[3]];
-  c.value_size = kHeadSizes[choice[4]];
+  c.head_dim = kHeadDims[choice[3]];
+  c.value_dim = kHeadDims[choice[4]];
   c.key_heads = kHeads[choice[5]][0];
   c.heads_per_key_head = kHeads[choice[5]][1];
   c.groups = 1 + choice[6];
@@ -116,7 +116,7 @@ TEST_F(PriorAttentionCudaCases, HaveEveryPairOfProperties) {
   int run = 0;
   for_choices(kValues, random, [&](const Choice<13>& choice) {
     const PriorCase properties = make_case(choice);
-    const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_size <= 80;
+    const bool small = properties.queries * properties.keys <= 65 * 17 && properties.value_dim <= 80;
     if ((kSanitized && !small) || (simt::kThreadSanitizer && run >= 5)) return true;
     const Problem problem = prior_problem(random, properties);
     dtype_ = properties.dtype;
@@ -131,12 +131,12 @@ TEST_F(PriorAttentionCudaCases, HaveEveryPairOfProperties) {
 TEST(CudaCounts, OfPriorAttention) {
   Random random(22);
   simt::counts.clear();
-  for (const int64_t head_size : {48, 64}) {
+  for (const int64_t head_dim : {48, 64}) {
     PriorCase properties{};
     properties.dtype = DType::kFloat16;
     properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
     properties.queries = properties.keys = 197;
-    properties.head_size = properties.value_size = head_size;
+    properties.head_dim = properties.value_dim = head_dim;
     properties.scale_factor = 1;
     properties.prior = PriorCase::Prior::kPairs;
     Problem problem = prior_problem(random, properties);
@@ -149,10 +149,10 @@ TEST(CudaCounts, OfPriorAttention) {
     for (const auto& [kernel, counts] : simt::counts) {
       // Every kernel but that of delta does two products of all pairs or more; of 8 x 16 x 16 at once.
       if (counts.products == 0) continue;
-      EXPECT_GE(counts.products * 8 * 16 * 16, 2 * 197 * 197 * head_size) << kernel;
+      EXPECT_GE(counts.products * 8 * 16 * 16, 2 * 197 * 197 * head_dim) << kernel;
     }
     print_counts("prior_attention",
-                 {{"batch", 1}, {"heads", 1}, {"queries", 197}, {"keys", 197}, {"head_size", head_size}});
+                 {{"batch", 1}, {"heads", 1}, {"queries", 197}, {"keys", 197}, {"head_dim", head_dim}});
   }
 }
 
@@ -169,7 +169,7 @@ TEST_P(PriorAttentionCudaFaults, AreNoticedAtEverySite) {
   properties.batch = properties.groups = properties.key_heads = properties.heads_per_key_head = 1;
   properties.queries = 70;
   properties.keys = 300;
-  properties.head_size = properties.value_size = 22;
+  properties.head_dim = properties.value_dim = 22;
   properties.score = Score::kGaussian;
   properties.scale_factor = 1;
   std::vector<Problem> problems;

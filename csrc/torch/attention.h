@@ -38,15 +38,15 @@ Operands<Args> attention_operands(const char* op, const Inputs& in) {
   args.batch = in.query.size(0);
   args.query_heads = in.query.size(1);
   args.queries = in.query.size(2);
-  args.head_size = in.query.size(3);
+  args.head_dim = in.query.size(3);
   args.key_heads = in.key.size(1);
   args.keys = in.key.size(2);
-  args.value_size = in.value.size(3);
+  args.value_dim = in.value.size(3);
   args.dtype = kernel_dtype(in.query.scalar_type());
   args.score = in.score == "dot" ? Score::kDot : Score::kGaussian;
-  args.scale = in.scale.value_or(1.0 / std::sqrt(static_cast<double>(args.head_size)));
+  args.scale = in.scale.value_or(1.0 / std::sqrt(static_cast<double>(args.head_dim)));
   args.dropout_p = in.dropout_p;
-  args.log_weights = in.log_weights;
+  args.log_prior = in.log_prior;
   const bool on_cpu = in.query.is_cpu();
   if (in.dropout_p > 0 && on_cpu) args.seed = static_cast<uint64_t>(*in.seed->template const_data_ptr<int64_t>());
   if (in.kv_lens.has_value()) {

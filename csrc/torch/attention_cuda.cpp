@@ -13,7 +13,7 @@ void check_cuda_limits(const char* op, const at::Tensor& query, const at::Tensor
   TORCH_CHECK(query.scalar_type() != at::kDouble, op,
               ": query must be torch.float32, torch.bfloat16 or torch.float16 on CUDA (got torch.float64)");
   for (const auto& [name, tensor] : {std::pair("query", query), std::pair("value", value)}) {
-    TORCH_CHECK(tensor.size(3) <= cuda::kMaximumHeadSize, op, ": ", name, " must have at most ", cuda::kMaximumHeadSize,
+    TORCH_CHECK(tensor.size(3) <= cuda::kMaximumHeadDim, op, ": ", name, " must have at most ", cuda::kMaximumHeadDim,
                 " columns on CUDA (got ", tensor.sizes(), ")");
   }
   for (const auto& [name, tensor] : {std::pair("query", query), std::pair("key", key)}) {

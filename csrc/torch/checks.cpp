@@ -156,11 +156,11 @@ void check_csr_attention(const char* op, const CsrInputs& in) {
   check_attention(op, in);
   check_pattern(op, in.crow_indices, in.col_indices);
   check_device(op, "crow_indices", in.crow_indices, "query", query);
-  if (in.values.has_value()) {
-    check_dim(op, "values", *in.values, 1, "[nnz]");
-    check_weight_dtype(op, "values", *in.values, query);
-    check_device(op, "values", *in.values, "query", query);
-    check_size(op, "values", *in.values, 0, in.col_indices.sym_size(0), "the number of col_indices");
+  if (in.prior.has_value()) {
+    check_dim(op, "prior", *in.prior, 1, "[nnz]");
+    check_weight_dtype(op, "prior", *in.prior, query);
+    check_device(op, "prior", *in.prior, "query", query);
+    check_size(op, "prior", *in.prior, 0, in.col_indices.sym_size(0), "the number of col_indices");
   }
   check_per_element(op, "query_offsets", in.query_offsets, query);
   if (in.plan.has_value()) {  // which holds the number of rows a head has

@@ -27,7 +27,7 @@ void check_compact_linear(const char* op, const at::Tensor& input, const at::Ten
 void check_compact_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                                    const at::Tensor& keep);
 
-/// prior, values and logsumexp: float64 with float64 inputs, else float32.
+/// prior and logsumexp: float64 with float64 inputs, else float32.
 at::ScalarType weight_dtype(at::ScalarType input_dtype);
 
 }  // namespace fiak

@@ -60,7 +60,7 @@ CompactLinearArgs linear_args(const Tensor& input, const Tensor& weight, const T
   args.rows = input.size(1);
   args.kept = keep.size(1);
   args.in_features = input.size(2);
-  args.head_size = weight.size(0) / std::max<int64_t>(args.heads, 1);
+  args.head_dim = weight.size(0) / std::max<int64_t>(args.heads, 1);
   args.dtype = kernel_dtype(input.scalar_type());
   args.keep = keep.const_data_ptr<int64_t>();
   args.input = {input.const_data_ptr(), input.stride(0), 0, input.stride(1)};

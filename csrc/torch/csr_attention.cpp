@@ -24,15 +24,15 @@ constexpr const char* kPlan = "csr_plan";
 
 ForwardTensors call_forward(const CsrInputs& in) {
   static const auto op = find_op<CsrInputs::Signature<ForwardTensors>>("fiak::csr_attention_forward");
-  return op.call(in.query, in.key, in.value, in.crow_indices, in.col_indices, in.values, in.plan, in.query_offsets,
-                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_weights);
+  return op.call(in.query, in.key, in.value, in.crow_indices, in.col_indices, in.prior, in.plan, in.query_offsets,
+                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_prior);
 }
 
 GradTensors call_backward(const CsrGradInputs& in) {
   static const auto op = find_op<CsrGradInputs::Signature>("fiak::csr_attention_backward");
-  return op.call(in.grad_output, in.query, in.key, in.value, in.crow_indices, in.col_indices, in.values, in.output,
+  return op.call(in.grad_output, in.query, in.key, in.value, in.crow_indices, in.col_indices, in.prior, in.output,
                  in.logsumexp, in.plan, in.query_offsets, in.kv_lens, in.dropout_p, in.seed, in.scale, in.score,
-                 in.log_weights, in.output_mask);
+                 in.log_prior, in.output_mask);
 }
 
 Tensor attention(const CsrInputs& in) {
@@ -48,14 +48,14 @@ struct CsrAttention : torch::autograd::Function<CsrAttention> {
                                const OptionalTensor&, const CsrInputs& in) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [output, logsumexp] = call_forward(in);
-    context->save_for_backward({in.query, in.key, in.value, in.values.value_or(Tensor()), output, logsumexp,
+    context->save_for_backward({in.query, in.key, in.value, in.prior.value_or(Tensor()), output, logsumexp,
                                 in.crow_indices, in.col_indices, in.plan.value_or(Tensor()),
                                 in.query_offsets.value_or(Tensor()), in.kv_lens.value_or(Tensor()),
                                 in.seed.value_or(Tensor())});
     context->saved_data["dropout_p"] = in.dropout_p;
     context->saved_data["scale"] = in.scale;
     context->saved_data["score"] = std::string(in.score);
-    context->saved_data["log_weights"] = in.log_weights;
+    context->saved_data["log_prior"] = in.log_prior;
     context->mark_non_differentiable({logsumexp});
     context->set_materialize_grads(false);
     return {output, logsumexp};
@@ -67,18 +67,18 @@ struct CsrAttention : torch::autograd::Function<CsrAttention> {
     const variable_list saved = context->get_saved_variables();
     auto& data = context->saved_data;
     const std::string score = data["score"].toStringRef();
-    const OptionalTensor values = if_defined(saved[3]);
+    const OptionalTensor prior = if_defined(saved[3]);
     std::tie(grads[0], grads[1], grads[2], grads[3]) =
-        call_backward({grad_outputs[0], saved[0], saved[1], saved[2], saved[6], saved[7], values, saved[4], saved[5],
+        call_backward({grad_outputs[0], saved[0], saved[1], saved[2], saved[6], saved[7], prior, saved[4], saved[5],
                        if_defined(saved[8]), if_defined(saved[9]), if_defined(saved[10]), data["dropout_p"].toDouble(),
-                       if_defined(saved[11]), data["scale"].toOptional<double>(), score, data["log_weights"].toBool(),
-                       wanted_grads(*context, values.has_value())});
+                       if_defined(saved[11]), data["scale"].toOptional<double>(), score, data["log_prior"].toBool(),
+                       wanted_grads(*context, prior.has_value())});
     return grads;
   }
 };
 
 ForwardTensors forward_autograd(const CsrInputs& in) {
-  const variable_list results = CsrAttention::apply(in.query, in.key, in.value, in.values, in);
+  const variable_list results = CsrAttention::apply(in.query, in.key, in.value, in.prior, in);
   return {results[0], results[1]};
 }
 
@@ -134,7 +134,7 @@ Operands<CsrArgs> csr_operands(const char* op, const CsrInputs& in) {
                                                        args.plan.num_queries - args.queries, "num_queries - N"));
     args.query_offsets = offsets.const_data_ptr<int64_t>();
   }
-  if (in.values.has_value()) args.values = operands.own(in.values->contiguous()).const_data_ptr();
+  if (in.prior.has_value()) args.prior = operands.own(in.prior->contiguous()).const_data_ptr();
   return operands;
 }
 
@@ -178,7 +178,7 @@ ForwardTensors csr_forward_meta(const CsrInputs& in) {
 GradTensors csr_backward_meta(const CsrGradInputs& in) {
   check_csr_attention(kBackward, in.inputs());
   check_attention_backward(kBackward, in.query, in.value, in.grad_output, in.output, in.logsumexp);
-  return empty_grads(in.query, in.key, in.value, in.values, in.output_mask);
+  return empty_grads(in.query, in.key, in.value, in.prior, in.output_mask);
 }
 
 Tensor csr_plan_cpu(const Tensor& crow_indices, const Tensor& col_indices, int64_t num_queries, int64_t num_keys) {

@@ -61,7 +61,7 @@ CsrOperands csr_operands(const char* op, const CsrInputs& in) {
   weights.num_rows = rows;
   weights.nnz = in.col_indices.numel();
   weights.selected = static_cast<int32_t>(selected_kernel());
-  if (in.values.has_value()) weights.values = operands.own(in.values->contiguous()).const_data_ptr<float>();
+  if (in.prior.has_value()) weights.prior = operands.own(in.prior->contiguous()).const_data_ptr<float>();
   if (in.query_offsets.has_value()) {
     weights.query_offsets = operands.own(in.query_offsets->to(at::kLong).contiguous()).const_data_ptr<int64_t>();
   }

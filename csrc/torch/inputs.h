@@ -25,7 +25,7 @@ struct PriorInputs {
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
-  bool log_weights;
+  bool log_prior;
 
   template <class Result>
   using Signature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, bool,
@@ -43,7 +43,7 @@ struct PriorGradInputs {
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
-  bool log_weights;
+  bool log_prior;
   OutputMask output_mask;
 
   using Signature = GradTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -52,18 +52,18 @@ struct PriorGradInputs {
                                 std::string_view, bool, OutputMask);
 
   PriorInputs inputs() const {
-    return {query, key, value, prior, is_causal, kv_lens, dropout_p, seed, scale, score, log_weights};
+    return {query, key, value, prior, is_causal, kv_lens, dropout_p, seed, scale, score, log_prior};
   }
 };
 
 struct CsrInputs {
   at::Tensor query, key, value, crow_indices, col_indices;
-  OptionalTensor values, plan, query_offsets, kv_lens;
+  OptionalTensor prior, plan, query_offsets, kv_lens;
   double dropout_p;
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
-  bool log_weights;
+  bool log_prior;
 
   template <class Result>
   using Signature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -74,14 +74,14 @@ struct CsrInputs {
 
 struct CsrGradInputs {
   at::Tensor grad_output, query, key, value, crow_indices, col_indices;
-  OptionalTensor values;
+  OptionalTensor prior;
   at::Tensor output, logsumexp;
   OptionalTensor plan, query_offsets, kv_lens;
   double dropout_p;
   OptionalTensor seed;
   std::optional<double> scale;
   std::string_view score;
-  bool log_weights;
+  bool log_prior;
   OutputMask output_mask;
 
   using Signature = GradTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -91,8 +91,8 @@ struct CsrGradInputs {
                                 OutputMask);
 
   CsrInputs inputs() const {
-    return {query,         key,     value,     crow_indices, col_indices, values, plan,
-            query_offsets, kv_lens, dropout_p, seed,         scale,       score,  log_weights};
+    return {query,         key,     value,     crow_indices, col_indices, prior, plan,
+            query_offsets, kv_lens, dropout_p, seed,         scale,       score, log_prior};
   }
 };
 

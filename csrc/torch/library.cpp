@@ -42,13 +42,13 @@ TORCH_LIBRARY(fiak, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   const auto def = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
   const std::string options =
-      "float dropout_p=0.0, Tensor? seed=None, float? scale=None, str score=\"dot\", bool log_weights=False";
+      "float dropout_p=0.0, Tensor? seed=None, float? scale=None, str score=\"dot\", bool log_prior=False";
   const std::string forward_results = " -> (Tensor output, Tensor logsumexp)";
   const std::string qkv = "Tensor query, Tensor key, Tensor value, ";
 
   // Attention with a weight w for every pair (Eq. 12 of the paper): a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij').
-  // prior [G, 1|Hq, 1|N, M] is w, or None for all ones; its gradient comes in its own shape. With log_weights it, or
-  // csr_attention's values, is ln w, and -inf is what w = 0 is without. Weights are relative: what multiplies all of a
+  // prior [G, 1|Hq, 1|N, M] is w, or None for all ones; its gradient comes in its own shape. With log_prior it, or
+  // csr_attention's, is ln w, and -inf is what w = 0 is without. Weights are relative: what multiplies all of a
   // row's changes nothing.
   const std::string prior_options = "*, bool is_causal=False, Tensor? kv_lens=None, " + options;
   const std::string prior_inputs = "(" + qkv + "Tensor? prior=None, " + prior_options + ")";
@@ -61,12 +61,12 @@ TORCH_LIBRARY(fiak, m) {
   // The same over the pairs of a CSR pattern of G * Hq * num_queries rows only (the pruned attention of Sec. 3).
   const std::string indices = "Tensor crow_indices, Tensor col_indices, ";
   const std::string csr_options = "*, Tensor? plan=None, Tensor? query_offsets=None, Tensor? kv_lens=None, " + options;
-  const std::string csr_inputs = "(" + qkv + indices + "Tensor? values=None, " + csr_options + ")";
+  const std::string csr_inputs = "(" + qkv + indices + "Tensor? prior=None, " + csr_options + ")";
   def("csr_attention" + csr_inputs + " -> Tensor");
   def("csr_attention_forward" + csr_inputs + forward_results);
   def("csr_attention_backward(Tensor grad_output, " + qkv + indices +
-      "Tensor? values, Tensor output, Tensor logsumexp, " + csr_options +
-      ", bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_values)");
+      "Tensor? prior, Tensor output, Tensor logsumexp, " + csr_options +
+      ", bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prior)");
 
   // Validates a pattern and returns, as uint8, all that csr_attention wants to know about it.
   def("csr_plan(" + indices + "SymInt num_queries, SymInt num_keys) -> Tensor");

@@ -20,13 +20,13 @@ constexpr const char* kBackward = "prior_attention_backward";
 ForwardTensors call_forward(const PriorInputs& in) {
   static const auto op = find_op<PriorInputs::Signature<ForwardTensors>>("fiak::prior_attention_forward");
   return op.call(in.query, in.key, in.value, in.prior, in.is_causal, in.kv_lens, in.dropout_p, in.seed, in.scale,
-                 in.score, in.log_weights);
+                 in.score, in.log_prior);
 }
 
 GradTensors call_backward(const PriorGradInputs& in) {
   static const auto op = find_op<PriorGradInputs::Signature>("fiak::prior_attention_backward");
   return op.call(in.grad_output, in.query, in.key, in.value, in.prior, in.output, in.logsumexp, in.is_causal,
-                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_weights, in.output_mask);
+                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_prior, in.output_mask);
 }
 
 Tensor attention(const PriorInputs& in) { return std::get<0>(call_forward(in)); }
@@ -44,7 +44,7 @@ struct PriorAttention : torch::autograd::Function<PriorAttention> {
     context->saved_data["dropout_p"] = in.dropout_p;
     context->saved_data["scale"] = in.scale;
     context->saved_data["score"] = std::string(in.score);
-    context->saved_data["log_weights"] = in.log_weights;
+    context->saved_data["log_prior"] = in.log_prior;
     context->mark_non_differentiable({logsumexp});
     context->set_materialize_grads(false);
     return {output, logsumexp};
@@ -60,7 +60,7 @@ struct PriorAttention : torch::autograd::Function<PriorAttention> {
     std::tie(grads[0], grads[1], grads[2], grads[3]) = call_backward(
         {grad_outputs[0], saved[0], saved[1], saved[2], prior, saved[4], saved[5], data["is_causal"].toBool(),
          if_defined(saved[6]), data["dropout_p"].toDouble(), if_defined(saved[7]), data["scale"].toOptional<double>(),
-         score, data["log_weights"].toBool(), wanted_grads(*context, prior.has_value())});
+         score, data["log_prior"].toBool(), wanted_grads(*context, prior.has_value())});
     return grads;
   }
 };

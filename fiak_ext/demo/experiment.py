@@ -50,7 +50,7 @@ class Recipe:
     dim: int = 64
     depth: int = 3
     num_heads: int = 4
-    parameterization: Literal["softmax", "clamp"] = "clamp"
+    parameterization: Literal["logits", "clamp"] = "clamp"
     epochs: int = 12
     lr: float = 2e-3
     tuning_epochs: int = 2
@@ -71,9 +71,9 @@ class Pruning:
 
 
 PRUNINGS = (
-    Pruning("score 50%", "fiak", amount=0.5),
-    Pruning("score 60%", "fiak", amount=0.6),
-    Pruning("score 70%", "fiak", amount=0.7),
+    Pruning("pairs 50%", "fiak", amount=0.5),
+    Pruning("pairs 60%", "fiak", amount=0.6),
+    Pruning("pairs 70%", "fiak", amount=0.7),
     Pruning("mixed 70%, 15% keys", "fiak", amount=0.7, keys=0.15),
     Pruning("mixed 70%, 20% keys", "fiak", amount=0.7, keys=0.2),
     Pruning("GMM, 30% keys", "gmm", keys=0.3),

@@ -106,9 +106,9 @@ class Scores {
   const T* value(int64_t j) const { return row_of<T>(args_.value, b_, key_head_, j); }
   Real operator()(int64_t n, int64_t j) const {
     const Real scale = static_cast<Real>(args_.scale);
-    const Real s = scale * N::real(dot(query(n), key(j), args_.head_size));
+    const Real s = scale * N::real(dot(query(n), key(j), args_.head_dim));
     if (args_.score == Score::kDot) return s;
-    return s - scale / 2 * N::real(dot(key(j), key(j), args_.head_size));
+    return s - scale / 2 * N::real(dot(key(j), key(j), args_.head_dim));
   }
 
  private:
@@ -126,7 +126,7 @@ class Scores {
 //   for_row(b, h, n, visit(j, w, slot))             all pairs of a query with a gradient, slot in its weight row
 //   for_column(b, h, j, visit(n, w))                all pairs of a key
 // w <= 0 is outside the support. Prior weights there still have a gradient, so for_row visits them too. A visitor gets
-// weights as they are given: w or, with log_weights, ln w.
+// weights as they are given: w or, with log_prior, ln w.
 
 /// What weights mean. They join the scores in the exponent, so that only their ratios within a row matter: a weight is
 /// factor * exp(log), where the factor is in [1, 2), or 1 where the logarithm is given. Logarithms are in float64, and
@@ -138,7 +138,7 @@ class Weights {
     Real factor;
     double log;
   };
-  explicit Weights(const AttentionArgs& args) : logs_(args.log_weights), least_(logs_ ? -kInfinity : 0) {}
+  explicit Weights(const AttentionArgs& args) : logs_(args.log_prior), least_(logs_ ? -kInfinity : 0) {}
   bool are_logs() const { return logs_; }
   /// Of a weight that is left out: 1.
   Real one() const { return logs_ ? 0 : 1; }
@@ -194,7 +194,7 @@ void attention_forward(const AttentionArgs& args, const Pairs& pairs, const Forw
       Real s;
     };
     std::vector<Pair> row;
-    RowSum<T> sum(args.value_size);
+    RowSum<T> sum(args.value_dim);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t wr = unit % pairs.weight_rows, wh = unit / pairs.weight_rows % pairs.weight_heads;
       const int64_t g = unit / pairs.weight_rows / pairs.weight_heads;
@@ -259,7 +259,7 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
       const int64_t b = i / args.query_heads, h = i % args.query_heads;
       for (int64_t n = 0; n < args.queries; ++n) {
         delta[index(b, h, n)] =
-            Number<T>::real(dot(grad_output(b, h, n), row_of<T>(grads.output, b, h, n), args.value_size));
+            Number<T>::real(dot(grad_output(b, h, n), row_of<T>(grads.output, b, h, n), args.value_dim));
         Row& row = rows[index(b, h, n)];
         row = {logsumexp[index(b, h, n)], 1};
         if (!std::isfinite(row.shift) || std::abs(row.shift) <= kLargeLogsumexp) continue;
@@ -280,7 +280,7 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
   // Rows: dQ and the weights' gradient, the batch inside, so that nothing is shared between threads.
   if (grads.grad_query.data != nullptr || grads.grad_weight != nullptr) {
     parallel_range(parallel, pairs.groups * pairs.weight_heads * pairs.weight_rows, [&](int64_t begin, int64_t end) {
-      RowSum<T> sum(args.head_size);
+      RowSum<T> sum(args.head_dim);
       std::vector<double> grad_weight;
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t wr = unit % pairs.weight_rows, wh = unit / pairs.weight_rows % pairs.weight_heads;
@@ -294,7 +294,7 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
           if (!row.empty()) {
             pairs.for_row(b, h, n, [&](int64_t j, Real w, int64_t slot) {
               const Real da =
-                  factor(b, h, n, j) * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
+                  factor(b, h, n, j) * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_dim));
               const Real s = score(n, j), da_minus_delta = da - delta[index(b, h, n)];
               const bool inside = weights.in_support(w);
               const Real ds = inside ? probability(w, s, row) * da_minus_delta : Real{0};
@@ -319,7 +319,7 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
   if (grads.grad_key.data != nullptr || grads.grad_value.data != nullptr) {
     const int64_t shared_heads = args.query_heads / args.key_heads;
     parallel_range(parallel, args.batch * args.key_heads * args.keys, [&](int64_t begin, int64_t end) {
-      RowSum<T> key_sum(args.head_size), value_sum(args.value_size);
+      RowSum<T> key_sum(args.head_dim), value_sum(args.value_dim);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t j = unit % args.keys, key_head = unit / args.keys % args.key_heads;
         const int64_t b = unit / args.keys / args.key_heads;
@@ -333,7 +333,7 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
             if (!weights.in_support(w) || row.empty()) return;
             const Real a = probability(w, score(n, j), row);
             const Real kept = factor(b, h, n, j);
-            const Real da = kept * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_size));
+            const Real da = kept * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_dim));
             const Real ds = a * (da - delta[index(b, h, n)]);
             value_sum.add(a * kept, grad_output(b, h, n));
             key_sum.add(ds, score.query(n));

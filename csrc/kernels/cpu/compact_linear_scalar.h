@@ -22,12 +22,12 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
   parallel_range(parallel, args.batch * args.heads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / args.heads, h = i % args.heads;
-      const T* weight = static_cast<const T*>(args.weight) + h * args.head_size * args.weight_stride;
-      const T* bias = args.bias != nullptr ? static_cast<const T*>(args.bias) + h * args.head_size : nullptr;
+      const T* weight = static_cast<const T*>(args.weight) + h * args.head_dim * args.weight_stride;
+      const T* bias = args.bias != nullptr ? static_cast<const T*>(args.bias) + h * args.head_dim : nullptr;
       int64_t written = 0;
       for_kept(args, h, [&](int64_t k, int64_t row) {
         T* target = row_of<T>(output, b, h, k);
-        for (int64_t d = 0; d < args.head_size; ++d) {
+        for (int64_t d = 0; d < args.head_dim; ++d) {
           typename N::Acc sum =
               dot(row_of<T>(args.input, b, 0, row), weight + d * args.weight_stride, args.in_features);
           if (bias != nullptr) sum = sum + N::load(bias[d]);
@@ -36,7 +36,7 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
         written = k + 1;
       });
       for (int64_t k = written; k < args.kept; ++k) {
-        std::fill_n(row_of<T>(output, b, h, k), args.head_size, N::store(0));
+        std::fill_n(row_of<T>(output, b, h, k), args.head_dim, N::store(0));
       }
     }
   });
@@ -54,9 +54,9 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
       for (int64_t b = begin; b < end; ++b) {
         std::fill(sum.begin(), sum.end(), Real{0});
         for (int64_t h = 0; h < args.heads; ++h) {
-          const T* weight = static_cast<const T*>(args.weight) + h * args.head_size * args.weight_stride;
+          const T* weight = static_cast<const T*>(args.weight) + h * args.head_dim * args.weight_stride;
           for_kept(args, h, [&](int64_t k, int64_t row) {
-            for (int64_t d = 0; d < args.head_size; ++d) {
+            for (int64_t d = 0; d < args.head_dim; ++d) {
               const Real g = N::real(N::load(grad_output(b, h, k)[d]));
               for (int64_t x = 0; x < args.in_features; ++x) {
                 sum[row * args.in_features + x] += g * N::real(N::load(weight[d * args.weight_stride + x]));
@@ -71,10 +71,10 @@ void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearG
   }
 
   if (grads.grad_weight != nullptr || grads.grad_bias != nullptr) {
-    parallel_range(parallel, args.heads * args.head_size, [&](int64_t begin, int64_t end) {
+    parallel_range(parallel, args.heads * args.head_dim, [&](int64_t begin, int64_t end) {
       std::vector<double> sum(args.in_features);  // of any number of rows
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t h = row / args.head_size, d = row % args.head_size;
+        const int64_t h = row / args.head_dim, d = row % args.head_dim;
         std::fill(sum.begin(), sum.end(), 0.0);
         double bias = 0;
         for (int64_t b = 0; b < args.batch; ++b) {

@@ -24,9 +24,9 @@ int64_t kept_rows(const CompactLinearArgs& args, int64_t h) {
   return kept;
 }
 
-/// The weight as one [head_size, in_features] operand for each head.
+/// The weight as one [head_dim, in_features] operand for each head.
 Input weight_of(const CompactLinearArgs& args) {
-  return {args.weight, 0, args.head_size * args.weight_stride, args.weight_stride};
+  return {args.weight, 0, args.head_dim * args.weight_stride, args.weight_stride};
 }
 
 // Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
@@ -62,31 +62,30 @@ FIAK_INLINE void load_across(const char* first, [[maybe_unused]] const char* sec
 #endif
 }
 
-/// The transpose of the head's slice of the weight: the depth runs along in_features. `rows` holds head_size rows of
+/// The transpose of the head's slice of the weight: the depth runs along in_features. `rows` holds head_dim rows of
 /// padded units.
 template <bool kPairs>
 Columns weight_columns(const CompactLinearArgs& args, int64_t h, float* rows, float* target) {
   if constexpr (!kPairs) {
-    const Panel panel = make_panel(weight_of(args), args.dtype, 0, h, args.head_size, args.in_features, rows);
-    return transpose(panel, args.head_size, args.in_features, target);
+    const Panel panel = make_panel(weight_of(args), args.dtype, 0, h, args.head_dim, args.in_features, rows);
+    return transpose(panel, args.head_dim, args.in_features, target);
   }
   const Panel panel{rows, padded(units<kPairs>(args.in_features))};
-  for (int64_t d = 0; d < args.head_size; ++d) {
+  for (int64_t d = 0; d < args.head_dim; ++d) {
     load_units<kPairs>(row_address(weight_of(args), args.dtype, 0, h, d), args.dtype, args.in_features,
                        rows + d * panel.stride);
   }
-  return transpose(panel, args.head_size, units<kPairs>(args.in_features), target);
+  return transpose(panel, args.head_dim, units<kPairs>(args.in_features), target);
 }
 
-/// The head's slice of the weight, with the depth across its rows: units(head_size) rows.
+/// The head's slice of the weight, with the depth across its rows: units(head_dim) rows.
 template <bool kPairs>
 Panel weight_panel(const CompactLinearArgs& args, int64_t h, float* scratch) {
-  if constexpr (!kPairs)
-    return make_panel(weight_of(args), args.dtype, 0, h, args.head_size, args.in_features, scratch);
+  if constexpr (!kPairs) return make_panel(weight_of(args), args.dtype, 0, h, args.head_dim, args.in_features, scratch);
   const int64_t stride = padded(args.in_features);
-  for (int64_t d = 0; d < args.head_size; d += 2) {
+  for (int64_t d = 0; d < args.head_dim; d += 2) {
     const char* row = row_address(weight_of(args), args.dtype, 0, h, d);
-    load_across<kPairs>(row, d + 1 < args.head_size ? row + 2 * args.weight_stride : nullptr, args.dtype,
+    load_across<kPairs>(row, d + 1 < args.head_dim ? row + 2 * args.weight_stride : nullptr, args.dtype,
                         args.in_features, scratch + d / 2 * stride);
   }
   return {scratch, stride};
@@ -108,7 +107,7 @@ void gather(const CompactLinearArgs& args, int64_t b, const int64_t* keep, int64
 class TileProduct {
  public:
   static int64_t weight_floats(const CompactLinearArgs& args) {
-    return sides(args.head_size) * tile_units(args.in_features);
+    return sides(args.head_dim) * tile_units(args.in_features);
   }
   static int64_t bytes(const CompactLinearArgs& args) {
     return carved(sides(kBlockRows) * tile_units(args.in_features));
@@ -117,7 +116,7 @@ class TileProduct {
       : args_(args), units_(tile_units(args.in_features)), rows_(scratch.floats(sides(kBlockRows) * units_)) {}
 
   __attribute__((always_inline)) void pack_weight(int64_t h, float* weight) {
-    pack_right([&](int64_t d) { return row_address(weight_of(args_), args_.dtype, 0, h, d); }, args_.head_size,
+    pack_right([&](int64_t d) { return row_address(weight_of(args_), args_.dtype, 0, h, d); }, args_.head_dim,
                args_.in_features, weight);
   }
   /// Of rows keep[0, count), of `left` that there still are, and a packed weight, in rows of `width`.
@@ -126,7 +125,7 @@ class TileProduct {
     pack_left([&](int64_t i) { return row_address(args_.input, args_.dtype, b, 0, keep[i]); }, count, args_.in_features,
               rows_);
     for_tiles(
-        sides(count), sides(args_.head_size), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
+        sides(count), sides(args_.head_dim), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
           sums.clear();
           sums.add(rows_ + r * units_, units_, weight + c * units_, units_, chunks(args_.in_features));
           sums.store(out + kTileSide * (r * width + c), width);
@@ -159,16 +158,16 @@ template <bool kPairs>
 class VectorProduct {
  public:
   static int64_t weight_floats(const CompactLinearArgs& args) {
-    return units<kPairs>(args.in_features) * tile_columns(args.head_size);
+    return units<kPairs>(args.in_features) * tile_columns(args.head_dim);
   }
   static int64_t bytes(const CompactLinearArgs& args) {
-    return carved(args.head_size * padded(args.in_features)) +
+    return carved(args.head_dim * padded(args.in_features)) +
            carved(kBlockRows * padded(units<kPairs>(args.in_features)));
   }
   VectorProduct(const CompactLinearArgs& args, Carver& scratch)
       : args_(args),
         depth_(units<kPairs>(args.in_features)),
-        panel_(scratch.floats(args.head_size * padded(args.in_features))),
+        panel_(scratch.floats(args.head_dim * padded(args.in_features))),
         rows_(scratch.floats(kBlockRows * padded(depth_))) {}
 
   __attribute__((always_inline)) void pack_weight(int64_t h, float* weight) {
@@ -185,11 +184,11 @@ class VectorProduct {
         rows[i] = reinterpret_cast<const float*>(row_address(args_.input, args_.dtype, b, 0, row));
       }
       return matrix_product<false>(ScatteredRows{rows, args_.in_features * 4}, columns, tile_rows(count),
-                                   padded(args_.head_size), depth_, out, width);
+                                   padded(args_.head_dim), depth_, out, width);
     }
     gather<kPairs>(args_, b, keep, count, rows_);
     matrix_product<false, kPairs>(StridedRows{rows_, padded(depth_), 1}, columns, tile_rows(count),
-                                  padded(args_.head_size), depth_, out, width);
+                                  padded(args_.head_dim), depth_, out, width);
   }
 
  private:
@@ -208,7 +207,7 @@ void count_blocks(const CompactLinearArgs& args, BlockCounts& blocks) {
   blocks.add(args.heads, heads_at_once(args, carved(Product::weight_floats(args)) / 4));
   blocks.add(args.kept, kBlockRows);
   blocks.add(args.kept, kTileRows);
-  for (const int64_t size : {args.head_size, args.in_features}) {
+  for (const int64_t size : {args.head_dim, args.in_features}) {
     blocks.add(size, kTileWidth);
     blocks.add(size, kTileRows);
     blocks.add(size, kLanes);
@@ -222,13 +221,13 @@ void forward(const CompactLinearArgs& args, const Output& output, const Parallel
   const int64_t weight_floats = carved(Product::weight_floats(args)) / 4;
   const int64_t at_once = heads_at_once(args, weight_floats);
   parallel_range(parallel, args.heads * args.batch, [&](int64_t begin, int64_t end) {
-    const int64_t head_size = padded(args.head_size), width = tile_columns(args.head_size);
+    const int64_t head_dim = padded(args.head_dim), width = tile_columns(args.head_dim);
     Carver scratch{static_cast<char*>(thread_scratch(carved(at_once * weight_floats) + Product::bytes(args) +
-                                                     carved(kBlockRows * width) + carved(head_size)))};
+                                                     carved(kBlockRows * width) + carved(head_dim)))};
     float* weights = scratch.floats(at_once * weight_floats);
     Product product(args, scratch);
     float* out = scratch.floats(kBlockRows * width);
-    float* bias = scratch.floats(head_size);
+    float* bias = scratch.floats(head_dim);
     for (int64_t i = begin; i < end;) {
       const int64_t first_head = i / (at_once * args.batch) * at_once,
                     heads = smaller(at_once, args.heads - first_head);
@@ -239,27 +238,27 @@ void forward(const CompactLinearArgs& args, const Output& output, const Parallel
         if (k - from < heads) product.pack_weight(h, weight);
         const int64_t kept = kept_rows(args, h);
         if (args.bias != nullptr) {
-          load_row(static_cast<const char*>(args.bias) + h * args.head_size * element_size(args.dtype), args.dtype,
-                   args.head_size, 1.0f, bias);
+          load_row(static_cast<const char*>(args.bias) + h * args.head_dim * element_size(args.dtype), args.dtype,
+                   args.head_dim, 1.0f, bias);
         }
         for (int64_t first = 0; first < args.kept; first += kBlockRows) {
           const int64_t left = larger(0, kept - first), count = smaller(kBlockRows, left);
           for (int64_t r = 0; r < count; ++r) {
             prefetch_row_for_writing(row_address(output, args.dtype, b, h, first + r),
-                                     args.head_size * element_size(args.dtype));
+                                     args.head_dim * element_size(args.dtype));
           }
           if (count > 0) product.multiply(b, args.keep + h * args.kept + first, count, left, weight, out, width);
           for (int64_t r = 0; r < count; ++r) {
             if (args.bias != nullptr) {
-              for (int64_t d = 0; d < head_size; d += kLanes) {
+              for (int64_t d = 0; d < head_dim; d += kLanes) {
                 store(out + r * width + d, add(load(out + r * width + d), load(bias + d)));
               }
             }
-            store_row(out + r * width, args.dtype, args.head_size, 1.0f,
+            store_row(out + r * width, args.dtype, args.head_dim, 1.0f,
                       row_address(output, args.dtype, b, h, first + r));
           }
           for (int64_t r = first + count; r < smaller(args.kept, first + kBlockRows); ++r) {
-            std::memset(row_address(output, args.dtype, b, h, r), 0, args.head_size * element_size(args.dtype));
+            std::memset(row_address(output, args.dtype, b, h, r), 0, args.head_dim * element_size(args.dtype));
           }
         }
       }
@@ -270,17 +269,17 @@ void forward(const CompactLinearArgs& args, const Output& output, const Parallel
 
 template <bool kPairs>
 void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
-  const int64_t features = padded(args.in_features), head_size = padded(args.head_size);
+  const int64_t features = padded(args.in_features), head_dim = padded(args.head_dim);
   const int64_t element = element_size(args.dtype);
-  const int64_t depth = units<kPairs>(args.head_size), stride = padded(depth);
+  const int64_t depth = units<kPairs>(args.head_dim), stride = padded(depth);
 
   if (grads.grad_input != nullptr) {
     parallel_range(parallel, args.batch, [&](int64_t begin, int64_t end) {
       Carver scratch{
-          static_cast<char*>(thread_scratch(carved(args.head_size * features) + carved(kBlockRows * head_size) +
+          static_cast<char*>(thread_scratch(carved(args.head_dim * features) + carved(kBlockRows * head_dim) +
                                             carved(kBlockRows * features) + carved(args.rows * features)))};
-      float* weight_scratch = scratch.floats(args.head_size * features);
-      float* grad_rows = scratch.floats(kBlockRows * head_size);
+      float* weight_scratch = scratch.floats(args.head_dim * features);
+      float* grad_rows = scratch.floats(kBlockRows * head_dim);
       float* product = scratch.floats(kBlockRows * features);
       float* sums = scratch.floats(args.rows * features);
       for (int64_t b = begin; b < end; ++b) {
@@ -292,8 +291,8 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
           for (int64_t first = 0; first < kept; first += kBlockRows) {
             const int64_t count = smaller(kBlockRows, kept - first);
             for (int64_t k = 0; k < count; ++k) {
-              load_units<kPairs>(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype,
-                                 args.head_size, grad_rows + k * stride);
+              load_units<kPairs>(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_dim,
+                                 grad_rows + k * stride);
             }
             std::memset(grad_rows + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
             matrix_product<false, kPairs>(StridedRows{grad_rows, stride, 1}, weight, tile_rows(count), features, depth,
@@ -317,17 +316,17 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
 
   if (grads.grad_weight != nullptr || grads.grad_bias != nullptr) {
     // A thread owns whole tiles of a head's rows of the weight and sums over the batch in order.
-    const int64_t tiles = (args.head_size + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (args.head_dim + kTileRows - 1) / kTileRows;
     parallel_range(parallel, args.heads * tiles, [&](int64_t begin, int64_t end) {
       Carver scratch{static_cast<char*>(thread_scratch(carved(kBlockRows * features) + carved(kBlockRows * kTileRows) +
-                                                       carved(head_size) + 3 * carved(kTileRows * features)))};
+                                                       carved(head_dim) + 3 * carved(kTileRows * features)))};
       float* rows = scratch.floats(kBlockRows * features);
       float* slice = scratch.floats(kBlockRows * kTileRows);  // [row, kTileRows], this tile's columns of dY
-      float* grad_row = scratch.floats(head_size);
+      float* grad_row = scratch.floats(head_dim);
       float* sums = scratch.floats(kTileRows * features);
       auto* totals = reinterpret_cast<double*>(scratch.floats(2 * kTileRows * features));
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t h = i / tiles, d = i % tiles * kTileRows, wide = smaller(kTileRows, args.head_size - d);
+        const int64_t h = i / tiles, d = i % tiles * kTileRows, wide = smaller(kTileRows, args.head_dim - d);
         const int64_t kept = kept_rows(args, h);
         double bias[kTileRows] = {};
         int64_t summed = 0;
@@ -352,7 +351,7 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
                                   rows + units<kPairs>(k) * features);
             }
             for (int64_t k = 0; k < count; ++k) {
-              load_row(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_size, 1.0f,
+              load_row(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_dim, 1.0f,
                        grad_row);
               for (int64_t r = 0; r < kTileRows; ++r) {
                 slice[k * kTileRows + r] = r < wide ? grad_row[d + r] : 0.0f;
@@ -369,7 +368,7 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
         add_up();
         for (int64_t x = 0; x < kTileRows * features; ++x) sums[x] = static_cast<float>(totals[x]);
         for (int64_t r = 0; r < wide; ++r) {
-          const int64_t row = h * args.head_size + d + r;
+          const int64_t row = h * args.head_dim + d + r;
           if (grads.grad_weight != nullptr) {
             store_row(sums + r * features, args.dtype, args.in_features, 1.0f,
                       static_cast<char*>(grads.grad_weight) + row * args.in_features * element);

@@ -132,8 +132,8 @@ const CsrRates& csr_rates(Isa isa, bool pairs) {
 }
 
 double entries_cost(const CsrHead& head, const CsrRates& r, bool blocked) {
-  const int64_t key_vectors = row_vectors(head.head_size, head.elements, r);
-  const int64_t value_vectors = row_vectors(head.value_size, head.elements, r);
+  const int64_t key_vectors = row_vectors(head.head_dim, head.elements, r);
+  const int64_t value_vectors = row_vectors(head.value_dim, head.elements, r);
   const auto vectors = static_cast<double>(key_vectors + value_vectors);
   // Every run of entries ends with half a group more.
   constexpr double kL1 = 40 * 1024;
@@ -150,7 +150,7 @@ double entries_cost(const CsrHead& head, const CsrRates& r, bool blocked) {
 }
 
 double dense_cost(const CsrHead& head, const CsrRates& r) {
-  const auto numbers = static_cast<double>(head.head_size + (head.value_size + r.lanes - 1) / r.lanes * r.lanes);
+  const auto numbers = static_cast<double>(head.head_dim + (head.value_dim + r.lanes - 1) / r.lanes * r.lanes);
   const double pairs = head.tiles * kPlanTileRows * kPlanTileKeys;
   return head.elements *
          (pairs * (r.pair + r.pair_multiply * numbers) + static_cast<double>(head.queries) * r.dense_row +
@@ -158,8 +158,8 @@ double dense_cost(const CsrHead& head, const CsrRates& r) {
 }
 
 double entries_grad_cost(const CsrHead& head, const CsrRates& r) {
-  const int64_t key_vectors = row_vectors(head.head_size, head.elements, r);
-  const int64_t value_vectors = row_vectors(head.value_size, head.elements, r);
+  const int64_t key_vectors = row_vectors(head.head_dim, head.elements, r);
+  const int64_t value_vectors = row_vectors(head.value_dim, head.elements, r);
   const auto vectors = static_cast<double>(3 * key_vectors + 2 * value_vectors);
   const auto row_bytes = static_cast<double>(std::max(key_vectors, value_vectors) * 4 * r.lanes);
   const auto rows = static_cast<double>(head.queries), keys = static_cast<double>(head.keys);
@@ -173,11 +173,11 @@ double entries_grad_cost(const CsrHead& head, const CsrRates& r) {
 double dense_grad_cost(const CsrHead& head, const CsrRates& r) {
   const auto padded = [&](int64_t size) { return (size + r.lanes - 1) / r.lanes * r.lanes; };
   const auto numbers =
-      static_cast<double>(head.head_size + 2 * padded(head.head_size) + head.value_size + padded(head.value_size));
+      static_cast<double>(head.head_dim + 2 * padded(head.head_dim) + head.value_dim + padded(head.value_dim));
   const double pairs = head.tiles * kPlanTileRows * kPlanTileKeys;
   return head.elements * (pairs * (r.grads.pair + r.grads.pair_multiply * numbers) +
                           static_cast<double>(head.queries) * r.grads.dense_row +
-                          static_cast<double>(head.keys * (head.head_size + head.value_size)) * r.number);
+                          static_cast<double>(head.keys * (head.head_dim + head.value_dim)) * r.number);
 }
 
 CsrKernel selected_csr_kernel() {

@@ -16,7 +16,7 @@ namespace fiak::cpu {
 struct CsrHead {
   int64_t queries, keys;
   double nnz, tiles;  ///< the plan's, or the share of them that `queries` rows have
-  int64_t head_size, value_size;
+  int64_t head_dim, value_dim;
   int elements;  ///< 1, 2 or 4
 };
 

@@ -55,7 +55,7 @@ class CsrPairs {
   int64_t keys(int64_t b) const { return args_.kv_lens != nullptr ? args_.kv_lens[b] : args_.keys; }
   int64_t offset(int64_t b) const { return args_.query_offsets != nullptr ? args_.query_offsets[b] : 0; }
   Real weight(int64_t entry) const {
-    return args_.values != nullptr ? static_cast<const Real*>(args_.values)[entry] : one_;
+    return args_.prior != nullptr ? static_cast<const Real*>(args_.prior)[entry] : one_;
   }
   PlanRange entries(int64_t head, int64_t row) const { return args_.plan.row(head * args_.plan.num_queries + row); }
 

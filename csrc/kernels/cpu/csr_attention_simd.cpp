@@ -95,16 +95,16 @@ template <int kElements>
 class RowRuns {
  public:
   static int64_t bytes(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest) {
-    const int64_t picked = args.values != nullptr ? rows * (longest + kPlanPadding) : 0;
-    return carved(rows * blocks.count * kRunFloats) + carved(args.values != nullptr ? rows * blocks.count * 2 : 0) +
+    const int64_t picked = args.prior != nullptr ? rows * (longest + kPlanPadding) : 0;
+    return carved(rows * blocks.count * kRunFloats) + carved(args.prior != nullptr ? rows * blocks.count * 2 : 0) +
            carved(picked) + carved(picked / 2 + 1);
   }
 
   RowRuns(const CsrArgs& args, const KeyBlocks& blocks, int64_t rows, int64_t longest, Carver& scratch)
       : args_(args), blocks_(blocks), room_(longest + kPlanPadding) {
-    const int64_t picked = args.values != nullptr ? rows * room_ : 0;
+    const int64_t picked = args.prior != nullptr ? rows * room_ : 0;
     runs_ = reinterpret_cast<Run*>(scratch.floats(rows * blocks.count * kRunFloats));
-    weights_ = reinterpret_cast<const float**>(scratch.floats(args.values != nullptr ? rows * blocks.count * 2 : 0));
+    weights_ = reinterpret_cast<const float**>(scratch.floats(args.prior != nullptr ? rows * blocks.count * 2 : 0));
     picked_weights_ = scratch.floats(picked);
     picked_ = reinterpret_cast<uint16_t*>(scratch.floats(picked / 2 + 1));
   }
@@ -128,7 +128,7 @@ class RowRuns {
   const Run* first(int64_t group, int64_t block) const {
     return runs_ + group * blocks_.count + block * smaller(group_rows_, rows_ - group);
   }
-  /// The weights of a run's entries; only where the call has values.
+  /// The weights of a run's entries; only where the call has a prior.
   const float* weights(const Run* run) const { return weights_[run - runs_]; }
 
  private:
@@ -143,9 +143,9 @@ class RowRuns {
     int64_t count = entries.end - entries.begin;
     const float* weights = nullptr;
     bool picking = false;
-    if (args_.values != nullptr) {
-      weights = static_cast<const float*>(args_.values) + entries.begin;
-      picking = !all_in_support(weights, count, below_support(args_.log_weights));
+    if (args_.prior != nullptr) {
+      weights = static_cast<const float*>(args_.prior) + entries.begin;
+      picking = !all_in_support(weights, count, below_support(args_.log_prior));
     }
     if (blocks_.count == 1 && !picking && blocks_.keys == plan.num_keys) {
       runs[r] = {index, r, static_cast<uint32_t>(count), 0};
@@ -155,7 +155,7 @@ class RowRuns {
     if (picking) {
       uint16_t* picked = picked_ + i * room_;
       float* picked_weights = picked_weights_ + i * room_;
-      count = pick_support(weights, index, count, below_support(args_.log_weights), picked, picked_weights);
+      count = pick_support(weights, index, count, below_support(args_.log_prior), picked, picked_weights);
       index = picked;
       weights = picked_weights;
     }
@@ -229,8 +229,8 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   const bool gaussian = args.score == Score::kGaussian;
   const Extra query_extra = gaussian ? Extra::kOne : Extra::kNone;
   const Extra key_extra = gaussian ? Extra::kHalfSquare : Extra::kNone;
-  const int64_t head_chunks = row_chunks(columns_with(query_extra, args.head_size, kStorage), kStorage, kElements);
-  const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
+  const int64_t head_chunks = row_chunks(columns_with(query_extra, args.head_dim, kStorage), kStorage, kElements);
+  const int64_t value_chunks = row_chunks(args.value_dim, kStorage, kElements);
   const int64_t sum_floats = sum_vectors(value_chunks, kStorage) * kLanes;
   const KeyBlocks blocks =
       blocked ? KeyBlocks(keys, larger(head_chunks, value_chunks) * kVectorBytes) : KeyBlocks(keys);
@@ -241,14 +241,13 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   const int64_t group_rows = blocks.count == 1 ? smaller(kQueriesAtOnce * kElements, pass_rows) : pass_rows;
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
   const int64_t flat = padded(pass_rows * kElements) + kLanes;
-  const int64_t weight_floats = args.values != nullptr ? WeightArrays::floats(longest) : 0;
+  const int64_t weight_floats = args.prior != nullptr ? WeightArrays::floats(longest) : 0;
 
   Carver scratch{static_cast<char*>(thread_scratch(
       Runs::bytes(args, blocks, pass_rows, longest) + carved(weight_floats) + carved(pass_rows * row_floats) +
       3 * carved(pass_rows * kGroupFloats) + 5 * carved(flat) + carved((group_rows + kMaxElements) * sum_floats) +
       carved(bundle_panel_floats(group_rows, head_chunks)) + carved(bundle_panel_floats(keys, head_chunks)) +
-      carved(bundle_panel_floats(keys, value_chunks)) +
-      carved(pack_scratch(larger(args.head_size, args.value_size)))))};
+      carved(bundle_panel_floats(keys, value_chunks)) + carved(pack_scratch(larger(args.head_dim, args.value_dim)))))};
   Runs runs(args, blocks, pass_rows, longest, scratch);
   const WeightArrays parts(scratch.floats(weight_floats), longest);
   float* scores = scratch.floats(pass_rows * row_floats);
@@ -269,9 +268,9 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
   };
   const BundlePanel query = panel(group_rows, head_chunks), key = panel(keys, head_chunks);
   const BundlePanel value = panel(keys, value_chunks);
-  float* pack = scratch.floats(pack_scratch(larger(args.head_size, args.value_size)));
+  float* pack = scratch.floats(pack_scratch(larger(args.head_dim, args.value_dim)));
 
-  pack_rows<kElements>(args.key, args.dtype, bundle, key_head, 0, keys, args.head_size, kStorage, key_extra, key, pack);
+  pack_rows<kElements>(args.key, args.dtype, bundle, key_head, 0, keys, args.head_dim, kStorage, key_extra, key, pack);
   for (int64_t pass = begin; pass < end; pass += pass_rows) {
     const int64_t rows = smaller(pass_rows, end - pass);
     runs.take(head * args.plan.num_queries + pass, rows, group_rows);
@@ -290,13 +289,13 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       const Run *first = runs.first(row, 0), *last = runs.first(row, blocks.count);
       float *group_maxima = row_maxima + row * kGroupFloats, *group_totals = row_totals + row * kGroupFloats;
       float* group_divisors = row_divisors + row * kGroupFloats;
-      pack_rows<kElements>(args.query, args.dtype, bundle, h, n, n + count, args.head_size, kStorage, query_extra,
-                           query, pack);
+      pack_rows<kElements>(args.query, args.dtype, bundle, h, n, n + count, args.head_dim, kStorage, query_extra, query,
+                           pack);
       RowsAhead ahead;
       for (int e = 0; e < kElements; ++e) {
         const int64_t b = bundle.b[e], done = pass + row - begin;
-        ahead.add(args.query, args.dtype, b, h, n + count, smaller(n + 2 * count, end - offset), args.head_size);
-        ahead.add(args.value, args.dtype, b, key_head, done, smaller(done + count, keys), args.value_size);
+        ahead.add(args.query, args.dtype, b, h, n + count, smaller(n + 2 * count, end - offset), args.head_dim);
+        ahead.add(args.value, args.dtype, b, key_head, done, smaller(done + count, keys), args.value_dim);
       }
       for (int64_t block = 0; block < blocks.count; ++block) {
         DotsTask task{};
@@ -312,14 +311,14 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       // use(run, row of its group, scores of a group of entries, its first entry) with the run's weights in `parts`.
       const auto for_weight_groups = [&](auto&& use) {
         for (const Run* run = first; run < last; ++run) {
-          parts.take(runs.weights(run), run->count, args.log_weights);
+          parts.take(runs.weights(run), run->count, args.log_prior);
           float* p = scores + run->place;
           for (int64_t k = 0; k < run->count; k += kGroup, p += kGroupFloats) {
             use(*run, run->row * kGroupFloats, p, k);
           }
         }
       };
-      if (args.values != nullptr) {  // the largest scores with their weights
+      if (args.prior != nullptr) {  // the largest scores with their weights
         for (int64_t i = 0; i < count * kGroupFloats; i += kGroupFloats) {
           store_lanes(group_maxima + i, broadcast_group<kElements>(-kInfinity));
         }
@@ -333,12 +332,12 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         store_lanes(maximum, max_in_blocks(load_group<kElements>(maximum)));
         for (int e = 0; e < kElements; ++e) maxima[(row + r) * kElements + e] = maximum[e * kGroup];
       }
-      if (args.values == nullptr && !dropout.active()) {
+      if (args.prior == nullptr && !dropout.active()) {
         exp2_and_total<kStorage, kElements, true, kLeftWeights<kStorage>>(first, last, scores, group_maxima,
                                                                           group_totals, group_divisors);
         continue;
       }
-      if (args.values != nullptr) {
+      if (args.prior != nullptr) {
         // The exponent less the maximum is exact, or nearly.
         for_weight_groups([&](const Run& run, int64_t at, float* p, int64_t k) {
           const auto shifted =
@@ -349,7 +348,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       }
       exp2_and_total<kStorage, kElements, true, Weights::kAlone>(first, last, scores, group_maxima, group_totals,
                                                                  group_divisors);
-      if (args.values != nullptr && !args.log_weights) {
+      if (args.prior != nullptr && !args.log_prior) {
         for_weight_groups([&](const Run& run, int64_t, float* p, int64_t k) {
           store_lanes(p, load_group<kElements>(p) * entry_group<kElements>(parts.factors + k, run.count - k));
         });
@@ -373,7 +372,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
 #endif
     }
     if (pass == begin) {
-      pack_rows<kElements>(args.value, args.dtype, bundle, key_head, 0, keys, args.value_size, kStorage, Extra::kNone,
+      pack_rows<kElements>(args.value, args.dtype, bundle, key_head, 0, keys, args.value_dim, kStorage, Extra::kNone,
                            value, pack);
     }
 
@@ -383,10 +382,10 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
       for (int e = 0; e < kElements; ++e) {
         const int64_t done = pass + row - begin;
         ahead.add(result.output, args.dtype, bundle.b[e], h, n + count, smaller(n + 2 * count, end - offset),
-                  args.value_size);
+                  args.value_dim);
         if (next_h >= 0 && e < next.elements) {
           ahead.add(args.key, args.dtype, next.b[e], next_h / shared_heads(args), done,
-                    smaller(done + count, args.keys), args.head_size);
+                    smaller(done + count, args.keys), args.head_dim);
         }
       }
       for (int64_t i = 0; i < count * sum_floats; i += kLanes) store(sums + i, zero());
@@ -416,7 +415,7 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Bundle
         for (int64_t r = 0; r < count; ++r) target[r] = logsumexp[r * kElements + e];
       }
       unpack_rows<kStorage, kElements>(sums, sum_floats, factors, result.output, args.dtype, bundle, h, n, count,
-                                       args.value_size, pack);
+                                       args.value_dim, pack);
     }
   }
 }
@@ -434,8 +433,8 @@ FIAK_INLINE Extra query_extra(const CsrArgs& args) {
 /// Of the wider packed rows of backward.
 int64_t backward_row_bytes(const CsrArgs& args, Storage storage, int64_t elements) {
   const auto bundled = static_cast<int>(elements);
-  return larger(row_chunks(columns_with(query_extra(args), args.head_size, storage), storage, bundled),
-                row_chunks(args.value_size, storage, bundled)) *
+  return larger(row_chunks(columns_with(query_extra(args), args.head_dim, storage), storage, bundled),
+                row_chunks(args.value_dim, storage, bundled)) *
          kVectorBytes;
 }
 
@@ -452,8 +451,8 @@ class CsrBackward {
         grads_(grads),
         gaussian_(args.score == Score::kGaussian),
         dropout_(make_dropout(args.dropout_p, args.seed)),
-        head_chunks_(row_chunks(columns_with(query_extra(args), args.head_size, kStorage), kStorage, kElements)),
-        value_chunks_(row_chunks(args.value_size, kStorage, kElements)),
+        head_chunks_(row_chunks(columns_with(query_extra(args), args.head_dim, kStorage), kStorage, kElements)),
+        value_chunks_(row_chunks(args.value_dim, kStorage, kElements)),
         head_floats_(sum_vectors(head_chunks_, kStorage) * kLanes),
         value_floats_(sum_vectors(value_chunks_, kStorage) * kLanes),
         chunks_(wave_blocks(args.plan.num_queries, backward_row_bytes(args, kStorage, kElements))),
@@ -609,9 +608,9 @@ class CsrBackward {
     const int64_t last = smaller(end, keys_of(args_, bundle.b[0]));
     auto* scratch = static_cast<float*>(thread_scratch(pack_bytes()));
     if (begin < last) {
-      pack_rows<kElements>(args_.key, args_.dtype, bundle, key_head, begin, last, args_.head_size, kStorage,
+      pack_rows<kElements>(args_.key, args_.dtype, bundle, key_head, begin, last, args_.head_dim, kStorage,
                            gaussian_ ? Extra::kHalfSquare : Extra::kNone, x.key.from(begin), scratch);
-      pack_rows<kElements>(args_.value, args_.dtype, bundle, key_head, begin, last, args_.value_size, kStorage,
+      pack_rows<kElements>(args_.value, args_.dtype, bundle, key_head, begin, last, args_.value_dim, kStorage,
                            Extra::kNone, x.value.from(begin), scratch);
     }
     std::memset(x.grad_key + begin * head_floats_, 0, (end - begin) * head_floats_ * sizeof(float));
@@ -643,20 +642,20 @@ class CsrBackward {
     }
   }
 
-  int64_t pack_bytes() const { return carved(pack_scratch(larger(args_.head_size, args_.value_size))); }
+  int64_t pack_bytes() const { return carved(pack_scratch(larger(args_.head_dim, args_.value_dim))); }
 
   /// Packs pattern rows [begin, end) of the chunk that starts at `chunk`; no sums yet.
   void start_rows(const Slot& x, const Bundle& bundle, int64_t h, int64_t chunk, int64_t begin, int64_t end) const {
     const PlanView& plan = args_.plan;
     const int64_t offset = offset_of(args_, bundle.b[0]), first = begin - chunk;
-    const int64_t room = padded(args_.value_size);
+    const int64_t room = padded(args_.value_dim);
     Carver carver{static_cast<char*>(thread_scratch(pack_bytes() + 2 * carved(room) + carved(kElements)))};
     float* scratch = carver.floats(pack_bytes() / 4);
     float* grad_output = carver.floats(room);
     float* output = carver.floats(room);
-    pack_rows<kElements>(args_.query, args_.dtype, bundle, h, begin - offset, end - offset, args_.head_size, kStorage,
+    pack_rows<kElements>(args_.query, args_.dtype, bundle, h, begin - offset, end - offset, args_.head_dim, kStorage,
                          query_extra(args_), x.query.from(first), scratch);
-    pack_rows<kElements>(grads_.grad_output, args_.dtype, bundle, h, begin - offset, end - offset, args_.value_size,
+    pack_rows<kElements>(grads_.grad_output, args_.dtype, bundle, h, begin - offset, end - offset, args_.value_dim,
                          kStorage, Extra::kNone, x.grad_output.from(first), scratch);
     const int64_t row = plan_head(bundle, h) * plan.num_queries + begin;
     for (int64_t r = 0; r < end - begin; ++r) x.row_cursors[first + r] = plan.row_offsets[row + r];
@@ -667,10 +666,10 @@ class CsrBackward {
       for (int e = 0; e < kElements; ++e) {
         const int64_t ahead = smaller(n + 8, end - offset - 1);
         prefetch_row(row_address(grads_.output, args_.dtype, bundle.b[e], h, ahead),
-                     args_.value_size * element_size(args_.dtype));
-        load_row(row_address(grads_.grad_output, args_.dtype, bundle.b[e], h, n), args_.dtype, args_.value_size, 1.0f,
+                     args_.value_dim * element_size(args_.dtype));
+        load_row(row_address(grads_.grad_output, args_.dtype, bundle.b[e], h, n), args_.dtype, args_.value_dim, 1.0f,
                  grad_output);
-        load_row(row_address(grads_.output, args_.dtype, bundle.b[e], h, n), args_.dtype, args_.value_size, 1.0f,
+        load_row(row_address(grads_.output, args_.dtype, bundle.b[e], h, n), args_.dtype, args_.value_dim, 1.0f,
                  output);
         delta[e] = dot(grad_output, output, room);
       }
@@ -704,15 +703,15 @@ class CsrBackward {
     const PlanRange entries = plan.row(plan_head(bundle, h) * plan.num_queries + row);
     const uint16_t* index = plan.columns + entries.begin;
     const int64_t count = count_below(index, entries.end - entries.begin, keys_of(args_, bundle.b[0]));
-    const float* values = args_.values != nullptr ? static_cast<const float*>(args_.values) + entries.begin : nullptr;
+    const float* prior = args_.prior != nullptr ? static_cast<const float*>(args_.prior) + entries.begin : nullptr;
     const int64_t room = most_run_floats<kElements>(1, count) + kLanes;
-    const int64_t weight_floats = values != nullptr ? WeightArrays::floats(count) : 0;
+    const int64_t weight_floats = prior != nullptr ? WeightArrays::floats(count) : 0;
     const SharedScratch memory(carved(room) + carved(weight_floats) +
                                64);  // the thread's own holds what the caller has
     Carver scratch{reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64)};
     float* scores = scratch.floats(room);
     const WeightArrays parts(scratch.floats(weight_floats), count);
-    if (values != nullptr) parts.take(values, count, args_.log_weights);
+    if (prior != nullptr) parts.take(prior, count, args_.log_prior);
     const Run run{index, 0, static_cast<uint32_t>(count), 0};
     DotsTask task{};
     task.begin = &run;
@@ -727,9 +726,9 @@ class CsrBackward {
       const auto for_scores = [&](auto&& use) {
         for (int64_t k = 0; k < count; ++k) {
           const double score = static_cast<double>(scores[offset_of_entry<kElements>(k, e)]);
-          if (values == nullptr) {
+          if (prior == nullptr) {
             use(score, 1.0);
-          } else if (in_support(values[k], below_support(args_.log_weights))) {
+          } else if (in_support(prior[k], below_support(args_.log_prior))) {
             use(score + static_cast<double>(parts.exponents[k]), static_cast<double>(parts.factors[k]));
           }
         }
@@ -753,7 +752,7 @@ class CsrBackward {
     for (int64_t i = 0; i < count * kElements; ++i) factors[i] = static_cast<float>(args_.scale);
     unpack_rows<kStorage, kElements>(x.grad_query + (begin - chunk) * head_floats_, head_floats_, factors,
                                      grads_.grad_query, args_.dtype, bundle, h, begin - offset_of(args_, bundle.b[0]),
-                                     count, args_.head_size, scratch.floats(pack_bytes() / 4));
+                                     count, args_.head_dim, scratch.floats(pack_bytes() / 4));
   }
 
   /// Pattern rows [begin, end) of a tile.
@@ -761,13 +760,13 @@ class CsrBackward {
     const PlanView& plan = args_.plan;
     const int64_t head = plan_head(bundle, h);
     const int64_t columns = tile.key_end - tile.key;
-    const auto* values = static_cast<const float*>(args_.values);
-    const bool weighing = values != nullptr || dropout_.active();
+    const auto* prior = static_cast<const float*>(args_.prior);
+    const bool weighing = prior != nullptr || dropout_.active();
     const int64_t row_floats = most_run_floats<kElements>(1, columns);
     const int64_t pass_rows = most_grad_pass_rows(end - begin, row_floats);
     const int64_t most = pass_rows * row_floats;
-    const int64_t picked_floats = values != nullptr ? (pass_rows * columns + kIndexPadding) / 2 : 0;
-    const int64_t weight_floats = values != nullptr ? WeightArrays::floats(columns) : 0;
+    const int64_t picked_floats = prior != nullptr ? (pass_rows * columns + kIndexPadding) / 2 : 0;
+    const int64_t weight_floats = prior != nullptr ? WeightArrays::floats(columns) : 0;
     Carver scratch{static_cast<char*>(thread_scratch(carved(pass_rows * kRunFloats) + 2 * carved(most) +
                                                      carved(columns) + carved(weighing ? row_floats : 0) +
                                                      carved(picked_floats) + carved(weight_floats)))};
@@ -885,14 +884,14 @@ class CsrBackward {
     }
   }
 
-  /// P, dS and the weights' gradient of pattern row `row`, where there are values or dropout, and leaves the first two
+  /// P, dS and the weights' gradient of pattern row `row`, where there is a prior or dropout, and leaves the first two
   /// to the columns. Entries outside the support are taken out of the run, because nothing may touch their rows; its
   /// indices then stand at `free_index`, which moves on.
   void weigh(const Slot& x, Run& run, const Bundle& bundle, int64_t h, int64_t row, float* p, float* ds, float* factors,
              const WeightArrays& parts, const Exponent& exponent, const float* delta, uint16_t*& free_index,
              uint32_t* places, int64_t first_index) const {
     const int64_t entry = run.index - args_.plan.columns;
-    const float* weights = args_.values != nullptr ? static_cast<const float*>(args_.values) + entry : nullptr;
+    const float* weights = args_.prior != nullptr ? static_cast<const float*>(args_.prior) + entry : nullptr;
     const auto for_entries = [&](auto&& use) __attribute__((always_inline)) {
       for (int64_t k = 0; k < run.count; ++k) {
         for (int e = 0; e < kElements; ++e) use(k, e, offset_of_entry<kElements>(k, e));
@@ -904,7 +903,7 @@ class CsrBackward {
         ds[at] *= factors[at];
       });
     }
-    const bool logs = args_.log_weights;
+    const bool logs = args_.log_prior;
     const float below = below_support(logs);
     if (weights == nullptr) {
       differentiate(run, p, ds, exponent, delta);
@@ -988,7 +987,7 @@ class CsrBackward {
   /// Adds columns [begin, end) of a tile to dK and dV.
   void columns(const Slot& x, const Tile& tile, int64_t begin, int64_t end) const {
     const int64_t row = -tile.row;  // of the panels, where index 0 would be
-    if (args_.values != nullptr) {
+    if (args_.prior != nullptr) {
       const int64_t pairs =
           x.runs[end - 1].place / 2 + run_floats<kElements>(x.runs[end - 1].count) - x.runs[begin].place / 2;
       auto* free_index = static_cast<uint16_t*>(thread_scratch((pairs / kElements + kIndexPadding) * 2));
@@ -1024,26 +1023,26 @@ class CsrBackward {
 
   /// Stores dK and dV of keys [begin, end).
   void finish(const Slot& x, const Bundle& bundle, int64_t key_head, int64_t keys, int64_t begin, int64_t end) const {
-    const int64_t count = end - begin, room = padded(args_.head_size + 1);
+    const int64_t count = end - begin, room = padded(args_.head_dim + 1);
     Carver scratch{static_cast<char*>(
         thread_scratch(2 * carved(count * kElements) + carved(kElements * room) + carved(room) + pack_bytes()))};
     float* ones = scratch.floats(count * kElements);
     float* scales = scratch.floats(count * kElements);
     float* sums = scratch.floats(kElements * room);
     float* key = scratch.floats(room);
-    float* pack = scratch.floats(pack_scratch(larger(args_.head_size, args_.value_size)));
+    float* pack = scratch.floats(pack_scratch(larger(args_.head_dim, args_.value_dim)));
     for (int64_t i = 0; i < count * kElements; ++i) {
       ones[i] = 1.0f;
       scales[i] = static_cast<float>(args_.scale);
     }
     if (grads_.grad_value.data != nullptr) {
       unpack_rows<kStorage, kElements>(x.grad_value + begin * value_floats_, value_floats_, ones, grads_.grad_value,
-                                       args_.dtype, bundle, key_head, begin, count, args_.value_size, pack);
+                                       args_.dtype, bundle, key_head, begin, count, args_.value_dim, pack);
     }
     if (grads_.grad_key.data == nullptr) return;
     if (!gaussian_) {
       return unpack_rows<kStorage, kElements>(x.grad_key + begin * head_floats_, head_floats_, scales, grads_.grad_key,
-                                              args_.dtype, bundle, key_head, begin, count, args_.head_size, pack);
+                                              args_.dtype, bundle, key_head, begin, count, args_.head_dim, pack);
     }
     // d s_ij / d k_j = scale (q_i - k_j): the sum of q's extra column, of ones, is the sum of dS.
     for (int64_t j = begin; j < end; ++j) {
@@ -1055,13 +1054,13 @@ class CsrBackward {
       }
       for (int e = 0; e < kElements; ++e) {
         float* sum = sums + e * room;
-        const float score_sum = sum[args_.head_size];
+        const float score_sum = sum[args_.head_dim];
         if (j < keys && score_sum != 0.0f) {
-          load_row(row_address(args_.key, args_.dtype, bundle.b[e], key_head, j), args_.dtype, args_.head_size, 1.0f,
+          load_row(row_address(args_.key, args_.dtype, bundle.b[e], key_head, j), args_.dtype, args_.head_dim, 1.0f,
                    key);
-          for (int64_t d = 0; d < args_.head_size; ++d) sum[d] -= score_sum * key[d];
+          for (int64_t d = 0; d < args_.head_dim; ++d) sum[d] -= score_sum * key[d];
         }
-        store_row(sum, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
+        store_row(sum, args_.dtype, args_.head_dim, static_cast<float>(args_.scale),
                   row_address(grads_.grad_key, args_.dtype, bundle.b[e], key_head, j));
       }
     }
@@ -1116,7 +1115,7 @@ int64_t bundled_elements(const CsrArgs& args, Storage storage) {
   if (args.plan.columns == nullptr) return 1;                              // rows take elements one by one
   const int64_t per_group = args.batch / larger(1, args.groups());
   for (int elements = kMaxElements; elements > 1; elements /= 2) {
-    const int64_t chunks = row_chunks(larger(args.head_size, args.value_size), storage, elements);
+    const int64_t chunks = row_chunks(larger(args.head_dim, args.value_dim), storage, elements);
     if (per_group >= elements && smaller(args.keys, 200) * chunks * kVectorBytes <= kBundleBytes) return elements;
   }
   return 1;
@@ -1247,8 +1246,8 @@ void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& p
 template <Storage kStorage, int kElements>
 void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
   const Extra extra = args.score == Score::kGaussian ? Extra::kOne : Extra::kNone;
-  const int64_t head_chunks = row_chunks(columns_with(extra, args.head_size, kStorage), kStorage, kElements);
-  const int64_t value_chunks = row_chunks(args.value_size, kStorage, kElements);
+  const int64_t head_chunks = row_chunks(columns_with(extra, args.head_dim, kStorage), kStorage, kElements);
+  const int64_t value_chunks = row_chunks(args.value_dim, kStorage, kElements);
   const int64_t row_bytes = backward_row_bytes(args, kStorage, kElements);
   for (const int64_t chunks : {head_chunks, value_chunks}) {
     blocks.add(chunks);
@@ -1279,7 +1278,7 @@ void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
 Storage csr_storage(const CsrArgs& args) {
   if (args.dtype != DType::kBFloat16) return Storage::kFloat32;
   const bool half =
-      larger(args.head_size, args.value_size) * 2 * bundled_elements(args, Storage::kBFloat16) * 2 <= kVectorBytes;
+      larger(args.head_dim, args.value_dim) * 2 * bundled_elements(args, Storage::kBFloat16) * 2 <= kVectorBytes;
   return half ? Storage::kFloat32 : Storage::kBFloat16;
 }
 #endif
@@ -1301,10 +1300,10 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
   if (csr_storage(args) == Storage::kBFloat16) run = backward<Storage::kBFloat16>;
 #endif
   run(args, grads, parallel);
-  if (grads.grad_weight == nullptr || args.values == nullptr || args.log_weights) return;
+  if (grads.grad_weight == nullptr || args.prior == nullptr || args.log_prior) return;
   parallel_range(parallel, args.plan.nnz, [&](int64_t begin, int64_t end) {
     scale_weight_gradients(static_cast<float*>(grads.grad_weight) + begin,
-                           static_cast<const float*>(args.values) + begin, end - begin);
+                           static_cast<const float*>(args.prior) + begin, end - begin);
   });
 }
 

@@ -7,7 +7,7 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
-/// What the queries of a head of a pattern without values attend to (dense_forward, DenseBackward). The plan must have
+/// What the queries of a head of a pattern without prior attend to (dense_forward, DenseBackward). The plan must have
 /// bits.
 class KeptHead {
  public:
@@ -96,8 +96,8 @@ FIAK_INLINE CsrHead shape_of(const CsrArgs& args, int64_t head, bool tiles, int 
   const PlanView& plan = args.plan;
   const auto nnz = static_cast<double>(plan.first_entry(head + 1) - plan.first_entry(head));
   const double share = static_cast<double>(args.queries) / static_cast<double>(larger(1, plan.num_queries));
-  return {args.queries,   args.keys,       share * nnz, tiles ? share * static_cast<double>(plan.tiles[head]) : 0.0,
-          args.head_size, args.value_size, elements};
+  return {args.queries,  args.keys,      share * nnz, tiles ? share * static_cast<double>(plan.tiles[head]) : 0.0,
+          args.head_dim, args.value_dim, elements};
 }
 
 /// The kernel for each query head of each group, and what it costs.
@@ -116,7 +116,7 @@ class HeadCosts {
     const CsrRates& entries_rates = csr_rates(kIsa, storage == Storage::kBFloat16);
     const CsrRates& dense_rates = csr_rates(kIsa, storage_of(args.dtype) == Storage::kBFloat16);
     const CsrKernel wanted = selected_csr_kernel();
-    const bool choice = args.plan.bits != nullptr && args.values == nullptr;
+    const bool choice = args.plan.bits != nullptr && args.prior == nullptr;
     bundles_[0] = singles_[0] = 0;
     for (int64_t head = 0; head < heads; ++head) {
       CsrHead shape = shape_of(args, args.plan_head(head / heads_, head % heads_), choice, elements);
@@ -182,7 +182,7 @@ class HeadsByKernel {
     dense_ = {dense, 0};
     entries_ = {entries, 0};
     const CsrKernel wanted = selected_csr_kernel();
-    const bool choice = args.plan.bits != nullptr && args.values == nullptr;
+    const bool choice = args.plan.bits != nullptr && args.prior == nullptr;
     for (int64_t head = 0; head < args.key_heads; ++head) {
       const bool cheaper = choice && wanted == CsrKernel::kAuto && dense_is_cheaper(args, head, elements, storage);
       if (choice && (wanted == CsrKernel::kDense || cheaper)) {

@@ -68,22 +68,22 @@ class QueryPairs {
   }
   bool next(Pairs& pairs) {
     const PlanView& plan = args_.plan;
-    const auto* values = static_cast<const float*>(args_.values);
-    if (values == nullptr && plan.columns != nullptr) {
+    const auto* prior = static_cast<const float*>(args_.prior);
+    if (prior == nullptr && plan.columns != nullptr) {
       pairs = {0, smaller(end_ - entry_, kMostPairs), plan.columns + entry_, nullptr, entry_};
       entry_ += pairs.count;
       return pairs.count > 0;
     }
-    pairs = {0, 0, memory_.index, values != nullptr ? memory_.weights : nullptr, entry_};
+    pairs = {0, 0, memory_.index, prior != nullptr ? memory_.weights : nullptr, entry_};
     for (; entry_ < end_ && pairs.count < kMostPairs; ++entry_) {
-      if (picks_ && values != nullptr && !in_support(values[entry_], below_support(args_.log_weights))) continue;
+      if (picks_ && prior != nullptr && !in_support(prior[entry_], below_support(args_.log_prior))) continue;
       const int64_t column = plan.column(entry_);
       if (pairs.count == 0) pairs.origin = column / kPlanShort * kPlanShort;
       if (column - pairs.origin >= kPlanShort) break;
-      if (values != nullptr) memory_.weights[pairs.count] = values[entry_];
+      if (prior != nullptr) memory_.weights[pairs.count] = prior[entry_];
       memory_.index[pairs.count++] = static_cast<uint16_t>(column - pairs.origin);
     }
-    if (values != nullptr) memory_.parts.take(memory_.weights, pairs.count, args_.log_weights);
+    if (prior != nullptr) memory_.parts.take(memory_.weights, pairs.count, args_.log_prior);
     return pairs.count > 0;
   }
 
@@ -105,27 +105,27 @@ class KeyPairs {
     place_ = offset_ == 0 ? places.begin : search(places.begin, places.end, offset_, row);
     end_ = offset_ + args.queries == plan.num_queries ? places.end
                                                       : search(place_, places.end, offset_ + args.queries, row);
-    if (args.values != nullptr) first_entry_ = plan.first_entry(head_);
+    if (args.prior != nullptr) first_entry_ = plan.first_entry(head_);
   }
   bool next(Pairs& pairs) {
     const PlanView& plan = args_.plan;
-    const auto* values = static_cast<const float*>(args_.values);
-    if (values == nullptr && plan.num_queries <= kPlanShort) {
+    const auto* prior = static_cast<const float*>(args_.prior);
+    if (prior == nullptr && plan.num_queries <= kPlanShort) {
       pairs = {-offset_, smaller(end_ - place_, kMostPairs), plan.rows + place_, nullptr, 0};
       place_ += pairs.count;
       return pairs.count > 0;
     }
-    pairs = {0, 0, memory_.index, values != nullptr ? memory_.weights : nullptr, 0};
+    pairs = {0, 0, memory_.index, prior != nullptr ? memory_.weights : nullptr, 0};
     for (; place_ < end_ && pairs.count < kMostPairs; ++place_) {
-      const float weight = values != nullptr ? values[first_entry_ + plan.positions[place_]] : 1.0f;
-      if (values != nullptr && !in_support(weight, below_support(args_.log_weights))) continue;
+      const float weight = prior != nullptr ? prior[first_entry_ + plan.positions[place_]] : 1.0f;
+      if (prior != nullptr && !in_support(weight, below_support(args_.log_prior))) continue;
       const int64_t n = plan.query_of(head_, place_) - offset_;
       if (pairs.count == 0) pairs.origin = n / kPlanShort * kPlanShort;
       if (n - pairs.origin >= kPlanShort) break;
-      if (values != nullptr) memory_.weights[pairs.count] = weight;
+      if (prior != nullptr) memory_.weights[pairs.count] = weight;
       memory_.index[pairs.count++] = static_cast<uint16_t>(n - pairs.origin);
     }
-    if (values != nullptr) memory_.parts.take(memory_.weights, pairs.count, args_.log_weights);
+    if (prior != nullptr) memory_.parts.take(memory_.weights, pairs.count, args_.log_prior);
     return pairs.count > 0;
   }
 
@@ -200,7 +200,7 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
   const int64_t key_head = h / shared_heads(args), room = padded(longest) + kIndexPadding;
   const Products products(args);
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
-  const int64_t query_floats = products.floats(args.head_size), sum_floats = products.floats(args.value_size);
+  const int64_t query_floats = products.floats(args.head_dim), sum_floats = products.floats(args.value_dim);
   Carver scratch{static_cast<char*>(
       thread_scratch(PairMemory::bytes() + carved(query_floats) + 2 * carved(sum_floats) + carved(room)))};
   const PairMemory memory(scratch);
@@ -210,14 +210,14 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
   float* scores = scratch.floats(room);
   const Vec scale = broadcast(static_cast<float>(args.scale * kLog2E));
   for (int64_t n = begin; n < end; ++n) {
-    products.prepare(args.query, args.head_size, b, h, n, true, query);
+    products.prepare(args.query, args.head_dim, b, h, n, true, query);
     Vec maxima = broadcast(-kInfinity);
     int64_t count = 0;
     Pairs pairs;
     for (QueryPairs all(args, b, h, n, true, memory); all.next(pairs); count += pairs.count) {
       float* s = scores + count;
-      products.dots(query, args.head_size, true, products.rows(args.key, args.head_size, b, key_head, pairs),
-                    products.rows(args.value, args.value_size, b, key_head, pairs), s);
+      products.dots(query, args.head_dim, true, products.rows(args.key, args.head_dim, b, key_head, pairs),
+                    products.rows(args.value, args.value_dim, b, key_head, pairs), s);
       for (int64_t i = 0; i < pairs.count; i += kLanes) {
         Vec x = mul(load(s + i), scale);
         if (pairs.weights != nullptr) x = add(x, load(memory.parts.exponents + i));
@@ -244,7 +244,7 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
       for (int64_t k = 0; dropout.active() && k < pairs.count; ++k) {
         p[k] *= static_cast<float>(dropout.factor(b, h, n + offset_of(args, b), pairs.origin + pairs.index[k]));
       }
-      products.add(p, args.value_size, products.rows(args.value, args.value_size, b, key_head, pairs), sums);
+      products.add(p, args.value_dim, products.rows(args.value, args.value_dim, b, key_head, pairs), sums);
     }
     float factor = 0.0f, logsumexp = -kInfinity;
     if (count > 0) {
@@ -254,7 +254,7 @@ void csr_rows_forward(const CsrArgs& args, const ForwardResult& result, int64_t 
       logsumexp = maximum * kLn2 + __builtin_logf(sum);
     }
     static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = logsumexp;
-    store_row(products.in_order(sums, args.value_size, ordered), args.dtype, args.value_size, factor,
+    store_row(products.in_order(sums, args.value_dim, ordered), args.dtype, args.value_dim, factor,
               row_address(result.output, args.dtype, b, h, n));
   }
 }
@@ -274,18 +274,18 @@ class RowsBackward {
         products_(args),
         dropout_(make_dropout(args.dropout_p, args.seed)),
         scale_(static_cast<float>(args.scale * kLog2E)),
-        head_floats_(products_.floats(args.head_size)),
-        value_floats_(products_.floats(args.value_size)),
+        head_floats_(products_.floats(args.head_dim)),
+        value_floats_(products_.floats(args.value_dim)),
         rows_(rows) {}
 
   /// Row n, without which no gradient can be computed.
   void fill_row(int64_t b, int64_t h, int64_t n) const {
-    const int64_t room = padded(args_.value_size);
+    const int64_t room = padded(args_.value_dim);
     Carver scratch{static_cast<char*>(thread_scratch(2 * carved(room)))};
     float* grad_output = scratch.floats(room);
     float* output = scratch.floats(room);
-    load_row(row_address(grads_.grad_output, args_.dtype, b, h, n), args_.dtype, args_.value_size, 1.0f, grad_output);
-    load_row(row_address(grads_.output, args_.dtype, b, h, n), args_.dtype, args_.value_size, 1.0f, output);
+    load_row(row_address(grads_.grad_output, args_.dtype, b, h, n), args_.dtype, args_.value_dim, 1.0f, grad_output);
+    load_row(row_address(grads_.output, args_.dtype, b, h, n), args_.dtype, args_.value_dim, 1.0f, output);
     const float logsumexp = static_cast<const float*>(grads_.logsumexp)[at(b, h, n)];
     Row& row = rows_[at(b, h, n)];
     // No entry counts where there is no support.
@@ -300,12 +300,12 @@ class RowsBackward {
     const PairMemory memory(scratch);
     float* query = scratch.floats(head_floats_);
     float* scores = scratch.floats(kRoom);
-    products_.prepare(args_.query, args_.head_size, b, h, n, true, query);
+    products_.prepare(args_.query, args_.head_dim, b, h, n, true, query);
     /// use(score with the weight's exponent, the weight's factor)
     const auto for_scores = [&](auto&& use) {
       Pairs pairs;
       for (QueryPairs all(args_, b, h, n, true, memory); all.next(pairs);) {
-        products_.dots(query, args_.head_size, true, products_.rows(args_.key, args_.head_size, b, key_head, pairs),
+        products_.dots(query, args_.head_dim, true, products_.rows(args_.key, args_.head_dim, b, key_head, pairs),
                        PickedRows{}, scores);
         for (int64_t k = 0; k < pairs.count; ++k) {
           const bool weighed = pairs.weights != nullptr;
@@ -339,17 +339,17 @@ class RowsBackward {
     float* scores = scratch.floats(kRoom);
     float* ds = scratch.floats(kRoom);
     float* factors = scratch.floats(kRoom);
-    products_.prepare(args_.query, args_.head_size, b, h, n, true, query);
-    products_.prepare(grads_.grad_output, args_.value_size, b, h, n, false, grad_output);
+    products_.prepare(args_.query, args_.head_dim, b, h, n, true, query);
+    products_.prepare(grads_.grad_output, args_.value_dim, b, h, n, false, grad_output);
     clear(sums, head_floats_);
     const Row row = rows_[at(b, h, n)];
-    const auto* values = static_cast<const float*>(args_.values);
+    const auto* prior = static_cast<const float*>(args_.prior);
     Pairs pairs;
     for (QueryPairs all(args_, b, h, n, false, memory); all.next(pairs);) {
-      PickedRows keys = products_.rows(args_.key, args_.head_size, b, key_head, pairs);
-      const PickedRows rows = products_.rows(args_.value, args_.value_size, b, key_head, pairs);
-      products_.dots(query, args_.head_size, true, keys, rows, scores);
-      products_.dots(grad_output, args_.value_size, false, rows, PickedRows{}, ds);
+      PickedRows keys = products_.rows(args_.key, args_.head_dim, b, key_head, pairs);
+      const PickedRows rows = products_.rows(args_.value, args_.value_dim, b, key_head, pairs);
+      products_.dots(query, args_.head_dim, true, keys, rows, scores);
+      products_.dots(grad_output, args_.value_dim, false, rows, PickedRows{}, ds);
       if (dropout_.active()) {
         fill_factors(factors, pairs, [&](int64_t j) { return dropout_.factor(b, h, n + offset_of(args_, b), j); });
       }
@@ -359,37 +359,37 @@ class RowsBackward {
         const Vec grad = mul(sub(product, broadcast(row.delta)), broadcast(row.factor));
         const Vec power = shifted(load(scores + i), broadcast(scale_), pairs, memory, i, broadcast(row.shift));
         const Vec p = mul(exp2(power), grad);
-        store(ds + i, values != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
-        if (values != nullptr) store(scores + i, p);
+        store(ds + i, prior != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
+        if (prior != nullptr) store(scores + i, p);
       }
       if (grads_.grad_weight != nullptr && row.shift != kInfinity) {  // of a row without support nothing counts
         float* target = static_cast<float*>(grads_.grad_weight) + pairs.entry;
         for (int64_t k = 0; k < pairs.count; ++k) {
           // Of a logarithm of 0 nothing counts, not even NaN.
-          if (args_.log_weights && !in_support(pairs.weights[k], below_support(true))) continue;
+          if (args_.log_prior && !in_support(pairs.weights[k], below_support(true))) continue;
           target[k] += scores[k];
         }
       }
-      if (values != nullptr) {  // outside the support nothing may touch a row
+      if (prior != nullptr) {  // outside the support nothing may touch a row
         int64_t kept = 0;
         for (int64_t k = 0; k < pairs.count; ++k) {
           memory.index[kept] = pairs.index[k];
           ds[kept] = ds[k];
-          kept += in_support(pairs.weights[k], below_support(args_.log_weights));
+          kept += in_support(pairs.weights[k], below_support(args_.log_prior));
         }
         keys.count = kept;
       }
-      products_.add(ds, args_.head_size, keys, sums);
+      products_.add(ds, args_.head_dim, keys, sums);
     }
     if (grads_.grad_query.data == nullptr) return;
-    store_row(products_.in_order(sums, args_.head_size, ordered), args_.dtype, args_.head_size,
+    store_row(products_.in_order(sums, args_.head_dim, ordered), args_.dtype, args_.head_dim,
               static_cast<float>(args_.scale), row_address(grads_.grad_query, args_.dtype, b, h, n));
   }
 
   /// dK and dV of key j.
   void column(int64_t b, int64_t key_head, int64_t j) const {
     const bool key_wanted = grads_.grad_key.data != nullptr, gaussian = args_.score == Score::kGaussian;
-    const int64_t key_floats = padded(args_.head_size), room = larger(larger(head_floats_, value_floats_), key_floats);
+    const int64_t key_floats = padded(args_.head_dim), room = larger(larger(head_floats_, value_floats_), key_floats);
     Carver scratch{
         static_cast<char*>(thread_scratch(PairMemory::bytes() + 2 * carved(head_floats_) + 2 * carved(value_floats_) +
                                           carved(room) + carved(key_floats) + 5 * carved(kRoom)))};
@@ -409,20 +409,20 @@ class RowsBackward {
     clear(value_sums, value_floats_);
     float total = 0;  // of dS
     if (j < keys_of(args_, b)) {
-      products_.prepare(args_.key, args_.head_size, b, key_head, j, false, key);
-      products_.prepare(args_.value, args_.value_size, b, key_head, j, false, value);
+      products_.prepare(args_.key, args_.head_dim, b, key_head, j, false, key);
+      products_.prepare(args_.value, args_.value_dim, b, key_head, j, false, value);
       float half_square = 0;
       if (gaussian) {
-        load_row(row_address(args_.key, args_.dtype, b, key_head, j), args_.dtype, args_.head_size, 1.0f, key_row);
+        load_row(row_address(args_.key, args_.dtype, b, key_head, j), args_.dtype, args_.head_dim, 1.0f, key_row);
         half_square = 0.5f * dot(key_row, key_row, key_floats);
       }
       for (int64_t h = key_head * shared_heads(args_); h < (key_head + 1) * shared_heads(args_); ++h) {
         Pairs pairs;
         for (KeyPairs all(args_, b, h, j, memory); all.next(pairs);) {
-          const PickedRows queries = products_.rows(args_.query, args_.head_size, b, h, pairs);
-          const PickedRows rows = products_.rows(grads_.grad_output, args_.value_size, b, h, pairs);
-          products_.dots(key, args_.head_size, false, queries, rows, scores);
-          if (key_wanted) products_.dots(value, args_.value_size, false, rows, PickedRows{}, ds);
+          const PickedRows queries = products_.rows(args_.query, args_.head_dim, b, h, pairs);
+          const PickedRows rows = products_.rows(grads_.grad_output, args_.value_dim, b, h, pairs);
+          products_.dots(key, args_.head_dim, false, queries, rows, scores);
+          if (key_wanted) products_.dots(value, args_.value_dim, false, rows, PickedRows{}, ds);
           for (int64_t k = 0; k < pairs.count; ++k) {
             const Row& query_row = rows_[at(b, h, pairs.origin + pairs.index[k])];
             shifts[k] = query_row.shift;
@@ -448,27 +448,27 @@ class RowsBackward {
               store(ds + i, grad);
               if (gaussian) total += reduce_add(grad);
             }
-            products_.add(ds, args_.head_size, queries, key_sums);
+            products_.add(ds, args_.head_dim, queries, key_sums);
           }
           if (grads_.grad_value.data == nullptr) continue;
           for (int64_t i = 0; dropout_.active() && i < pairs.count; i += kLanes) {
             store(scores + i, mul(load(scores + i), load(factors + i)));
           }
-          products_.add(scores, args_.value_size, rows, value_sums);
+          products_.add(scores, args_.value_dim, rows, value_sums);
         }
       }
     }
     if (grads_.grad_value.data != nullptr) {
-      store_row(products_.in_order(value_sums, args_.value_size, row), args_.dtype, args_.value_size, 1.0f,
+      store_row(products_.in_order(value_sums, args_.value_dim, row), args_.dtype, args_.value_dim, 1.0f,
                 row_address(grads_.grad_value, args_.dtype, b, key_head, j));
     }
     if (!key_wanted) return;
-    const float* sums = products_.in_order(key_sums, args_.head_size, row);
+    const float* sums = products_.in_order(key_sums, args_.head_dim, row);
     if (gaussian && total != 0.0f) {  // d s_ij / d k_j = scale (q_i - k_j)
-      for (int64_t d = 0; d < args_.head_size; ++d) row[d] = sums[d] - total * key_row[d];
+      for (int64_t d = 0; d < args_.head_dim; ++d) row[d] = sums[d] - total * key_row[d];
       sums = row;
     }
-    store_row(sums, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
+    store_row(sums, args_.dtype, args_.head_dim, static_cast<float>(args_.scale),
               row_address(grads_.grad_key, args_.dtype, b, key_head, j));
   }
 

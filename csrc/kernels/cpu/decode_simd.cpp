@@ -53,7 +53,7 @@ class CsrKeys {
  public:
   static constexpr bool kAllKeys = false;  // whether rows read about all keys
 
-  static bool has_weights(const CsrArgs& args) { return args.values != nullptr; }
+  static bool has_weights(const CsrArgs& args) { return args.prior != nullptr; }
   static int64_t most_keys(const CsrArgs& args) { return args.keys; }
   static int64_t dropout_row(const CsrArgs& args, const QueryRow& row) {
     return row.n + (args.query_offsets != nullptr ? args.query_offsets[row.b] : 0);
@@ -83,11 +83,11 @@ class CsrKeys {
     const int64_t entry = cursor.entry;
     cursor.entry += count_below(columns + entry, cursor.end - entry, end);
     const int64_t count = cursor.entry - entry;
-    const auto* values = static_cast<const float*>(args_.values);
+    const auto* prior = static_cast<const float*>(args_.prior);
     // The next chunk's entries, about as many: searching them would wait for each cache line.
     prefetch_row(reinterpret_cast<const char*>(columns + cursor.entry), 2 * count + 64);
-    if (values != nullptr) prefetch_row(reinterpret_cast<const char*>(values + cursor.entry), 4 * count);
-    return {0, columns + entry, values != nullptr ? values + entry : nullptr, count};
+    if (prior != nullptr) prefetch_row(reinterpret_cast<const char*>(prior + cursor.entry), 4 * count);
+    return {0, columns + entry, prior != nullptr ? prior + entry : nullptr, count};
   }
 
  private:
@@ -233,8 +233,8 @@ struct Cuts {
 
   Cuts(const AttentionArgs& args, int64_t keys, double reuse)
       : rows(shared_heads(args) * args.queries), chunk(kMostChunk), stages(1), copies(reuse >= kReuse) {
-    const int64_t key_bytes = args.head_size * element_size(args.dtype);
-    const int64_t value_bytes = args.value_size * element_size(args.dtype);
+    const int64_t key_bytes = args.head_dim * element_size(args.dtype);
+    const int64_t value_bytes = args.value_dim * element_size(args.dtype);
     while (chunk > kLeastChunk && chunk * (key_bytes + value_bytes) > kChunkBytes) chunk /= 2;
     if (copies) stages = smaller(chunk / 16, chunk * larger(key_bytes, value_bytes) / kStageBytes + 1);
     stage = (chunk + stages - 1) / stages;
@@ -266,8 +266,8 @@ class Decoder {
         cuts_(args, Keys::most_keys(args), Keys::reuse(args, shared_heads(args) * args.queries)),
         loops_(row_loops(args.dtype, args.score == Score::kGaussian)),
         dropout_(make_dropout(args.dropout_p, args.seed)),
-        query_floats_(loops_.floats(args.head_size)),
-        sum_floats_(loops_.floats(args.value_size)),
+        query_floats_(loops_.floats(args.head_dim)),
+        sum_floats_(loops_.floats(args.value_dim)),
         row_floats_(kStateFloats + sum_floats_) {}
 
   void run(const Parallel& parallel) {
@@ -353,7 +353,7 @@ class Decoder {
       Run& run = chunk.runs[r];
       run = pairs.run(r, first, end);
       if (run.weights != nullptr) {
-        run = pick_run(run, below_support(args_.log_weights), chunk.picked + r * cuts_.chunk,
+        run = pick_run(run, below_support(args_.log_prior), chunk.picked + r * cuts_.chunk,
                        chunk.picked_weights + r * cuts_.chunk);
       }
       cut(run.index, run.count, first - run.origin, chunk.cuts + r * (cuts_.stages + 1));
@@ -388,10 +388,10 @@ class Decoder {
             size * element_size(args_.dtype), chunk.read + begin, chunk.read_cuts[s + 1] - begin};
   }
   PickedRows keys_of_stage(int64_t b, int64_t key_head, const Chunk& chunk, int64_t s) const {
-    return rows_of(args_.key, args_.head_size, b, key_head, chunk, s);
+    return rows_of(args_.key, args_.head_dim, b, key_head, chunk, s);
   }
   PickedRows values_of_stage(int64_t b, int64_t key_head, const Chunk& chunk, int64_t s) const {
-    return rows_of(args_.value, args_.value_size, b, key_head, chunk, s);
+    return rows_of(args_.value, args_.value_dim, b, key_head, chunk, s);
   }
 
   /// turn(r, its rows, its first entry in its run, what to fetch) for all query rows on a stage's rows of K or V.
@@ -425,7 +425,7 @@ class Decoder {
     const int64_t rows = cuts_.rows, chunk = cuts_.chunk;
     const bool alone = states == nullptr, weights = Keys::has_weights(args_);
     const int64_t copies_floats =
-        cuts_.copies ? cuts_.stage * copied_bytes(larger(args_.head_size, args_.value_size) * 4) / 4 : 0;
+        cuts_.copies ? cuts_.stage * copied_bytes(larger(args_.head_dim, args_.value_dim) * 4) / 4 : 0;
     Carver scratch{static_cast<char*>(thread_scratch(Keys::bytes(rows, chunk) + carved(rows * query_floats_) +
                                                      carved(alone ? rows * row_floats_ : 0) + carved(sum_floats_) +
                                                      carved(rows * chunk) + carved(copies_floats) + carved(chunk / 4) +
@@ -443,7 +443,7 @@ class Decoder {
     for (int64_t r = 0; r < rows; ++r) {
       const QueryRow row = row_at(head, r);
       pairs.start(r, row);
-      loops_.prepare_query(row_address(args_.query, args_.dtype, b, row.h, row.n), args_.head_size,
+      loops_.prepare_query(row_address(args_.query, args_.dtype, b, row.h, row.n), args_.head_dim,
                            queries + r * query_floats_);
       float* state = states + r * row_floats_;
       for (int64_t d = 0; d < row_floats_; d += kLanes) store(state + d, zero());
@@ -484,12 +484,12 @@ class Decoder {
   int64_t columns(int64_t size) const { return cuts_.copies ? loops_.vectors(size) * loops_.numbers : size; }
 
   void multiply_keys(const float* query, const PickedRows& keys, float* scores, const PickedRows& fetched) const {
-    loops_.for_passes(columns(args_.head_size), [&](int64_t vectors, const RowPass& pass, int64_t from) {
+    loops_.for_passes(columns(args_.head_dim), [&](int64_t vectors, const RowPass& pass, int64_t from) {
       loops_.dots[vectors - 1](query + from, keys, pass, scores, pass.first ? fetched : PickedRows{});
     });
   }
   void add_values(const float* weights, const PickedRows& values, float* sums, const PickedRows& fetched) const {
-    loops_.for_passes(columns(args_.value_size), [&](int64_t vectors, const RowPass& pass, int64_t from) {
+    loops_.for_passes(columns(args_.value_dim), [&](int64_t vectors, const RowPass& pass, int64_t from) {
       loops_.weighted_sum[vectors - 1](weights, values, pass, sums + from, pass.first ? fetched : PickedRows{});
     });
   }
@@ -504,7 +504,7 @@ class Decoder {
     if (run.count == 0) return;
     if (run.weights == nullptr) {
       exponentiate<RunWeights::kOnes>(run, scores, state);
-    } else if (args_.log_weights) {
+    } else if (args_.log_prior) {
       exponentiate<RunWeights::kLogs>(run, scores, state);
     } else {
       exponentiate<RunWeights::kWeights>(run, scores, state);
@@ -539,7 +539,7 @@ class Decoder {
                   (total >= kSmallestNormal ? reduce_max(log_of_normal(broadcast(total))) : __builtin_logf(total));
     }
     static_cast<float*>(result_.logsumexp)[(at.b * args_.query_heads + at.h) * args_.queries + at.n] = logsumexp;
-    store_row(sums, args_.dtype, args_.value_size, factor, row_address(result_.output, args_.dtype, at.b, at.h, at.n));
+    store_row(sums, args_.dtype, args_.value_dim, factor, row_address(result_.output, args_.dtype, at.b, at.h, at.n));
   }
 
   const Args& args_;
@@ -567,7 +567,7 @@ void decode_blocks(const Args& args, BlockCounts& blocks) {
   blocks.add(keys, cuts.chunk);
   blocks.add(keys % cuts.chunk, cuts.stage);
   blocks.add(keys, cuts.split_keys);
-  for (const int64_t size : {args.head_size, args.value_size}) {
+  for (const int64_t size : {args.head_dim, args.value_dim}) {
     blocks.add(serves ? loops.vectors(size) : 0);
     blocks.add(serves ? loops.vectors(size) : 0, loops.most_vectors);
   }

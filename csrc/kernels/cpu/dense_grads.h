@@ -145,10 +145,10 @@ class VectorGrads {
         grad_output_(grad_output),
         queries_(queries),
         width_(keys),
-        depth_(units<kPairs>(args.head_size)),
-        value_depth_(units<kPairs>(args.value_size)),
-        row_size_(padded(args.head_size)),
-        value_size_(padded(args.value_size)) {}
+        depth_(units<kPairs>(args.head_dim)),
+        value_depth_(units<kPairs>(args.value_dim)),
+        row_size_(padded(args.head_dim)),
+        value_dim_(padded(args.value_dim)) {}
   int64_t wave_units() const { return units<kPairs>(queries_) * width_; }
 
   /// Keys and values of a head.
@@ -164,13 +164,13 @@ class VectorGrads {
   /// Takes key_bytes(all_keys) from `carver`.
   __attribute__((always_inline)) Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys,
                                                 Carver& carver) const {
-    auto* rows = static_cast<float*>(thread_scratch(carved(tile_rows(keys) * larger(row_size_, value_size_))));
+    auto* rows = static_cast<float*>(thread_scratch(carved(tile_rows(keys) * larger(row_size_, value_dim_))));
     Keys x;
-    x.key_columns = load_columns<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size, rows,
+    x.key_columns = load_columns<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_dim, rows,
                                          carver.floats(depth_ * tile_columns(all_keys)));
-    x.value_columns = load_columns<kPairs>(args_.value, args_.dtype, b, key_head, keys, args_.value_size, rows,
+    x.value_columns = load_columns<kPairs>(args_.value, args_.dtype, b, key_head, keys, args_.value_dim, rows,
                                            carver.floats(value_depth_ * tile_columns(all_keys)));
-    x.key = load_depth<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_size,
+    x.key = load_depth<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_dim,
                                carver.floats(all_keys * row_size_));
     x.finite = all_finite<kPairs>(x.key, units<kPairs>(keys), row_size_);
     return x;
@@ -195,8 +195,8 @@ class VectorGrads {
     // Numbers are computed where the wave keeps them, pairs on the side.
     x.scores = kPairs ? carver.floats(kGradRows * width_) : attention + row * width_;
     x.products = kPairs ? carver.floats(kGradRows * width_) : grad_scores + row * width_;
-    load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_size, 1.0f, x.query);
-    load_block<kPairs>(grad_output_, args_.dtype, b, h, first, count, args_.value_size, 1.0f, x.grad_output);
+    load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_dim, 1.0f, x.query);
+    load_block<kPairs>(grad_output_, args_.dtype, b, h, first, count, args_.value_dim, 1.0f, x.grad_output);
     return x;
   }
   /// Scores and dA of `seen` keys from `key` on, in columns from `at` on; row r sees none beyond r + `diagonal`.
@@ -257,15 +257,15 @@ class VectorGrads {
     int64_t count, size;
     bool finite;
   };
-  int64_t queries_bytes() const { return carved(queries_ * row_size_) + carved(queries_ * value_size_); }
+  int64_t queries_bytes() const { return carved(queries_ * row_size_) + carved(queries_ * value_dim_); }
   /// Queries [first, first + count), or their dO.
   __attribute__((always_inline)) Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count,
                                                       Carver& carver) const {
-    return load_rows(args_.query, args_.head_size, b, h, first, count, carver.floats(queries_ * row_size_));
+    return load_rows(args_.query, args_.head_dim, b, h, first, count, carver.floats(queries_ * row_size_));
   }
   __attribute__((always_inline)) Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count,
                                                           Carver& carver) const {
-    return load_rows(grad_output_, args_.value_size, b, h, first, count, carver.floats(queries_ * value_size_));
+    return load_rows(grad_output_, args_.value_dim, b, h, first, count, carver.floats(queries_ * value_dim_));
   }
   /// sums of keys [key, key + keys) += the wave's P or dS times queries [from, to), where these keys stand from `at`
   /// on.
@@ -308,7 +308,7 @@ class VectorGrads {
 
   const AttentionArgs& args_;
   const Input& grad_output_;
-  const int64_t queries_, width_, depth_, value_depth_, row_size_, value_size_;
+  const int64_t queries_, width_, depth_, value_depth_, row_size_, value_dim_;
 };
 
 }  // namespace fiak::cpu::FIAK_ISA
@@ -368,8 +368,8 @@ class DenseBackward {
         head_at_(head_at),
         mine_(mine),
         parallel_(parallel),
-        row_size_(padded(args.head_size)),
-        value_size_(padded(args.value_size)),
+        row_size_(padded(args.head_dim)),
+        value_dim_(padded(args.value_dim)),
         all_keys_(rounded_up(args.keys, kKeys)),
         gaussian_(args.score == Score::kGaussian),
         dropout_(make_dropout(args.dropout_p, args.seed)),
@@ -411,7 +411,7 @@ class DenseBackward {
   int64_t bytes_of(int64_t slots) const {
     return slots *
            (kSlotBytes + products_.key_bytes(all_keys_) + 2 * carved(all_keys_) + carved(all_keys_ * row_size_) +
-            carved(all_keys_ * value_size_) + carved(most_.queries * row_size_) + 2 * carved(products_.wave_units()) +
+            carved(all_keys_ * value_dim_) + carved(most_.queries * row_size_) + 2 * carved(products_.wave_units()) +
             carved(2 * most_.queries) + carved((most_.queries / kGradRows * key_blocks() + 3) / 4));
   }
   int64_t key_blocks() const { return most_.keys / kKeys; }
@@ -435,7 +435,7 @@ class DenseBackward {
     x.keys = products_.load_keys(b, key_head, keys, all_keys_, carver);
     x.score_sums = carver.floats(all_keys_);
     x.grad_key = carver.floats(all_keys_ * row_size_);
-    x.grad_value = carver.floats(all_keys_ * value_size_);
+    x.grad_value = carver.floats(all_keys_ * value_dim_);
     x.grad_query = carver.floats(most_.queries * row_size_);
     x.attention = carver.floats(products_.wave_units());
     x.grad_scores = carver.floats(products_.wave_units());
@@ -443,7 +443,7 @@ class DenseBackward {
     x.needed = reinterpret_cast<bool*>(carver.floats(0));
     std::memset(x.score_sums, 0, all_keys_ * sizeof(float));
     std::memset(x.grad_key, 0, all_keys_ * row_size_ * sizeof(float));
-    std::memset(x.grad_value, 0, all_keys_ * value_size_ * sizeof(float));
+    std::memset(x.grad_value, 0, all_keys_ * value_dim_ * sizeof(float));
   }
 
   /// All queries and keys of a wave's slots.
@@ -509,7 +509,7 @@ class DenseBackward {
     if (any) add_rows(wave, x, b, h, head, first, count);
     if (!query_wanted || wave.key + wave.keys < args_.keys) return;
     for (int64_t r = 0; r < count; ++r) {
-      store_row(sums + r * row_size_, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
+      store_row(sums + r * row_size_, args_.dtype, args_.head_dim, static_cast<float>(args_.scale),
                 row_address(grads_.grad_query, args_.dtype, b, h, first + r));
     }
   }
@@ -681,27 +681,27 @@ class DenseBackward {
   /// Stores dK and dV of keys [begin, end) of slot i.
   void finish(const Wave& wave, int64_t i, int64_t begin, int64_t end) {
     const Slot& x = slot(i);
-    const int64_t b = batch_of(wave, i), key_head = key_head_of(wave, i), most = larger(row_size_, value_size_);
+    const int64_t b = batch_of(wave, i), key_head = key_head_of(wave, i), most = larger(row_size_, value_dim_);
     Carver carver{static_cast<char*>(thread_scratch(carved(row_size_) + carved(kLanes * most)))};
     float* key = carver.floats(row_size_);
     float* rows = carver.floats(kLanes * most);
     for (int64_t first = begin; first < end; first += kLanes) {
       const int64_t count = smaller(kLanes, end - first);
       if (grads_.grad_key.data != nullptr) {
-        float* sums = products_.sums_of(x.grad_key, first, count, args_.head_size, rows);
+        float* sums = products_.sums_of(x.grad_key, first, count, args_.head_dim, rows);
         for (int64_t j = first; j < first + count; ++j, sums += row_size_) {
           if (gaussian_ && x.score_sums[j] != 0.0f) {  // d s_ij / d k_j = scale (q_i - k_j)
-            load_row(row_address(args_.key, args_.dtype, b, key_head, j), args_.dtype, args_.head_size, 1.0f, key);
+            load_row(row_address(args_.key, args_.dtype, b, key_head, j), args_.dtype, args_.head_dim, 1.0f, key);
             for (int64_t d = 0; d < row_size_; ++d) sums[d] -= x.score_sums[j] * key[d];
           }
-          store_row(sums, args_.dtype, args_.head_size, static_cast<float>(args_.scale),
+          store_row(sums, args_.dtype, args_.head_dim, static_cast<float>(args_.scale),
                     row_address(grads_.grad_key, args_.dtype, b, key_head, j));
         }
       }
       if (grads_.grad_value.data != nullptr) {
-        const float* sums = products_.sums_of(x.grad_value, first, count, args_.value_size, rows);
-        for (int64_t j = first; j < first + count; ++j, sums += value_size_) {
-          store_row(sums, args_.dtype, args_.value_size, 1.0f,
+        const float* sums = products_.sums_of(x.grad_value, first, count, args_.value_dim, rows);
+        for (int64_t j = first; j < first + count; ++j, sums += value_dim_) {
+          store_row(sums, args_.dtype, args_.value_dim, 1.0f,
                     row_address(grads_.grad_value, args_.dtype, b, key_head, j));
         }
       }
@@ -715,7 +715,7 @@ class DenseBackward {
   const HeadAt& head_at_;
   const bool* mine_;
   const Parallel& parallel_;
-  const int64_t row_size_, value_size_, all_keys_;
+  const int64_t row_size_, value_dim_, all_keys_;
   const bool gaussian_;
   const Dropout dropout_;
   const WaveShape most_;
@@ -728,15 +728,15 @@ static void compute_delta(const AttentionArgs& args, const BackwardArgs& grads, 
                           const Parallel& parallel, float* delta) {
   const int64_t shared = shared_heads(args), heads = key_heads.count * shared;
   parallel_range(parallel, args.batch * heads, [&](int64_t begin, int64_t end) {
-    const int64_t size = padded(args.value_size);
+    const int64_t size = padded(args.value_dim);
     Carver scratch{static_cast<char*>(thread_scratch(2 * carved(size)))};
     float* grad_output = scratch.floats(size);
     float* output = scratch.floats(size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = key_heads.at(i % heads / shared) * shared + i % shared;
       for (int64_t n = 0; n < args.queries; ++n) {
-        load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, grad_output);
-        load_row(row_address(grads.output, args.dtype, b, h, n), args.dtype, args.value_size, 1.0f, output);
+        load_row(row_address(grads.grad_output, args.dtype, b, h, n), args.dtype, args.value_dim, 1.0f, grad_output);
+        load_row(row_address(grads.output, args.dtype, b, h, n), args.dtype, args.value_dim, 1.0f, output);
         delta[(b * args.query_heads + h) * args.queries + n] = dot(grad_output, output, size);
       }
     }

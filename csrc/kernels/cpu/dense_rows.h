@@ -293,24 +293,24 @@ struct RowState {
 };
 
 /// Takes in the largest score of another block; `sums` are scaled to it.
-FIAK_INLINE void raise_maximum(float maximum, bool first, RowState& state, float* sums, int64_t value_size) {
+FIAK_INLINE void raise_maximum(float maximum, bool first, RowState& state, float* sums, int64_t value_dim) {
   if (first) {
     state = {maximum, 0.0f};
   } else if (maximum > state.maximum) {
     const Vec factor = exp2_below_128(broadcast(state.maximum - maximum));
-    for (int64_t d = 0; d < value_size; d += kLanes) store(sums + d, mul(load(sums + d), factor));
+    for (int64_t d = 0; d < value_dim; d += kLanes) store(sums + d, mul(load(sums + d), factor));
     state.total *= reduce_max(factor);
     state.maximum = maximum;
   }
 }
 
-/// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2, times log2(e); `row` holds padded(head_size)
+/// The Gaussian score's share of keys [0, count), -scale/2 |k_j|^2, times log2(e); `row` holds padded(head_dim)
 /// numbers.
 FIAK_INLINE void key_bias(const AttentionArgs& args, int64_t b, int64_t key_head, int64_t count, float* row,
                           float* bias) {
   for (int64_t j = 0; j < count; ++j) {
-    load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_size, 1.0f, row);
-    bias[j] = -0.5f * static_cast<float>(args.scale * kLog2E) * dot(row, row, padded(args.head_size));
+    load_row(row_address(args.key, args.dtype, b, key_head, j), args.dtype, args.head_dim, 1.0f, row);
+    bias[j] = -0.5f * static_cast<float>(args.scale * kLog2E) * dot(row, row, padded(args.head_dim));
   }
 }
 
@@ -337,26 +337,25 @@ class VectorProducts {
 
   /// Of the operands, for the first `keys` keys; `width` keys are a block.
   static int64_t bytes(const AttentionArgs& args, int64_t b, int64_t keys, int64_t) {
-    return carved(kBlockRows * padded(units<kPairs>(args.head_size))) +
-           carved(tile_rows(keys) * padded(args.head_size)) +
-           carved(units<kPairs>(args.head_size) * tile_columns(keys)) +
-           carved(units<kPairs>(keys_of(args, b)) * padded(args.value_size));
+    return carved(kBlockRows * padded(units<kPairs>(args.head_dim))) + carved(tile_rows(keys) * padded(args.head_dim)) +
+           carved(units<kPairs>(args.head_dim) * tile_columns(keys)) +
+           carved(units<kPairs>(keys_of(args, b)) * padded(args.value_dim));
   }
   VectorProducts(const AttentionArgs& args, HeadPlace at, int64_t keys, int64_t width, Carver& scratch)
       : args_(args),
         at_(at),
         width_(width),
-        depth_(units<kPairs>(args.head_size)),
-        value_size_(padded(args.value_size)),
+        depth_(units<kPairs>(args.head_dim)),
+        value_dim_(padded(args.value_dim)),
         query_(scratch.floats(kBlockRows * padded(depth_))) {
     const int64_t b = at.b, key_head = at.h / shared_heads(args), all_keys = keys_of(args, b);
-    float* rows = scratch.floats(tile_rows(keys) * padded(args.head_size));
-    key_ = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_size, rows,
+    float* rows = scratch.floats(tile_rows(keys) * padded(args.head_dim));
+    key_ = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_dim, rows,
                                 scratch.floats(depth_ * tile_columns(keys)));
     // All of the element's values decide, so that no split among threads changes a bit.
-    value_ = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_size,
-                                scratch.floats(units<kPairs>(all_keys) * value_size_));
-    finite_ = all_finite<kPairs>(value_, units<kPairs>(all_keys), value_size_);
+    value_ = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_dim,
+                                scratch.floats(units<kPairs>(all_keys) * value_dim_));
+    finite_ = all_finite<kPairs>(value_, units<kPairs>(all_keys), value_dim_);
   }
   __attribute__((always_inline)) int64_t step_rows() const { return kRows; }
   /// Called while there is nothing to multiply.
@@ -365,7 +364,7 @@ class VectorProducts {
   __attribute__((always_inline)) bool serves() const { return true; }
 
   __attribute__((always_inline)) void load_queries(int64_t first, int64_t rows) {
-    load_block<kPairs>(args_.query, args_.dtype, at_.b, at_.h, first, rows, args_.head_size, 1.0f, query_);
+    load_block<kPairs>(args_.query, args_.dtype, at_.b, at_.h, first, rows, args_.head_dim, 1.0f, query_);
   }
   /// The scores of a span, from `scores` on in rows of `width`.
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float factor,
@@ -392,8 +391,8 @@ class VectorProducts {
         const int64_t size = smaller(kGroup, rows - i);
         int64_t most = span.from;
         for (int64_t r = i; r < i + size; ++r) most = larger(most, ends[r]);
-        product(finite_, scores + i * width_ + span.at, width_, 1, rows_of_span, tile_rows(size), value_size_,
-                units<kPairs>(smaller(span.keys, most - span.from)), sums + i * value_size_, value_size_);
+        product(finite_, scores + i * width_ + span.at, width_, 1, rows_of_span, tile_rows(size), value_dim_,
+                units<kPairs>(smaller(span.keys, most - span.from)), sums + i * value_dim_, value_dim_);
       }
     }
   }
@@ -401,7 +400,7 @@ class VectorProducts {
  private:
   const AttentionArgs& args_;
   const HeadPlace at_;
-  const int64_t width_, depth_, value_size_;
+  const int64_t width_, depth_, value_dim_;
   float* query_;
   Columns key_;
   Panel value_;
@@ -425,8 +424,8 @@ class Prefetch {
   Prefetch(const AttentionArgs& args, const ForwardResult& result, HeadPlace at, int64_t ahead, HeadPlace next)
       : queries_(args.queries), ahead_(ahead) {
     const auto size = element_size(args.dtype);
-    query_size_ = args.head_size * size;
-    value_size_ = args.value_size * size;
+    query_size_ = args.head_dim * size;
+    value_dim_ = args.value_dim * size;
     output_ = row_address(result.output, args.dtype, at.b, at.h, 0);
     output_step_ = result.output.row_stride * size;
     query_ = row_address(args.query, args.dtype, at.b, at.h, 0);
@@ -443,7 +442,7 @@ class Prefetch {
   }
   /// Query n's row of the output, the query `ahead` rows on, and its share of the next head's keys and values.
   __attribute__((always_inline)) void at(int64_t n) const {
-    prefetch_row_for_writing(output_ + n * output_step_, value_size_);
+    prefetch_row_for_writing(output_ + n * output_step_, value_dim_);
     const int64_t later = n + ahead_;
     if (later < queries_) {
       prefetch_row(query_ + later * query_step_, query_size_);
@@ -452,12 +451,12 @@ class Prefetch {
     }
     for (int64_t j = n * each_; j < smaller(keys_, (n + 1) * each_); ++j) {
       prefetch_row(key_ + j * key_step_, query_size_);
-      prefetch_row(value_ + j * value_step_, value_size_);
+      prefetch_row(value_ + j * value_step_, value_dim_);
     }
   }
 
  private:
-  int64_t queries_, ahead_, query_size_, value_size_, output_step_, query_step_;
+  int64_t queries_, ahead_, query_size_, value_dim_, output_step_, query_step_;
   int64_t key_step_ = 0, value_step_ = 0, keys_ = 0, each_ = 0;  // each_: keys for a query
   char* output_;
   const char *query_, *next_query_ = nullptr, *key_ = nullptr, *value_ = nullptr;
@@ -484,21 +483,21 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
     return Head::kMasked && !Products::kCutsRows ? all_keys : head.end(n);
   };
   for (int64_t n = begin; n < end; ++n) keys = larger(keys, end_of(n));
-  const int64_t value_size = padded(args.value_size), width = block_keys(all_keys, Products::kSpanKeys);
+  const int64_t value_dim = padded(args.value_dim), width = block_keys(all_keys, Products::kSpanKeys);
   const bool gaussian = args.score == Score::kGaussian;
   const auto factor = static_cast<float>(args.scale * kLog2E);
   const float left = Products::kScaled || gaussian ? 1.0f : factor;  // what scores, with their bias, still lack
   const Dropout dropout = make_dropout(args.dropout_p, args.seed);
 
   constexpr int64_t kRows = Products::kRows;
-  Carver scratch{static_cast<char*>(thread_scratch(Products::bytes(args, b, keys, width) + carved(kRows * value_size) +
+  Carver scratch{static_cast<char*>(thread_scratch(Products::bytes(args, b, keys, width) + carved(kRows * value_dim) +
                                                    carved(kRows * width) + carved(width) + carved(keys) +
-                                                   carved(padded(args.head_size))))};
-  float* sums = scratch.floats(kRows * value_size);
+                                                   carved(padded(args.head_dim))))};
+  float* sums = scratch.floats(kRows * value_dim);
   float* scores = scratch.floats(kRows * width);
   float* kept = scratch.floats(width);
   float* bias = scratch.floats(keys);
-  float* row = scratch.floats(padded(args.head_size));
+  float* row = scratch.floats(padded(args.head_dim));
   if (gaussian) key_bias(args, b, key_head, keys, row, bias);
   Products products(args, at, keys, width, scratch);
   if (!products.serves()) return false;
@@ -544,7 +543,7 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
               maximum = found > maximum ? found : maximum;
             });
         if (i % 16 == 15) products.wait();
-        raise_maximum(maximum, !started, states[i], sums + i * value_size, value_size);
+        raise_maximum(maximum, !started, states[i], sums + i * value_dim, value_dim);
       }
       for (int64_t i = 0; i < rows; ++i) {
         if (!started) prefetch.at(first + i);
@@ -567,7 +566,7 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
       started = true;
     }
     if (!started) {
-      std::memset(sums, 0, rows * value_size * sizeof(float));
+      std::memset(sums, 0, rows * value_dim * sizeof(float));
       for (int64_t i = 0; i < rows; ++i) states[i] = {-kInfinity, 0.0f};
     }
     float logs[kRows];
@@ -587,7 +586,7 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
         lse = states[i].maximum * kLn2 + (total >= kSmallestNormal ? logs[i] : __builtin_logf(total));
       }
       static_cast<float*>(result.logsumexp)[(b * args.query_heads + h) * args.queries + n] = lse;
-      store_row(sums + i * value_size, args.dtype, args.value_size, inverse,
+      store_row(sums + i * value_dim, args.dtype, args.value_dim, inverse,
                 row_address(result.output, args.dtype, b, h, n));
     }
   }
@@ -617,7 +616,7 @@ FIAK_INLINE void dense_forward_blocks(const AttentionArgs& args, bool serves, Bl
   blocks.add(keys, larger(1, block_keys(keys, kTileWidth)));
   blocks.add(keys, kTileWidth);
   blocks.add(keys, kLanes);
-  for (const int64_t size : {args.head_size, args.value_size}) {
+  for (const int64_t size : {args.head_dim, args.value_dim}) {
     blocks.add(serves ? size : 0, kTileWidth);
     blocks.add(serves ? size : 0, kLanes);
   }
@@ -626,7 +625,7 @@ FIAK_INLINE void dense_forward_blocks(const AttentionArgs& args, bool serves, Bl
   blocks.add(serves ? step : 0);
   blocks.add(queries, step);
   blocks.add(keys, kChunk);
-  blocks.add(serves ? args.head_size : 0, kChunk);
+  blocks.add(serves ? args.head_dim : 0, kChunk);
 #endif
 }
 

@@ -43,17 +43,17 @@ FIAK_INLINE int64_t search_below(const uint16_t* index, int64_t count, int64_t b
 }
 
 /// What weights of the support are above: they are given as such or as logarithms.
-constexpr float below_support(bool log_weights) { return log_weights ? -kInfinity : 0.0f; }
+constexpr float below_support(bool log_prior) { return log_prior ? -kInfinity : 0.0f; }
 FIAK_INLINE bool in_support(float w, float below) { return !(w <= below); }  // true for NaN, which must reach its row
 
 /// Copies the entries of the support: a pruned weight's key and value rows must not be touched.
-FIAK_INLINE int64_t pick_support(const float* values, const uint16_t* index, int64_t count, float below,
+FIAK_INLINE int64_t pick_support(const float* prior, const uint16_t* index, int64_t count, float below,
                                  uint16_t* picked, float* weights) {
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     picked[kept] = index[i];
-    weights[kept] = values[i];
-    kept += in_support(values[i], below);
+    weights[kept] = prior[i];
+    kept += in_support(prior[i], below);
   }
   return kept;
 }
@@ -76,12 +76,12 @@ struct WeightArrays {
   static int64_t floats(int64_t most) { return 2 * padded(most); }
   WeightArrays(float* memory, int64_t most) : exponents(memory), factors(memory + padded(most)) {}
   /// Whatever is outside the support has some finite exponent; the factors of logarithms are 1.
-  void take(const float* weights, int64_t count, bool log_weights) const {
+  void take(const float* weights, int64_t count, bool log_prior) const {
     for (int64_t i = 0; i < count; i += kLanes) {
       const Vec w = load_first(weights + i, smaller(kLanes, count - i));
       const WeightParts parts(w);
-      store(exponents + i, log_weights ? exponent_of_log(w) : parts.exponent_minus(zero()));
-      store(factors + i, log_weights ? broadcast(1.0f) : parts.factor());
+      store(exponents + i, log_prior ? exponent_of_log(w) : parts.exponent_minus(zero()));
+      store(factors + i, log_prior ? broadcast(1.0f) : parts.factor());
     }
   }
 };

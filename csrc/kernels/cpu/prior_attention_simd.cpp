@@ -37,7 +37,7 @@ class PriorHead {
   __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
     const float* weights = weights_of(args_, b_, h_, n);
     if (weights == nullptr) return call(AllKeys{});
-    return args_.log_weights ? call(LogWeightedKeys{weights + j}) : call(WeightedKeys{weights + j});
+    return args_.log_prior ? call(LogWeightedKeys{weights + j}) : call(WeightedKeys{weights + j});
   }
   __attribute__((always_inline)) int64_t spans(int64_t, int64_t, int64_t from, int64_t keys, int64_t,
                                                KeySpan* spans) const {
@@ -105,7 +105,7 @@ void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Para
       for (int64_t j = 0; j < args.keys; ++j) target[j] += from[j];
     }
   }
-  if (grad_weight == nullptr || args.log_weights) return;
+  if (grad_weight == nullptr || args.log_prior) return;
   const int64_t rows = args.prior_rows;
   parallel_range(parallel, heads * rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

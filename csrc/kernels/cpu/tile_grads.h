@@ -35,10 +35,10 @@ class TileGrads {
         }
       }
     };
-    check(args.key, key_head, keys_of(args, b), args.head_size);
+    check(args.key, key_head, keys_of(args, b), args.head_dim);
     for (int64_t h = key_head * shared_heads(args); h < (key_head + 1) * shared_heads(args); ++h) {
-      check(args.query, h, args.queries, args.head_size);
-      check(grad_output, h, args.queries, args.value_size);
+      check(args.query, h, args.queries, args.head_dim);
+      check(grad_output, h, args.queries, args.value_dim);
     }
     return finite.passed();
   }
@@ -48,8 +48,8 @@ class TileGrads {
         grad_output_(grad_output),
         queries_(queries),
         width_(keys),
-        head_units_(tile_units(args.head_size)),
-        value_units_(tile_units(args.value_size)) {}
+        head_units_(tile_units(args.head_dim)),
+        value_units_(tile_units(args.value_dim)) {}
   int64_t wave_units() const { return sides(width_) * tile_units(queries_); }
 
   struct Keys {
@@ -59,16 +59,16 @@ class TileGrads {
   };
   int64_t key_bytes(int64_t all_keys) const {
     return carved(sides(all_keys) * head_units_) + carved(sides(all_keys) * value_units_) +
-           carved(sides(args_.head_size) * tile_units(all_keys));
+           carved(sides(args_.head_dim) * tile_units(all_keys));
   }
   __attribute__((always_inline)) Keys load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t all_keys,
                                                 Carver& carver) const {
     const Keys x{carver.floats(sides(all_keys) * head_units_), carver.floats(sides(all_keys) * value_units_),
-                 carver.floats(sides(args_.head_size) * tile_units(all_keys)), tile_units(all_keys)};
+                 carver.floats(sides(args_.head_dim) * tile_units(all_keys)), tile_units(all_keys)};
     const RowAddresses key(args_.key, {b, key_head}, 0), value(args_.value, {b, key_head}, 0);
-    pack_right(key, keys, args_.head_size, x.key);
-    pack_right(value, keys, args_.value_size, x.value);
-    pack_depth(key, keys, args_.head_size, all_keys, x.key_depth);
+    pack_right(key, keys, args_.head_dim, x.key);
+    pack_right(value, keys, args_.value_dim, x.value);
+    pack_depth(key, keys, args_.head_dim, all_keys, x.key_depth);
     return x;
   }
 
@@ -86,8 +86,8 @@ class TileGrads {
     const Task x{carver.floats(2 * head_units_),        carver.floats(2 * value_units_),
                  carver.floats(kGradRows * width_),     carver.floats(kGradRows * width_),
                  carver.floats(2 * tile_units(width_)), count};
-    pack_left(RowAddresses(args_.query, {b, h}, first), count, args_.head_size, x.query);
-    pack_left(RowAddresses(grad_output_, {b, h}, first), count, args_.value_size, x.grad_output);
+    pack_left(RowAddresses(args_.query, {b, h}, first), count, args_.head_dim, x.query);
+    pack_left(RowAddresses(grad_output_, {b, h}, first), count, args_.value_dim, x.grad_output);
     return x;
   }
   __attribute__((always_inline)) void multiply_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
@@ -131,10 +131,9 @@ class TileGrads {
   __attribute__((always_inline)) void add_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
                                                int64_t at, float* sums) const {
     const float *left = grads_at(task, at), *right = keys.key_depth + key / kChunk * kTileUnits;
-    const int64_t row = padded(args_.head_size);
+    const int64_t row = padded(args_.head_dim);
     for_tiles(
-        sides(task.count),
-        sides(args_.head_size), [&](auto tiles, int64_t r, int64_t c) __attribute__((always_inline)) {
+        sides(task.count), sides(args_.head_dim), [&](auto tiles, int64_t r, int64_t c) __attribute__((always_inline)) {
           float* target = sums + kTileSide * (r * row + c);
           tiles.load(target, row);
           tiles.add(left + r * tile_units(width_), tile_units(width_), right + c * keys.depth_units, keys.depth_units,
@@ -148,16 +147,15 @@ class TileGrads {
     int64_t size;
   };
   int64_t queries_bytes() const {
-    return carved(sides(args_.head_size) * tile_units(queries_)) +
-           carved(sides(args_.value_size) * tile_units(queries_));
+    return carved(sides(args_.head_dim) * tile_units(queries_)) + carved(sides(args_.value_dim) * tile_units(queries_));
   }
   __attribute__((always_inline)) Queries load_queries(int64_t b, int64_t h, int64_t first, int64_t count,
                                                       Carver& carver) const {
-    return load_columns_of(args_.query, args_.head_size, {b, h}, first, count, carver);
+    return load_columns_of(args_.query, args_.head_dim, {b, h}, first, count, carver);
   }
   __attribute__((always_inline)) Queries load_grad_output(int64_t b, int64_t h, int64_t first, int64_t count,
                                                           Carver& carver) const {
-    return load_columns_of(grad_output_, args_.value_size, {b, h}, first, count, carver);
+    return load_columns_of(grad_output_, args_.value_dim, {b, h}, first, count, carver);
   }
   __attribute__((always_inline)) void add_queries(const Queries& x, const float* wave_numbers, int64_t from, int64_t to,
                                                   int64_t at, int64_t key, int64_t keys, float* sums) const {

@@ -26,8 +26,8 @@ class TileProducts {
   static_assert(kBlockKeys / kSpanKeys <= kMaxSpans);
 
   static int64_t bytes(const AttentionArgs& args, int64_t b, int64_t keys, int64_t width) {
-    return carved(2 * tile_units(args.head_size)) + carved(sides(keys) * tile_units(args.head_size)) +
-           carved(sides(args.value_size) * tile_units(keys_of(args, b))) + carved(2 * tile_units(width));
+    return carved(2 * tile_units(args.head_dim)) + carved(sides(keys) * tile_units(args.head_dim)) +
+           carved(sides(args.value_dim) * tile_units(keys_of(args, b))) + carved(2 * tile_units(width));
   }
   __attribute__((always_inline))
   TileProducts(const AttentionArgs& args, HeadPlace at, int64_t keys, int64_t width, Carver& scratch)
@@ -36,22 +36,22 @@ class TileProducts {
         key_head_(at.h / shared_heads(args)),
         all_keys_(keys_of(args, at.b)),
         width_(width),
-        value_size_(padded(args.value_size)),
-        head_units_(tile_units(args.head_size)),
+        value_dim_(padded(args.value_dim)),
+        head_units_(tile_units(args.head_dim)),
         value_units_(tile_units(all_keys_)),
         weight_units_(tile_units(width)),
         query_(scratch.floats(2 * head_units_)),
         key_(scratch.floats(sides(keys) * head_units_)),
-        value_(scratch.floats(sides(args.value_size) * value_units_)),
+        value_(scratch.floats(sides(args.value_dim) * value_units_)),
         weights_(scratch.floats(2 * weight_units_)) {
-    pack_right(RowAddresses(args.key, {at.b, key_head_}, 0), keys, args.head_size, key_);
-    finite_ = pack_depth(RowAddresses(args.value, {at.b, key_head_}, 0), all_keys_, args.value_size, all_keys_, value_);
+    pack_right(RowAddresses(args.key, {at.b, key_head_}, 0), keys, args.head_dim, key_);
+    finite_ = pack_depth(RowAddresses(args.value, {at.b, key_head_}, 0), all_keys_, args.value_dim, all_keys_, value_);
   }
   /// More rows share what is loaded of the keys and values, fewer leave them room in the L1 cache.
   __attribute__((always_inline)) int64_t step_rows() const { return step_rows(args_, smaller(width_, all_keys_)); }
   /// With so many keys in a block.
   __attribute__((always_inline)) static int64_t step_rows(const AttentionArgs& args, int64_t keys) {
-    const int64_t bytes = (sides(keys) * tile_units(args.head_size) + sides(args.value_size) * tile_units(keys)) * 4;
+    const int64_t bytes = (sides(keys) * tile_units(args.head_dim) + sides(args.value_dim) * tile_units(keys)) * 4;
     return bytes > kL1Operands ? kRows : kTileSide;
   }
   __attribute__((always_inline)) void wait() const { keep_awake(); }
@@ -61,7 +61,7 @@ class TileProducts {
 
   __attribute__((always_inline)) void load_queries(int64_t first, int64_t rows) {
     keep_awake();
-    pack_left(RowAddresses(args_.query, at_, first), rows, args_.head_size, query_);
+    pack_left(RowAddresses(args_.query, at_, first), rows, args_.head_dim, query_);
   }
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float,
                                                     float* scores) const {
@@ -69,7 +69,7 @@ class TileProducts {
     if (last < 0) return;
     const int64_t columns = smaller(sides(span.keys), last / kTileSide + 1);
     const float* key = key_ + span.from / kTileSide * head_units_;
-    if (chunks(args_.head_size) <= 2) {
+    if (chunks(args_.head_dim) <= 2) {
       for (int64_t r = 0; r < sides(rows); ++r) {
         multiply_short(query_ + r * head_units_, key, columns, scores + r * kTileSide * width_ + span.at);
       }
@@ -78,7 +78,7 @@ class TileProducts {
     for_tiles(
         sides(rows), columns, [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
           sums.clear();
-          sums.add(query_ + r * head_units_, head_units_, key + c * head_units_, head_units_, chunks(args_.head_size));
+          sums.add(query_ + r * head_units_, head_units_, key + c * head_units_, head_units_, chunks(args_.head_dim));
           sums.store(scores + kTileSide * (r * width_ + c) + span.at, width_);
         });
   }
@@ -117,10 +117,10 @@ class TileProducts {
     for (int64_t i = 0; i < rows; ++i) most = larger(most, ends[i]);
     while (count > 0 && spans[count - 1].from >= most) --count;
     for_tiles(
-        sides(rows), sides(args_.value_size), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
-          float* target = totals + kTileSide * (r * value_size_ + c);
+        sides(rows), sides(args_.value_dim), [&](auto sums, int64_t r, int64_t c) __attribute__((always_inline)) {
+          float* target = totals + kTileSide * (r * value_dim_ + c);
           if (add) {
-            sums.load(target, value_size_);
+            sums.load(target, value_dim_);
           } else {
             sums.clear();
           }
@@ -130,7 +130,7 @@ class TileProducts {
                      value_ + c * value_units_ + tile_units(span.from), value_units_,
                      chunks(smaller(span.keys, most - span.from)));
           }
-          sums.store(target, value_size_);
+          sums.store(target, value_dim_);
         });
   }
 
@@ -138,7 +138,7 @@ class TileProducts {
   /// Scores of 16 queries of at most two chunks, which stay in registers 6 and 7.
   __attribute__((always_inline)) void multiply_short(const float* query, const float* key, int64_t columns,
                                                      float* target) const {
-    const bool two = chunks(args_.head_size) == 2;
+    const bool two = chunks(args_.head_dim) == 2;
     load_tile<6>(query);
     if (two) load_tile<7>(query + kTileUnits);
     for (int64_t c = 0; c < columns; c += 2, key += 2 * head_units_, target += 2 * kTileSide) {
@@ -159,7 +159,7 @@ class TileProducts {
   }
   const AttentionArgs& args_;
   const HeadPlace at_;
-  const int64_t key_head_, all_keys_, width_, value_size_;
+  const int64_t key_head_, all_keys_, width_, value_dim_;
   const int64_t head_units_, value_units_, weight_units_;  // of a row or column of tiles
   float *query_, *key_, *value_, *weights_;
   bool finite_ = false;

@@ -57,7 +57,7 @@ struct Head {
 /// log2 of a weight, -inf outside the support; NaN stays NaN, which must reach its row. Of a logarithm that is given,
 /// what is finite stays so, unless above 2e38.
 __device__ __forceinline__ float log_weight(const AttentionParams& params, float w) {
-  if (!params.log_weights) return w <= 0 ? -kInfinity : log2_approx(w);
+  if (!params.log_prior) return w <= 0 ? -kInfinity : log2_approx(w);
   const float log = w * kLog2E;
   return log == -kInfinity && w > -kInfinity ? -3.4028234663852886e38f : log;
 }
@@ -89,7 +89,7 @@ __device__ __forceinline__ float log_probability(float score, float log_weight, 
   if (log_weight == -kInfinity || logsumexp == -kInfinity) return -kInfinity;
   const float log = score + (log_weight - logsumexp);
   // No probability is more than 1, however the logarithm of a sum of such large ones was rounded.
-  return params.log_weights && log > 0 ? 0 : log;
+  return params.log_prior && log > 0 ? 0 : log;
 }
 
 /// d w of a pair, which has a weight of 1 in `log_probability`, or d ln w. Infinite only where it leaves the range.
@@ -115,7 +115,7 @@ __device__ __forceinline__ void compute_delta(const BackwardParams<Weights>& par
   const Element* grad = head_of<Element>(params.grad_output, b, head) + query * params.grad_output.row_stride;
   const Element* output = head_of<Element>(params.output, b, head) + query * params.output.row_stride;
   float sum = 0;
-  for (int d = lane_index(); d < params.value_size; d += 32) sum = fmaf(widen(grad[d]), widen(output[d]), sum);
+  for (int d = lane_index(); d < params.value_dim; d += 32) sum = fmaf(widen(grad[d]), widen(output[d]), sum);
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
   if (lane_index() == 0) params.delta[at] = sum;

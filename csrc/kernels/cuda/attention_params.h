@@ -5,8 +5,8 @@
 // rest, without gaps: fields come in the order below, each aligned to its size. An Input or Output is 32 bytes: the
 // address, and the strides of batch, head and row in elements (int64; the last dimension is contiguous).
 //
-// query is [batch, query_heads, queries, head_size]; key and value are [batch, key_heads, keys, head_size or
-// value_size]; output and grad_output are like query, with value_size; each gradient is like what it is of. query_heads
+// query is [batch, query_heads, queries, head_dim]; key and value are [batch, key_heads, keys, head_dim or
+// value_dim]; output and grad_output are like query, with value_dim; each gradient is like what it is of. query_heads
 // is a multiple of key_heads. Before any other kernel of backward, the one called delta must have run.
 #pragma once
 
@@ -26,8 +26,8 @@ struct AttentionParams {
   uint64_t dropout_threshold;  ///< of 2^32: pairs whose random word is below it are dropped; 0 without dropout
   float dropout_kept;          ///< what the others are multiplied by
   float scale;
-  int32_t batch, query_heads, key_heads, queries, keys, head_size, value_size;
-  bool is_gaussian, log_weights;  ///< 1 byte each; 2 of padding; the latter: weights are given as ln w
+  int32_t batch, query_heads, key_heads, queries, keys, head_dim, value_dim;
+  bool is_gaussian, log_prior;  ///< 1 byte each; 2 of padding; the latter: weights are given as ln w
 };
 static_assert(sizeof(Input) == 32 && sizeof(Output) == 32 && sizeof(AttentionParams) == 160, "as said above");
 
@@ -56,11 +56,11 @@ struct PriorWeights {
   bool is_causal;
 };
 
-/// The weights of csr_attention: its pattern, by the plan that csr_plan made, and the entries' values.
+/// The weights of csr_attention: its pattern, by the plan that csr_plan made, and their prior.
 struct CsrWeights {
   const void* plan;
   int64_t plan_bytes, num_rows, nnz;  ///< of plan and pattern; the kernels trap where the plan is of another one
-  const float* values;                ///< [nnz], or null: all weights are 1
+  const float* prior;                 ///< [nnz], or null: all weights are 1
   const int64_t* query_offsets;       ///< [batch]: query n is row n + offset of its head; or null for 0
   int32_t selected;                   ///< a CsrKernel
 };
@@ -84,10 +84,10 @@ inline AttentionParams attention_params(const AttentionArgs& args, const int64_t
           static_cast<int32_t>(args.key_heads),
           static_cast<int32_t>(args.queries),
           static_cast<int32_t>(args.keys),
-          static_cast<int32_t>(args.head_size),
-          static_cast<int32_t>(args.value_size),
+          static_cast<int32_t>(args.head_dim),
+          static_cast<int32_t>(args.value_dim),
           args.score == Score::kGaussian,
-          args.log_weights};
+          args.log_prior};
 }
 
 inline PriorWeights weights_of(const PriorArgs& args) {
@@ -145,11 +145,11 @@ void with_element_of(const AttentionArgs& args, Call&& call) {
   }
 }
 
-/// call(Constant<kHead>{}) for these arguments: kHead is the least of 64, 128 and 256 that neither head_size nor
-/// value_size exceeds.
+/// call(Constant<kHead>{}) for these arguments: kHead is the least of 64, 128 and 256 that neither head_dim nor
+/// value_dim exceeds.
 template <class Call>
 void with_head_of(const AttentionArgs& args, Call&& call) {
-  const int64_t size = std::max(args.head_size, args.value_size);
+  const int64_t size = std::max(args.head_dim, args.value_dim);
   if (size <= 64) return call(Constant<64>{});
   if (size <= 128) return call(Constant<128>{});
   call(Constant<256>{});

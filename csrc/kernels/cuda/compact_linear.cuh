@@ -8,13 +8,13 @@
 // and bias, they are sums of blocks of rows: the error of one chain would grow with the rows.
 //
 //   fiak_compact_linear_forward_<type>      output[b, h, k]     = weight[h] input[b, keep[h, k]] + bias[h]; 0 where -1
-//       grid: batch * heads * ceil(kept / kLinearTile) * ceil(head_size / kLinearTile)
+//       grid: batch * heads * ceil(kept / kLinearTile) * ceil(head_dim / kLinearTile)
 //   fiak_compact_linear_grad_input_<type>   grad_input[b, m]    = sum of grad_output[b, h, k] weight[h], keep[h, k] = m
 //       grid: batch * ceil(rows / kLinearTile) * ceil(in_features / kLinearTile)
 //   fiak_compact_linear_grad_weight_<type>  grad_weight[h]      = sum of grad_output[b, h, k]^T input[b, keep[h, k]]
-//       grid: heads * ceil(head_size / kLinearTile) * ceil(in_features / kLinearTile)
+//       grid: heads * ceil(head_dim / kLinearTile) * ceil(in_features / kLinearTile)
 //   fiak_compact_linear_grad_bias_<type>    grad_bias[h]        = sum of grad_output[b, h, k], keep[h, k] >= 0
-//       grid: heads * ceil(head_size / 32)
+//       grid: heads * ceil(head_dim / 32)
 //
 // <type>: f32, f16 or bf16. parameters: CompactLinearParams, 21 fields of 8 bytes in the order below; block:
 // kLinearThreads, of grad_bias kBiasThreads; dynamic shared memory: sizeof(LinearForwardShared<Element>),
@@ -36,14 +36,14 @@ struct CompactLinearParams {
   const int64_t* keep;  ///< [heads, kept], ascending, padded at the end with -1
   const void* input;    ///< [batch, rows, in_features]
   int64_t input_batch_stride, input_row_stride;
-  const void* weight;  ///< [heads * head_size, in_features]
+  const void* weight;  ///< [heads * head_dim, in_features]
   int64_t weight_stride;
-  const void* bias;           ///< [heads * head_size], or null
-  const void* grad_output;    ///< [batch, heads, kept, head_size]; not read by forward
+  const void* bias;           ///< [heads * head_dim], or null
+  const void* grad_output;    ///< [batch, heads, kept, head_dim]; not read by forward
   int64_t grad_strides[3];    ///< batch, head, row
-  void* result;               ///< forward: [batch, heads, kept, head_size]; else contiguous, in the input's own shape
+  void* result;               ///< forward: [batch, heads, kept, head_dim]; else contiguous, in the input's own shape
   int64_t result_strides[3];  ///< batch, head, row; of forward
-  int64_t batch, heads, rows, kept, in_features, head_size;
+  int64_t batch, heads, rows, kept, in_features, head_dim;
 };
 static_assert(sizeof(CompactLinearParams) == 21 * 8);
 
@@ -93,7 +93,7 @@ __device__ __forceinline__ const Element* input_row(const CompactLinearParams& p
 }
 template <class Element>
 __device__ __forceinline__ const Element* weight_row(const CompactLinearParams& params, int64_t h, int64_t d) {
-  return static_cast<const Element*>(params.weight) + (h * params.head_size + d) * params.weight_stride;
+  return static_cast<const Element*>(params.weight) + (h * params.head_dim + d) * params.weight_stride;
 }
 template <class Element>
 __device__ __forceinline__ const Element* grad_row(const CompactLinearParams& params, int64_t b, int64_t h, int64_t k) {
@@ -177,7 +177,7 @@ __device__ inline void linear_forward_block(const CompactLinearParams& params) {
   constexpr int kStep = kLinearDepth<Element>;
   auto& shared = shared_memory<LinearForwardShared<Element>>();
   BlockIndex index;
-  const int64_t first_d = index.part(tiles_of(params.head_size, kLinearTile)) * kLinearTile;
+  const int64_t first_d = index.part(tiles_of(params.head_dim, kLinearTile)) * kLinearTile;
   const int64_t first_k = index.part(tiles_of(params.kept, kLinearTile)) * kLinearTile;
   const int64_t h = index.part(params.heads), b = index.rest;
   for (int row = static_cast<int>(threadIdx.x); row < kLinearTile; row += kLinearThreads) {
@@ -194,7 +194,7 @@ __device__ inline void linear_forward_block(const CompactLinearParams& params) {
           return kept < 0 ? nullptr : input_row<Element>(params, b, kept);
         });
         load_gathered(shared.weight[stage], int64_t{step} * kStep, params.in_features, [&](int row) -> const Element* {
-          return first_d + row < params.head_size ? weight_row<Element>(params, h, first_d + row) : nullptr;
+          return first_d + row < params.head_dim ? weight_row<Element>(params, h, first_d + row) : nullptr;
         });
       },
       [&](int, int stage) {
@@ -214,9 +214,9 @@ __device__ inline void linear_forward_block(const CompactLinearParams& params) {
       const int64_t d = first_d + 8 * t + group_column();
       const auto biased = [&](int64_t at, float sum) {
         if (!keeps) return 0.0f;
-        return bias != nullptr && at < params.head_size ? sum + widen(bias[h * params.head_size + at]) : sum;
+        return bias != nullptr && at < params.head_dim ? sum + widen(bias[h * params.head_dim + at]) : sum;
       };
-      store_pair(target, static_cast<int>(d), static_cast<int>(params.head_size), biased(d, sums[t][2 * r]),
+      store_pair(target, static_cast<int>(d), static_cast<int>(params.head_dim), biased(d, sums[t][2 * r]),
                  biased(d + 1, sums[t][2 * r + 1]));
     }
   }
@@ -248,7 +248,7 @@ __device__ inline void linear_grad_input_block(const CompactLinearParams& params
   const int64_t first_x = index.part(tiles_of(params.in_features, kLinearTile)) * kLinearTile;
   const int64_t first_row = index.part(tiles_of(params.rows, kLinearTile)) * kLinearTile;
   const int64_t b = index.rest;
-  const int steps = static_cast<int>(tiles_of(params.head_size, kStep));
+  const int steps = static_cast<int>(tiles_of(params.head_dim, kStep));
 
   float sums[kLinearTile / 8][4] = {};
   stream<2>(
@@ -262,12 +262,12 @@ __device__ inline void linear_grad_input_block(const CompactLinearParams& params
           }
           __syncthreads();
         }
-        load_gathered(shared.grad[stage], first_d, params.head_size, [&](int row) -> const Element* {
+        load_gathered(shared.grad[stage], first_d, params.head_dim, [&](int row) -> const Element* {
           const int64_t k = places[row];
           return k < 0 ? nullptr : grad_row<Element>(params, b, h, k);
         });
         load_gathered(shared.weight[stage], first_x, params.in_features, [&](int row) -> const Element* {
-          return first_d + row < params.head_size ? weight_row<Element>(params, h, first_d + row) : nullptr;
+          return first_d + row < params.head_dim ? weight_row<Element>(params, h, first_d + row) : nullptr;
         });
       },
       [&](int, int stage) {
@@ -283,7 +283,7 @@ __device__ inline void linear_grad_weight_block(const CompactLinearParams& param
   auto& shared = shared_memory<LinearGradWeightShared<Element>>();
   BlockIndex index;
   const int64_t first_x = index.part(tiles_of(params.in_features, kLinearTile)) * kLinearTile;
-  const int64_t first_d = index.part(tiles_of(params.head_size, kLinearTile)) * kLinearTile;
+  const int64_t first_d = index.part(tiles_of(params.head_dim, kLinearTile)) * kLinearTile;
   const int64_t h = index.rest;
   const auto kept = static_cast<unsigned>(params.kept), total = static_cast<unsigned>(params.batch) * kept;
 
@@ -311,7 +311,7 @@ __device__ inline void linear_grad_weight_block(const CompactLinearParams& param
             return input < 0 ? nullptr : row_of(int64_t{b}, int64_t{k}, input);
           });
         };
-        load(shared.grad[stage], first_d, params.head_size,
+        load(shared.grad[stage], first_d, params.head_dim,
              [&](int64_t b, int64_t k, int64_t) { return grad_row<Element>(params, b, h, k); });
         load(shared.input[stage], first_x, params.in_features,
              [&](int64_t b, int64_t, int64_t row) { return input_row<Element>(params, b, row); });
@@ -321,8 +321,8 @@ __device__ inline void linear_grad_weight_block(const CompactLinearParams& param
         if ((step + 1) % (kSumRows / kStep) == 0) add_up();
       });
   add_up();
-  store_linear_tile(totals, static_cast<Element*>(params.result) + h * params.head_size * params.in_features,
-                    params.head_size, params.in_features, first_d, first_x);
+  store_linear_tile(totals, static_cast<Element*>(params.result) + h * params.head_dim * params.in_features,
+                    params.head_dim, params.in_features, first_d, first_x);
 }
 
 /// Of 32 columns, a warp sums every kBiasWarps-th row.
@@ -330,11 +330,11 @@ template <class Element>
 __device__ inline void linear_grad_bias_block(const CompactLinearParams& params) {
   auto& shared = shared_memory<LinearBiasShared>();
   BlockIndex index;
-  const int64_t d = index.part(tiles_of(params.head_size, 32)) * 32 + lane_index();
+  const int64_t d = index.part(tiles_of(params.head_dim, 32)) * 32 + lane_index();
   const int64_t h = index.rest;
   const auto kept = static_cast<unsigned>(params.kept), total = static_cast<unsigned>(params.batch) * kept;
   double total_sum = 0;
-  if (d < params.head_size) {
+  if (d < params.head_dim) {
     for (unsigned first = static_cast<unsigned>(warp_index()); first < total;) {
       const unsigned end = total - first > kSumRows * kBiasWarps ? first + kSumRows * kBiasWarps : total;
       float sum = 0;
@@ -348,10 +348,10 @@ __device__ inline void linear_grad_bias_block(const CompactLinearParams& params)
   }
   shared.sums[warp_index()][lane_index()] = total_sum;
   __syncthreads();
-  if (warp_index() > 0 || d >= params.head_size) return;
+  if (warp_index() > 0 || d >= params.head_dim) return;
   for (int warp = 1; warp < kBiasWarps; ++warp) total_sum += shared.sums[warp][lane_index()];
   const auto sum = static_cast<float>(total_sum);
-  auto* target = static_cast<Element*>(params.result) + h * params.head_size;
+  auto* target = static_cast<Element*>(params.result) + h * params.head_dim;
   if constexpr (sizeof(Element) == 2) {
     target[d] = Element{static_cast<uint16_t>(pack(sum, sum, Element{}))};
   } else {
@@ -404,7 +404,7 @@ inline CompactLinearParams linear_params(const CompactLinearArgs& args) {
   params.rows = args.rows;
   params.kept = args.kept;
   params.in_features = args.in_features;
-  params.head_size = args.head_size;
+  params.head_dim = args.head_dim;
   return params;
 }
 
@@ -429,7 +429,7 @@ void linear_forward(const CompactLinearArgs& args, const Output& output, Launch&
   params.result_strides[1] = output.head_stride;
   params.result_strides[2] = output.row_stride;
   const int64_t blocks =
-      args.batch * args.heads * tiles_of(args.kept, kLinearTile) * tiles_of(args.head_size, kLinearTile);
+      args.batch * args.heads * tiles_of(args.kept, kLinearTile) * tiles_of(args.head_dim, kLinearTile);
   if (blocks == 0) return;
   with_linear_element(args.dtype, [&](auto element) { launch(linear_forward_kernel(element), blocks, params); });
 }
@@ -451,8 +451,8 @@ void linear_backward(const CompactLinearArgs& args, const CompactLinearGrads& gr
   with_linear_element(args.dtype, [&](auto element) {
     run(linear_grad_input_kernel(element), grads.grad_input, args.batch * tiles_of(args.rows, kLinearTile) * x_tiles);
     run(linear_grad_weight_kernel(element), grads.grad_weight,
-        args.heads * tiles_of(args.head_size, kLinearTile) * x_tiles);
-    run(linear_grad_bias_kernel(element), grads.grad_bias, args.heads * tiles_of(args.head_size, 32));
+        args.heads * tiles_of(args.head_dim, kLinearTile) * x_tiles);
+    run(linear_grad_bias_kernel(element), grads.grad_bias, args.heads * tiles_of(args.head_dim, 32));
   });
 }
 

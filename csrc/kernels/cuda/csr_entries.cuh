@@ -13,10 +13,10 @@
 //   fiak_csr_entries_grad_query_T_dD_eE(CsrBackwardParams)    grad_query; a warp for each query
 //   fiak_csr_entries_grad_key_T_dD_eE(CsrBackwardParams)      grad_key; a warp for each key of a key head
 //   fiak_csr_entries_grad_value_T_dD_eE(CsrBackwardParams)    grad_value; a warp for each key of a key head
-//     T: f32, f16, bf16; D: 64, 128, 256, at least head_size and value_size; E: batch elements of a group that a warp
+//     T: f32, f16, bf16; D: 64, 128, 256, at least head_dim and value_dim; E: batch elements of a group that a warp
 //     serves at once, 1 or 2; 1 with query_offsets
 //     grid: ceil(queries / kEntriesWarps) * query_heads * ceil(batch / E) blocks, or of keys and key_heads
-//   fiak_csr_entries_grad_values_T_dD_eE(CsrBackwardParams)   grad_weight; a warp for each row of the pattern
+//   fiak_csr_entries_grad_prior_T_dD_eE(CsrBackwardParams)   grad_weight; a warp for each row of the pattern
 //     with any query_offsets; grid: ceil(weights.num_rows / kEntriesWarps)
 //   fiak_csr_delta_T(CsrBackwardParams)                       delta, which the others of backward read
 //     grid: ceil(batch * query_heads * queries / kDeltaWarps); block: 32 * kDeltaWarps
@@ -223,8 +223,8 @@ __device__ __forceinline__ float dropout_of(const AttentionParams& params, int64
 /// That of an entry.
 template <class Params>
 __device__ __forceinline__ float log_weight_of(const Params& params, int64_t entry) {
-  const float* values = params.weights.values;
-  return values == nullptr ? 0 : log_weight(params, values[entry]);
+  const float* prior = params.weights.prior;
+  return prior == nullptr ? 0 : log_weight(params, prior[entry]);
 }
 
 /// A pair's w exp(s - logsumexp); 0 in empty rows.
@@ -281,8 +281,8 @@ __device__ __forceinline__ void csr_entries_forward(const CsrForwardParams& para
     const int key_head = h / (params.query_heads / params.key_heads);
     if (pattern.uses_tiles(params, params.weights, elements.first, key_head, sizeof(Element) == 2)) return;
     const int64_t row = query + pattern.offset(params, params.weights, elements.first);
-    const Rows keys(params.key, elements.first, key_head, pattern.groups, params.head_size);
-    const Rows values(params.value, elements.first, key_head, pattern.groups, params.value_size);
+    const Rows keys(params.key, elements.first, key_head, pattern.groups, params.head_dim);
+    const Rows values(params.value, elements.first, key_head, pattern.groups, params.value_dim);
     Numbers queries[kElements];
     Part<Element> parts[kElements];
     float output[kElements][kLaneColumns] = {}, maximum[kElements], sum[kElements] = {};
@@ -290,7 +290,7 @@ __device__ __forceinline__ void csr_entries_forward(const CsrForwardParams& para
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const bool is_there = e < elements.count;
-      queries[e] = numbers_of<Element, kHead>(params.query, elements.at(e), h, is_there ? query : -1, params.head_size);
+      queries[e] = numbers_of<Element, kHead>(params.query, elements.at(e), h, is_there ? query : -1, params.head_dim);
       end[e] = is_there ? keys_of(params, elements.at(e)) : 0;
       maximum[e] = -kInfinity;
     }
@@ -336,7 +336,7 @@ __device__ __forceinline__ void csr_entries_forward(const CsrForwardParams& para
       const int64_t b = elements.at(e);
       const float total = warp_sum(sum[e]);  // at least 1, its largest term, or 0 for an empty row, or NaN
       L::store(output[e], total == 0 ? 0.0f : 1 / total,
-               head_of<Element>(params.output, b, h) + query * params.output.row_stride, params.value_size);
+               head_of<Element>(params.output, b, h) + query * params.output.row_stride, params.value_dim);
       if (lane_index() == 0) {
         params.logsumexp[(b * params.query_heads + h) * params.queries + query] =
             total == 0 ? -kInfinity : maximum[e] * kLn2 + logf(total);
@@ -383,13 +383,13 @@ struct RowPairs {
         h(h),
         key_head(h / (params.query_heads / params.key_heads)),
         row(row),
-        keys(params.key, elements.first, key_head, elements.groups, params.head_size),
-        values(params.value, elements.first, key_head, elements.groups, params.value_size) {
+        keys(params.key, elements.first, key_head, elements.groups, params.head_dim),
+        values(params.value, elements.first, key_head, elements.groups, params.value_dim) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const int query = e < elements.count ? query_of(e) : -1, b = elements.at(e);
-      queries[e] = numbers_of<Element, kHead>(params.query, b, h, query, params.head_size);
-      grad_outputs[e] = numbers_of<Element, kHead>(params.grad_output, b, h, query, params.value_size);
+      queries[e] = numbers_of<Element, kHead>(params.query, b, h, query, params.head_dim);
+      grad_outputs[e] = numbers_of<Element, kHead>(params.grad_output, b, h, query, params.value_dim);
       states[e] = row_state(params, b, h, query, query >= 0);
       end[e] = query >= 0 ? keys_of(params, b) : 0;
     }
@@ -457,7 +457,7 @@ __device__ __forceinline__ void csr_entries_grad_query(const CsrBackwardParams& 
     for (int e = 0; e < kElements; ++e) {
       if (e >= elements.count) continue;
       Element* target = head_of<Element>(params.grad_query, elements.at(e), h) + query * params.grad_query.row_stride;
-      L::store(sums[e], params.scale, target, params.head_size);
+      L::store(sums[e], params.scale, target, params.head_dim);
     }
   };
   for_elements<kElements>(params, pattern.groups, params.query_heads, params.queries, compute);
@@ -481,15 +481,15 @@ __device__ __forceinline__ void csr_entries_grad_column(const CsrBackwardParams&
       const int b = elements.at(e);
       const bool is_seen = e < elements.count && key < keys_of(params, b);
       end[e] = is_seen ? params.queries : 0;
-      keys[e] = numbers_of<Element, kHead>(params.key, b, key_head, is_seen ? key : -1, params.head_size);
+      keys[e] = numbers_of<Element, kHead>(params.key, b, key_head, is_seen ? key : -1, params.head_dim);
       if (kGradKey) {
-        values[e] = numbers_of<Element, kHead>(params.value, b, key_head, is_seen ? key : -1, params.value_size);
+        values[e] = numbers_of<Element, kHead>(params.value, b, key_head, is_seen ? key : -1, params.value_dim);
       }
     }
     const int heads = params.query_heads / params.key_heads;
     for (int h = key_head * heads; h < (key_head + 1) * heads; ++h) {
-      const Rows queries(params.query, elements.first, h, pattern.groups, params.head_size);
-      const Rows grad_outputs(params.grad_output, elements.first, h, pattern.groups, params.value_size);
+      const Rows queries(params.query, elements.first, h, pattern.groups, params.head_dim);
+      const Rows grad_outputs(params.grad_output, elements.first, h, pattern.groups, params.value_dim);
       const int64_t first_row = pattern.first_row(params, elements.first, h);
       const int64_t first_entry = plan.row_offsets[first_row], pattern_head = pattern.head_of(elements.first, h);
       const PlanRange places = plan.places(pattern_head, key);
@@ -556,7 +556,7 @@ __device__ __forceinline__ void csr_entries_grad_column(const CsrBackwardParams&
       }
       L::store(sums[e], kGradKey ? params.scale : 1.0f,
                head_of<Element>(target, elements.at(e), key_head) + key * target.row_stride,
-               kGradKey ? params.head_size : params.value_size);
+               kGradKey ? params.head_dim : params.value_dim);
     }
   };
   for_elements<kElements>(params, pattern.groups, params.key_heads, params.keys, compute);
@@ -575,7 +575,7 @@ __device__ __forceinline__ void csr_entries_grad_value(const CsrBackwardParams& 
 /// d w of every entry of a row, outside the support, too. Elements from the second run on are added to what the lane
 /// itself wrote for those before.
 template <class Element, int kHead, int kElements>
-__device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams& params) {
+__device__ __forceinline__ void csr_entries_grad_prior(const CsrBackwardParams& params) {
   const CsrPattern pattern(params, params.weights);
   const int64_t pattern_row = int64_t{blockIdx.x} * kEntriesWarps + warp_index();
   if (pattern_row >= params.weights.num_rows) return;
@@ -595,7 +595,7 @@ __device__ __forceinline__ void csr_entries_grad_values(const CsrBackwardParams&
       const bool is_first = first == group && h == first_head;
       for_rounds<kHead>(pattern.plan, pattern_row, [&](int64_t entry, int key, int steps) {
         float grads[kElements], sum = 0;
-        const float weight = params.log_weights && key >= 0 ? log_weight_of(params, entry) : 0;
+        const float weight = params.log_prior && key >= 0 ? log_weight_of(params, entry) : 0;
         pairs.template gradients<true>(grads, key, weight, steps);
 #pragma unroll
         for (int e = 0; e < kElements; ++e) sum += grads[e];
@@ -621,7 +621,7 @@ constexpr int kSharedElements = 2;
   FIAK_CSR_ENTRIES_KERNEL(grad_query, BackwardParams, dtype, Element, kHead, kElements) \
   FIAK_CSR_ENTRIES_KERNEL(grad_key, BackwardParams, dtype, Element, kHead, kElements)   \
   FIAK_CSR_ENTRIES_KERNEL(grad_value, BackwardParams, dtype, Element, kHead, kElements) \
-  FIAK_CSR_ENTRIES_KERNEL(grad_values, BackwardParams, dtype, Element, kHead, kElements)
+  FIAK_CSR_ENTRIES_KERNEL(grad_prior, BackwardParams, dtype, Element, kHead, kElements)
 #define FIAK_CSR_ENTRIES_KERNELS(dtype, Element, kHead) \
   FIAK_CSR_ENTRIES_KERNELS_OF(dtype, Element, kHead, 1) \
   FIAK_CSR_ENTRIES_KERNELS_OF(dtype, Element, kHead, 2)
@@ -647,7 +647,7 @@ void for_each_csr_entries_kernel(Visit&& visit) {
       visit(csr_entries_grad_query_kernel(element, head, elements));
       visit(csr_entries_grad_key_kernel(element, head, elements));
       visit(csr_entries_grad_value_kernel(element, head, elements));
-      visit(csr_entries_grad_values_kernel(element, head, elements));
+      visit(csr_entries_grad_prior_kernel(element, head, elements));
     };
     visit_all(Constant<1>{});
     visit_all(Constant<kSharedElements>{});
@@ -703,8 +703,7 @@ void csr_entries_backward(Element element, const AttentionArgs& args, const CsrW
       launch(csr_entries_grad_value_kernel(element, head, elements), key_blocks, params);
     }
     if (grads.grad_weight != nullptr) {
-      launch(csr_entries_grad_values_kernel(element, head, elements), tiles_of(weights.num_rows, kEntriesWarps),
-             params);
+      launch(csr_entries_grad_prior_kernel(element, head, elements), tiles_of(weights.num_rows, kEntriesWarps), params);
     }
   });
 }

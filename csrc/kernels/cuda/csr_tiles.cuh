@@ -1,7 +1,7 @@
 // Device code of csr_attention over tiles, on tensor cores: the kernels of tile_attention.cuh, whose pairs are a bit
 // each of the plan. Tiles without entries are skipped. Keeps to what both nvcc and csrc/simt compile.
 //
-// Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_size and value_size). All take one
+// Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_dim and value_dim). All take one
 // struct, CsrForwardParams or CsrBackwardParams (attention_params.h), and run on one-dimensional grids; blocks of key
 // heads that CsrPattern::uses_tiles leaves to the kernels over entries (csr_entries.cuh) end at once. kOwn and kThreads
 // are those of ForwardTiling or BackwardTiling (tile_attention.cuh); kOwn is half of kThreads. Numbers for each kernel:
@@ -111,9 +111,8 @@ struct CsrSupport {
             tiles[t][2 * r + e] = inside ? 0 : -kInfinity;
           }
         }
-        if (support_.weights.values != nullptr) {
-          if (bits != 0)
-            load_values(tiles, r, bits, support_.weights.values + support_.entry_from(row, 0) + passed_[r]);
+        if (support_.weights.prior != nullptr) {
+          if (bits != 0) load_values(tiles, r, bits, support_.weights.prior + support_.entry_from(row, 0) + passed_[r]);
           passed_[r] += __popcll(bits);
         }
 #pragma unroll
@@ -125,16 +124,16 @@ struct CsrSupport {
     }
 
    private:
-    /// Replaces a row's weights by those of its entries; `values` starts with the first of them.
+    /// Replaces a row's weights by those of its entries; `prior` starts with the first of them.
     template <int kTiles>
     __device__ __forceinline__ void load_values(float (&tiles)[kTiles][4], int r, uint64_t bits,
-                                                const float* values) const {
+                                                const float* prior) const {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int before = __popcll(bits & ((uint64_t{1} << (8 * t + group_column() + e)) - 1));
-          if (tiles[t][2 * r + e] == 0) tiles[t][2 * r + e] = log_weight(support_.params, values[before]);
+          if (tiles[t][2 * r + e] == 0) tiles[t][2 * r + e] = log_weight(support_.params, prior[before]);
         }
       }
     }
@@ -143,7 +142,7 @@ struct CsrSupport {
     int64_t first_row_;
     int first_query_, keys_;
     uint64_t used_ = 0;
-    int passed_[2] = {};  // entries of rows group_row() and group_row() + 8 before the tile, where there are values
+    int passed_[2] = {};  // entries of rows group_row() and group_row() + 8 before the tile, where there is a prior
   };
 
   template <int kRows>
@@ -152,7 +151,7 @@ struct CsrSupport {
     template <int kQueries>
     struct Staged {
       uint64_t bits[kQueries];  // of the block's keys
-      int64_t entry[kQueries];  // the first of them, where there are values
+      int64_t entry[kQueries];  // the first of them, where there is a prior
     };
 
     __device__ KeyRows(const CsrSupport& support, int first_key) : support_(support), first_key_(first_key) {}
@@ -178,7 +177,7 @@ struct CsrSupport {
       const bool inside = query < support_.params.queries;
       const int64_t row = support_.first_row(head) + query;
       staged.bits[thread] = inside ? support_.template bits<kRows>(row, first_key_) : 0;
-      if (support_.weights.values != nullptr) {
+      if (support_.weights.prior != nullptr) {
         staged.entry[thread] = inside ? support_.entry_from(row, first_key_) : 0;
       }
     }
@@ -197,9 +196,9 @@ struct CsrSupport {
             const int key = 16 * warp_index() + group_row() + 8 * r;
             float weight = -kInfinity;
             if ((bits >> key & 1) != 0 && first_key_ + key < head.keys) {
-              const float* values = support_.weights.values;
+              const float* prior = support_.weights.prior;
               const int before = __popcll(bits & ((uint64_t{1} << key) - 1));
-              weight = values == nullptr ? 0 : log_weight(support_.params, values[staged.entry[query] + before]);
+              weight = prior == nullptr ? 0 : log_weight(support_.params, prior[staged.entry[query] + before]);
             }
             tiles[t][2 * r + e] = weight;
             any = any || !(weight == -kInfinity);

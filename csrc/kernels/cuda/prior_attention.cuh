@@ -1,7 +1,7 @@
 // Device code of prior_attention, a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij') (Eq. 12 of the paper). Keeps to what
 // both nvcc and csrc/simt compile.
 //
-// Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_size and value_size). All take one
+// Kernels, for each dtype (f32, f16, bf16) and head (d64, d128, d256: at least head_dim and value_dim). All take one
 // struct, PriorForwardParams or PriorBackwardParams (attention_params.h), and run on one-dimensional grids. kOwn,
 // kStreamed and kThreads are those of ForwardTiling or BackwardTiling (tile_attention.cuh); kOwn is half of kThreads.
 // Numbers for each kernel: fiak_cuda_kernels prints them, benchmarks/results/cuda_resources.md holds them.
@@ -155,13 +155,13 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
       for (int first_query = first_row; first_query < end; first_query += T::kOwn) {
         if (first_key >= head.keys || (params.weights.is_causal && first_key >= first_query + T::kOwn)) continue;
         load_rows<T::kThreads>(shared.query, head_of<Element>(params.query, b, h), params.query.row_stride, first_query,
-                               params.queries, params.head_size);
+                               params.queries, params.head_dim);
         load_rows<T::kThreads>(shared.grad_output, head_of<Element>(params.grad_output, b, h),
-                               params.grad_output.row_stride, first_query, params.queries, params.value_size);
+                               params.grad_output.row_stride, first_query, params.queries, params.value_dim);
         load_rows<T::kThreads>(shared.key, head_of<Element>(params.key, b, head.key_head), params.key.row_stride,
-                               first_key, head.keys, params.head_size);
+                               first_key, head.keys, params.head_dim);
         load_rows<T::kThreads>(shared.value, head_of<Element>(params.value, b, head.key_head), params.value.row_stride,
-                               first_key, head.keys, params.value_size);
+                               first_key, head.keys, params.value_dim);
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();
@@ -174,9 +174,9 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
                                   {params, head, warp_query + group_row() + 8}};
         float weights[T::kTiles][4], scores[T::kTiles][4] = {}, grads[T::kTiles][4] = {};
         // Pairs of weight 0 have a gradient, too, but not those of a logarithm of -inf.
-        support.load<false>(weights, head, params.log_weights ? support.prior(head) : nullptr, warp_query, first_key);
-        multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key, params.head_size);
-        multiply_by_rows(grads, &shared.grad_output[16 * warp_index()], shared.value, params.value_size);
+        support.load<false>(weights, head, params.log_prior ? support.prior(head) : nullptr, warp_query, first_key);
+        multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key, params.head_dim);
+        multiply_by_rows(grads, &shared.grad_output[16 * warp_index()], shared.value, params.value_dim);
         if (params.dropout_threshold != 0) apply_dropout<false>(grads, params, head, warp_query, first_key);
 #pragma unroll
         for (int t = 0; t < T::kTiles; ++t) {

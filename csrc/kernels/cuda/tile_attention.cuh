@@ -24,7 +24,7 @@
 //     stage(staged, head, query)                   fills it; for the whole block
 //     load(weights, staged, head, query)           as above
 //
-// Element is Half, BFloat16 or float; kHead is 64, 128 or 256, at least head_size and value_size.
+// Element is Half, BFloat16 or float; kHead is 64, 128 or 256, at least head_dim and value_dim.
 #pragma once
 
 #include "kernels/cuda/attention_tiles.cuh"
@@ -63,7 +63,7 @@ struct Pair {
 template <class Element>
 __device__ __forceinline__ float key_bias_of(const Element* key, const AttentionParams& params) {
   float sum = 0;
-  for (int d = lane_index() % 4; d < params.head_size; d += 4) sum = fmaf(widen(key[d]), widen(key[d]), sum);
+  for (int d = lane_index() % 4; d < params.head_dim; d += 4) sum = fmaf(widen(key[d]), widen(key[d]), sum);
   return -0.5f * kLog2E * params.scale * quad_sum(sum);
 }
 
@@ -134,10 +134,10 @@ __device__ __forceinline__ void for_key_tiles(Shared& shared, const AttentionPar
   stream<kStages>(
       count, [&](int i) { return rows.template next<T::kStreamed>(i, count); },
       [&](int i, int stage) {
-        load_rows<T::kThreads>(shared.key[stage], key, params.key.row_stride, i * T::kStreamed, end, params.head_size,
+        load_rows<T::kThreads>(shared.key[stage], key, params.key.row_stride, i * T::kStreamed, end, params.head_dim,
                                rows.used());
         load_rows<T::kThreads>(shared.value[stage], value, params.value.row_stride, i * T::kStreamed, end,
-                               params.value_size, rows.used());
+                               params.value_dim, rows.used());
       },
       [&](int i, int stage) {
         if (params.is_gaussian) {
@@ -180,14 +180,14 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Suppor
   const int first_query = static_cast<int>(blockIdx.x % tiles) * T::kOwn;
   const int warp_query = first_query + 16 * warp_index();
   load_rows<T::kThreads>(shared.query, head_of<Element>(params.query, head.b, head.h), params.query.row_stride,
-                         first_query, params.queries, params.head_size);
+                         first_query, params.queries, params.head_dim);
 
   float output[T::kColumnTiles][4] = {};
   float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of rows group_row() and group_row() + 8
   for_key_tiles<T, 2, Element>(
       shared, params, support, head, first_query, [&](int first_key, int stage, const float(&weights)[T::kTiles][4]) {
         float scores[T::kTiles][4] = {};
-        multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key[stage], params.head_size);
+        multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key[stage], params.head_dim);
 
         float tile_maximum[2] = {-kInfinity, -kInfinity};
 #pragma unroll
@@ -224,7 +224,7 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Suppor
         }
         if (params.dropout_threshold != 0)
           apply_dropout<false>(scores, params, head, warp_query + support.offset(head), first_key);
-        multiply_by_columns(output, scores, shared.value[stage], params.value_size);
+        multiply_by_columns(output, scores, shared.value[stage], params.value_dim);
       });
 
   float factors[2];
@@ -238,7 +238,7 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Suppor
     }
   }
   store_rows(output, factors, head_of<Element>(params.output, head.b, head.h), params.output.row_stride, warp_query,
-             params.queries, params.value_size);
+             params.queries, params.value_dim);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -290,17 +290,17 @@ __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Su
   const int first_query = static_cast<int>(blockIdx.x % tiles) * T::kOwn;
   const int warp_query = first_query + 16 * warp_index();
   load_rows<T::kThreads>(shared.query, head_of<Element>(params.query, head.b, head.h), params.query.row_stride,
-                         first_query, params.queries, params.head_size);
+                         first_query, params.queries, params.head_dim);
   load_rows<T::kThreads>(shared.grad_output, head_of<Element>(params.grad_output, head.b, head.h),
-                         params.grad_output.row_stride, first_query, params.queries, params.value_size);
+                         params.grad_output.row_stride, first_query, params.queries, params.value_dim);
   const RowState rows[2] = {{params, head, warp_query + group_row()}, {params, head, warp_query + group_row() + 8}};
 
   float grad_query[T::kColumnTiles][4] = {};
   for_key_tiles<T, T::kStages, Element>(
       shared, params, support, head, first_query, [&](int first_key, int stage, const float(&weights)[T::kTiles][4]) {
         float scores[T::kTiles][4] = {}, grads[T::kTiles][4] = {};
-        multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key[stage], params.head_size);
-        multiply_by_rows(grads, &shared.grad_output[16 * warp_index()], shared.value[stage], params.value_size);
+        multiply_by_rows(scores, &shared.query[16 * warp_index()], shared.key[stage], params.head_dim);
+        multiply_by_rows(grads, &shared.grad_output[16 * warp_index()], shared.value[stage], params.value_dim);
         if (params.dropout_threshold != 0)
           apply_dropout<false>(grads, params, head, warp_query + support.offset(head), first_key);
 #pragma unroll
@@ -312,12 +312,12 @@ __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Su
             scores[t][e] = score_gradient(p, grads[t][e], rows[e / 2].delta);
           }
         }
-        multiply_by_columns(grad_query, scores, shared.key[stage], params.head_size);
+        multiply_by_columns(grad_query, scores, shared.key[stage], params.head_dim);
       });
 
   const float factors[2] = {params.scale, params.scale};
   store_rows(grad_query, factors, head_of<Element>(params.grad_query, head.b, head.h), params.grad_query.row_stride,
-             warp_query, params.queries, params.head_size);
+             warp_query, params.queries, params.head_dim);
 }
 
 /// A block computes the gradients of BackwardTiling's kOwn keys, or values, of one key head: the queries of all its
@@ -334,10 +334,10 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   const int keys = keys_of(params, b);
   const int first_key = static_cast<int>(blockIdx.x % tiles) * T::kOwn, warp_key = first_key + 16 * warp_index();
   load_rows<T::kThreads>(shared.key, head_of<Element>(params.key, b, key_head), params.key.row_stride, first_key, keys,
-                         params.head_size);
+                         params.head_dim);
   if (kGradKey) {
     load_rows<T::kThreads>(shared.value, head_of<Element>(params.value, b, key_head), params.value.row_stride,
-                           first_key, keys, params.value_size);
+                           first_key, keys, params.value_dim);
   }
   const int shared_heads = params.query_heads / params.key_heads;
   const int first_tile = support.first_query(first_key) / T::kStreamed;
@@ -360,9 +360,9 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         const Head head = head_at(i);
         const int first_query = first_query_at(i);
         load_rows<T::kThreads>(shared.query[stage], head_of<Element>(params.query, b, head.h), params.query.row_stride,
-                               first_query, params.queries, params.head_size, rows.used());
+                               first_query, params.queries, params.head_dim, rows.used());
         load_rows<T::kThreads>(shared.grad_output[stage], head_of<Element>(params.grad_output, b, head.h),
-                               params.grad_output.row_stride, first_query, params.queries, params.value_size,
+                               params.grad_output.row_stride, first_query, params.queries, params.value_dim,
                                rows.used());
         const int thread = static_cast<int>(threadIdx.x);
         if (thread < T::kStreamed) {
@@ -383,7 +383,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         float weights[T::kTiles][4];
         if (!__any_sync(kAllLanes, rows.load(weights, shared.weights[stage], head, first_query))) return;
         float scores[T::kTiles][4] = {};
-        multiply_by_rows(scores, &shared.key[16 * warp_index()], shared.query[stage], params.head_size);
+        multiply_by_rows(scores, &shared.key[16 * warp_index()], shared.query[stage], params.head_dim);
 #pragma unroll
         for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
@@ -395,7 +395,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         }
         if constexpr (kGradKey) {
           float grads[T::kTiles][4] = {};
-          multiply_by_rows(grads, &shared.value[16 * warp_index()], shared.grad_output[stage], params.value_size);
+          multiply_by_rows(grads, &shared.value[16 * warp_index()], shared.grad_output[stage], params.value_dim);
           if (params.dropout_threshold != 0)
             apply_dropout<true>(grads, params, head, first_query + support.offset(head), warp_key);
 #pragma unroll
@@ -407,11 +407,11 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
               sum[e / 2] += scores[t][e];
             }
           }
-          multiply_by_columns(sums, scores, shared.query[stage], params.head_size);
+          multiply_by_columns(sums, scores, shared.query[stage], params.head_dim);
         } else {
           if (params.dropout_threshold != 0)
             apply_dropout<true>(scores, params, head, first_query + support.offset(head), warp_key);
-          multiply_by_columns(sums, scores, shared.grad_output[stage], params.value_size);
+          multiply_by_columns(sums, scores, shared.grad_output[stage], params.value_dim);
         }
       });
 
@@ -435,7 +435,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
     factors[r] = warp_key + group_row() + 8 * r >= keys ? 0.0f : kGradKey ? params.scale : 1.0f;
   }
   store_rows(sums, factors, head_of<Element>(target, b, key_head), target.row_stride, warp_key, params.keys,
-             kGradKey ? params.head_size : params.value_size);
+             kGradKey ? params.head_dim : params.value_dim);
 }
 
 }  // namespace fiak::cuda
