@@ -66,8 +66,7 @@ class Contestant:
         is_slow: takes part in fewer rounds.
         has_backward: whether it can train on CPU.
         compiles: at its first call.
-        mask, pruned, density: kind of mask, the share of eligible pairs asked to be pruned, and the share of all pairs
-            that it has; empty and None where dense.
+        density: the share of all pairs that a recorded mask keeps; None for all others.
     """
 
     call: Callable[..., Tensor]
@@ -76,8 +75,6 @@ class Contestant:
     is_slow: bool = False
     has_backward: bool = True
     compiles: bool = False
-    mask: str = ""
-    pruned: float | None = None
     density: float | None = None
 
 
@@ -121,9 +118,7 @@ def contestants(case: Case, dtype: torch.dtype, effort: Effort) -> tuple[dict[st
         table[f"csr_attention {kind} {pruned:.0%}"] = Contestant(
             pattern.attend,
             baselines=("sdpa", "sdpa bool mask", *(slow if kept is mask else ())),
-            mask=kind,
-            pruned=pruned,
-            density=pattern.density,
+            density=pattern.density if kind == "recorded" else None,
         )
     return table, left_out
 
@@ -170,10 +165,10 @@ def compare(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
     """Times every contestant, and yields a result for each, number of threads and direction.
 
     A result has ``case``, ``dtype``, ``threads``, ``direction`` (``"forward"`` without gradients, ``"backward"`` and
-    ``"forward+backward"``), ``contestant``, ``mask``, ``pruned``, ``density``, ``rounds``, ``milliseconds`` (median)
-    and ``ratios``: for each baseline how many times faster the contestant is, as ``[first quartile, median, third
-    quartile]``. A peer that is left out has ``left_out``, the reason, instead of ``milliseconds``; slow peers take part
-    with the first number of threads only.
+    ``"forward+backward"``), ``contestant``, of recorded masks ``density``, ``milliseconds`` (median) and ``ratios``:
+    for each baseline how many times faster the contestant is, as ``[first quartile, median, third quartile]``. A peer
+    that is left out has ``left_out``, the reason, instead of ``milliseconds``; slow peers take part with the first
+    number of threads only.
     """
     *inputs, grad_output = _operands(case, dtype)
     table, left_out = contestants(case, dtype, effort)
@@ -207,10 +202,7 @@ def compare(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
                         **common,
                         "direction": direction,
                         "contestant": name,
-                        "mask": contestant.mask,
-                        "pruned": contestant.pruned,
-                        "density": contestant.density,
-                        "rounds": len(times[name]),
+                        **({} if contestant.density is None else {"density": contestant.density}),
                         "milliseconds": 1000 * statistics.median(times[name]),
                         "ratios": {
                             baseline: quartiles(ratios(times[name], times[baseline]))
@@ -257,8 +249,7 @@ def planning(case: Case, effort: Effort) -> Iterator[dict[str, Any]]:
 
     The indices are int32, as patterns keep them; the plan serves all dtypes and the backward too.
 
-    Yields ``case``, ``threads``, ``mask``, ``pruned``, ``rounds``, ``milliseconds`` (of the plan, median) and ``calls``
-    (quartiles).
+    Yields ``case``, ``threads``, ``pruned``, ``milliseconds`` (of the plan, median) and ``calls`` (quartiles).
     """
     case = replace(case, batch=1)
     *inputs, _ = _operands(case, torch.float32)
@@ -276,9 +267,7 @@ def planning(case: Case, effort: Effort) -> Iterator[dict[str, Any]]:
         yield {
             "case": case.name,
             "threads": torch.get_num_threads(),
-            "mask": "uniform",
             "pruned": pruned,
-            "rounds": len(times["plan"]),
             "milliseconds": 1000 * statistics.median(times["plan"]),
             "calls": quartiles(ratios(times["forward"], times["plan"])),
         }
@@ -291,7 +280,7 @@ def linear(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[str,
     ``kept`` says; ``F.linear`` computes all, so that the ratio of times is also due to the work: ``per_flop`` is what
     is left when both are divided by the multiply-adds that they are asked for.
 
-    Yields ``case``, ``dtype``, ``threads``, ``kept``, ``rounds``, ``ratio`` and ``per_flop`` (quartiles).
+    Yields ``case``, ``dtype``, ``threads``, ``kept``, ``ratio`` and ``per_flop`` (quartiles).
     """
     generator = torch.Generator().manual_seed(4)
     heads, width = 2 * case.key_heads, case.query_heads * case.head_dim
@@ -320,7 +309,6 @@ def linear(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[str,
             "dtype": _name(dtype),
             "threads": torch.get_num_threads(),
             "kept": share,
-            "rounds": len(times["linear"]),
             "ratio": ratio,
             "per_flop": [value * kept for value in ratio],
         }
@@ -329,7 +317,7 @@ def linear(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[str,
 def scaling(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effort) -> Iterator[dict[str, Any]]:
     """How many times faster the ops get with further numbers of threads than with the first, in interleaved calls.
 
-    Yields ``case``, ``dtype``, ``threads``, ``direction``, ``contestant``, ``rounds`` and ``ratio`` (quartiles).
+    Yields ``case``, ``dtype``, ``threads``, ``direction``, ``contestant`` and ``ratio`` (quartiles).
     """
     *inputs, grad_output = _operands(case, dtype)
     generator = torch.Generator().manual_seed(3)
@@ -367,7 +355,6 @@ def scaling(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
                 "threads": int(number),
                 "direction": direction,
                 "contestant": name,
-                "rounds": len(times),
                 "ratio": quartiles(ratios(times, first)),
             }
 
@@ -375,7 +362,7 @@ def scaling(case: Case, dtype: torch.dtype, threads: Sequence[int], effort: Effo
 def by_density(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[str, Any]]:
     """The forward speed of csr_attention on uniform masks of all :data:`DENSITIES`, against SDPA dense and masked.
 
-    Yields ``case``, ``dtype``, ``threads``, ``density`` (asked, of the eligible pairs), ``rounds`` and ``ratios`` as
+    Yields ``case``, ``dtype``, ``threads``, ``density`` (asked, of the eligible pairs) and ``ratios`` as
     :func:`compare`.
     """
     generator = torch.Generator().manual_seed(2)
@@ -398,7 +385,6 @@ def by_density(case: Case, dtype: torch.dtype, effort: Effort) -> Iterator[dict[
             "dtype": _name(dtype),
             "threads": torch.get_num_threads(),
             "density": density,
-            "rounds": len(times["sdpa"]),
             "ratios": {
                 baseline: quartiles(ratios(times[f"{density}"], times[baseline]))
                 for baseline in ("sdpa", "sdpa bool mask")

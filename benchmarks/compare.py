@@ -4,7 +4,7 @@ Every figure is a ratio of two calls of the same round, the median over all roun
 speed drifts. Before each call a matrix product overwrites the caches, as the rest of a model would. All contestants get
 the same operands and allocate their own results.
 
-    python -m benchmarks.compare --results benchmarks/results              all, about 25 minutes
+    python -m benchmarks.compare --results zen4.json                       all, about 25 minutes
     python -m benchmarks.compare --section attention --case deit_tiny_paper --dtype float32 --threads 1
 
 Sections: attention (csr_attention and prior_attention against SDPA dense, with a boolean mask and with a float bias,
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from benchmarks import models
 from benchmarks.attention import DENSITY_CASES, Effort, by_density, compare, linear, overhead, planning, scaling
 from benchmarks.cases import load_cases
 from benchmarks.memory import peak_memory
-from benchmarks.report import markdown, plot
+from benchmarks.report import make_tables, to_json
 from fiak_ext.demo.table import environment
 
 __all__ = ["main"]
@@ -48,31 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="torch's threads (default 1 2)")
     parser.add_argument("--quick", action="store_true", help="3 rounds, uniform masks, no slow peers, no compilation")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write compare.json, compare.md and density.png")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write the figures here (.json), and .md and .png")
     options = parser.parse_args(arguments)
     if min(options.threads) < 1:
         parser.error(f"--threads must be at least 1 (got {min(options.threads)})")
     if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
+        if options.results.suffix != ".json":
+            parser.error(f"--results must be a .json file (got {options.results})")
+        options.results.parent.mkdir(parents=True, exist_ok=True)
 
     effort = _QUICK if options.quick else Effort()
     machine = environment()
     del machine["system"], machine["threads"]
-    report: dict[str, Any] = {"machine": machine}
+    report: dict[str, Any] = {"machine": {**machine, "date": date.today().isoformat()}}
     before = torch.get_num_threads()
 
     def save() -> None:
-        if options.results is None:
-            return
-        (options.results / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.results / "compare.md").write_text(markdown(report))
-        if "density" in report:
-            plot(report["density"], options.results / "density.png")
+        if options.results is not None:
+            options.results.write_text(to_json(report))
+            make_tables(options.results)
 
     def collect(section: str, results: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
         for result in results:
-            report.setdefault(section, []).append(result)
             print(line(result), flush=True)
+            if result.get("ratios") != {}:  # a peer's own time is printed alone
+                report.setdefault(section, []).append(result)
 
     try:
         for name in options.case if set(_SECTIONS[:5]) & set(options.section) else ():

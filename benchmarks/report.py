@@ -1,28 +1,61 @@
-"""The results of a comparison as Markdown tables and as a plot of speed-up against density."""
+"""Figures as JSON, a row on each line, and what is made of those of a machine: tables and a plot.
+
+``python -m benchmarks.report benchmarks/results/zen4.json`` writes zen4.md and zen4.png anew, as ``python -m
+benchmarks.compare`` does once it has measured.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-__all__ = ["break_even", "markdown", "models_tables", "plot"]
+__all__ = ["break_even", "main", "make_tables", "markdown", "models_tables", "plot", "to_json"]
 
 Results = Mapping[str, Any]
 
 
-def markdown(report: Results) -> str:
-    """All sections of a report (see :mod:`benchmarks.compare`) that it has."""
+def to_json(report: Any) -> str:
+    """JSON with a line for every member of the report, and of what it has that holds nothing but objects: its rows.
+
+    Floats are rounded to five significant digits, as many as tables show.
+    """
+    return _lines(json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))) + "\n"
+
+
+def _lines(value: Any, *, is_report: bool = True) -> str:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not is_report and not (members and all(isinstance(member, dict) for member in members)):
+        return json.dumps(value, separators=(",", ":"))
+    lines = [_lines(member, is_report=False) for member in members]
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(name)}:{line}" for name, line in zip(value, lines, strict=True)]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([opening, ",\n".join(lines), closing])
+
+
+def make_tables(results: Path) -> None:
+    """Writes beside a file of :mod:`benchmarks.compare` its tables (.md) and, of densities, a plot (.png)."""
+    report = json.loads(results.read_text())
+    results.with_suffix(".md").write_text(markdown(report, results.stem))
+    if "density" in report:
+        plot(report["density"], results.with_suffix(".png"))
+
+
+def markdown(report: Results, name: str) -> str:
+    """All sections of a report (see :mod:`benchmarks.compare`) that it has; ``name`` is that of its file."""
     machine = report["machine"]
     parts = [
         "# Speed of the ops against their peers",
-        "Made by `python -m benchmarks.compare`; the same figures are in compare.json. Ratios are how many times "
+        f"Made by `python -m benchmarks.compare`; the same figures are in {name}.json. Ratios are how many times "
         "faster the op is, as median (first - third quartile) of interleaved calls that each follow a matrix product "
         "which overwrites the caches. Masks: `uniform` random; `learned-like`; `recorded` (benchmarks/masks, tiled to "
         "longer sequences); N% is the share of eligible pairs that is pruned.",
         f"Machine: {machine['cpu']['model']}, {machine['cpu']['selected_isa']}; torch {machine['torch']}, "
-        f"{machine['fiak_ext']['compiler']}, Python {machine['python']}.",
+        f"{machine['fiak_ext']['compiler']}, Python {machine['python']}; {machine['date']}.",
     ]
     if attention := report.get("attention"):
         parts += _attention(attention)
@@ -30,7 +63,7 @@ def markdown(report: Results) -> str:
         parts += ["## Threads", "How many times faster than with the first number of threads.", _scaling(scaling)]
     if densities := report.get("density"):
         parts += ["## By density", "Forward, uniform masks; break-even is the density above which the peer is faster."]
-        parts += [_densities(densities), "![speed-up against density](density.png)"]
+        parts += [_densities(densities), f"![speed-up against density]({name}.png)"]
     if planning := report.get("planning"):
         parts += [
             "## Planning",
@@ -118,12 +151,8 @@ def _attention(results: Sequence[Results]) -> list[str]:
         if left_out:
             listed = (f"{what} in {', '.join(of)}" for what, of in left_out.items())
             parts.append("Left out: " + "; ".join(listed) + ".")
-    densities = _unique(
-        (row["case"], row["contestant"], row["density"]) for row in results if row.get("mask") == "recorded"
-    )
-    if densities:
-        shares = ", ".join(dict.fromkeys(f"{case} {density:.3f}" for case, _, density in densities))
-        parts.append(f"Share of all pairs that the recorded masks keep at the sizes of the cases: {shares}.")
+    if shares := _unique(f"{row['case']} {row['density']:.3f}" for row in results if "density" in row):
+        parts.append(f"Share of all pairs that the recorded masks keep at the sizes of the cases: {', '.join(shares)}.")
     return parts
 
 
@@ -226,7 +255,7 @@ def plot(results: Sequence[Results], path: Path) -> None:
         )
     panels[0][0].set_ylabel("speed of csr_attention / SDPA")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=96)
     plt.close(figure)
 
 
@@ -281,3 +310,17 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="that benchmarks.compare has written")
+    for path in parser.parse_args(arguments).results:
+        make_tables(path)
+
+
+if __name__ == "__main__":
+    main()
