@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import to_json
 from fiak_ext import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def number_of(architecture: str) -> int:
 def resources(
     usage: Mapping[str, Mapping[str, Mapping[str, int]]], launched: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture -> kernel -> all that is known of it.
+    """Architecture -> kernel -> threads of a block, registers, bytes of shared and local memory, resident warps.
 
     Raises:
         ValueError: a kernel that is compiled but not listed, or listed but not compiled.
@@ -114,15 +115,15 @@ def resources(
         if unknown := {name for name in kernels if name.startswith("fiak_")} ^ set(launched):
             raise ValueError(f"compiled and listed kernels of {architecture} differ: {', '.join(sorted(unknown))}")
         for name in sorted(launched):
-            kernel = {**kernels[name], **launched[name]}
+            threads, registers = launched[name]["threads"], kernels[name]["registers"]
+            shared = kernels[name]["static_shared"] + launched[name]["dynamic_shared"]
+            # From sm_90 on, the 1 KiB that every block takes for the system is counted as static where a kernel uses
+            # shared memory at all; resident_blocks adds it.
+            if number_of(architecture) >= 90 and kernels[name]["static_shared"] >= 1024:
+                shared -= 1024
+            kernel = {"threads": threads, "shared": shared, "registers": registers, "local": kernels[name]["local"]}
             if architecture in LIMITS:
-                shared = kernel["static_shared"] + kernel["dynamic_shared"]
-                # From sm_90 on, the 1 KiB that every block takes for the system is counted as static where a kernel
-                # uses shared memory at all; resident_blocks adds it.
-                if number_of(architecture) >= 90 and kernel["static_shared"] >= 1024:
-                    shared -= 1024
-                blocks = LIMITS[architecture].resident_blocks(kernel["threads"], kernel["registers"], shared)
-                kernel["warps"] = blocks * -(-kernel["threads"] // 32)
+                kernel["warps"] = LIMITS[architecture].resident_blocks(threads, registers, shared) * -(-threads // 32)
             table.setdefault(architecture, {})[name] = kernel
     return table
 
@@ -173,7 +174,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "|---|---|---|" + "---|" * len(architectures),
     ]
     for name, kernel in launched.items():
-        row = [f"`{name}`", str(kernel["threads"]), str(kernel["static_shared"] + kernel["dynamic_shared"])]
+        row = [f"`{name}`", str(kernel["threads"]), str(kernel["shared"])]
         for architecture, kernels in architectures.items():
             limits = LIMITS.get(architecture)
             share = f", {100 * kernels[name]['warps'] / limits.warps:.0f}%" if limits is not None else ""
@@ -205,7 +206,7 @@ def main() -> None:
         if found := regressions(report, json.loads(RESULTS.read_text())):
             sys.exit("\n".join(found))
         return
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    RESULTS.write_text(to_json(report))
     RESULTS.with_suffix(".md").write_text(markdown(report))
 
 

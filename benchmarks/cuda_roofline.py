@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import to_json
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cuda_roofline.json"
 TESTS = ROOT / "build" / "release" / "fiak_tests"
@@ -196,8 +198,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     command = [str(TESTS), "--gtest_filter=CudaCounts.*"]
     rows = [predict(row) for row in parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)]
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(markdown(rows))
+    RESULTS.write_text(to_json(rows))
+    RESULTS.with_suffix(".md").write_text(markdown(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def test_nothing_is_worse_than_committed(report: dict) -> None:
 
 def test_the_committed_table_has_every_architecture_and_no_spills() -> None:
     committed = json.loads(cuda_resources.RESULTS.read_text())
+    assert cuda_resources.markdown(committed) == cuda_resources.RESULTS.with_suffix(".md").read_text()
     assert list(committed["architectures"]) == list(cuda_resources.LIMITS)
     for architecture, kernels in committed["architectures"].items():
         assert [name for name, kernel in kernels.items() if kernel["local"] > 0] == [], architecture

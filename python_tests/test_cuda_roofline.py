@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from benchmarks import cuda_roofline
+from benchmarks.report import to_json
 
 ROW = {
     "op": "prior_attention",
@@ -59,11 +60,16 @@ def test_unknown_kernels_are_refused() -> None:
         cuda_roofline.predict({**ROW, "kernel": "prior_sideways"})
 
 
-def test_the_committed_table_is_up_to_date() -> None:
+def test_the_committed_table_is_that_of_the_committed_figures() -> None:
+    committed = cuda_roofline.RESULTS.read_text()
+    assert cuda_roofline.markdown(json.loads(committed)) == cuda_roofline.RESULTS.with_suffix(".md").read_text()
+
+
+def test_the_committed_figures_are_up_to_date() -> None:
     if not cuda_roofline.TESTS.exists():
         pytest.skip("fiak_tests is not built: cmake --build build/release")
     command = [str(cuda_roofline.TESTS), "--gtest_filter=CudaCounts.*"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [cuda_roofline.predict(row) for row in cuda_roofline.parse(output)]
     assert len(rows) >= 20 + 12
-    assert rows == json.loads(cuda_roofline.RESULTS.read_text())
+    assert to_json(rows) == cuda_roofline.RESULTS.read_text()
