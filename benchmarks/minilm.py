@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import re
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, logging
 
+from benchmarks.report import to_json
 from benchmarks.timing import ratios, timed, times_of_rounds
 from fiak_ext import calibrate, convert, prune
 from fiak_ext.demo.table import environment
@@ -145,7 +145,6 @@ def measure_speed(dense: nn.Module, tokenizer: Any, lines: list[str]) -> list[di
                 "pruned": SPEED_AMOUNT,
                 "seconds": medians,
                 "ratio": ratio,
-                "all": times,
             }
         )
         print(
@@ -178,7 +177,7 @@ def main() -> None:
     else:
         rows = measure_quality(options, dense, tokenizer, lines)
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(to_json({"environment": environment(), "rows": rows}))
 
 
 if __name__ == "__main__":

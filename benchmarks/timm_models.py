@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Case, load_mask, recorded_heads
 from benchmarks.models import PRUNED, RECORDED, speeds
-from benchmarks.report import models_tables
+from benchmarks.report import models_tables, to_json
 from fiak_ext import PriorAttention, SparsePattern, calibrate, compact, convert, pack_linears, prune
 from fiak_ext.demo.table import environment
 
@@ -137,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(before)
     print("\n\n".join(models_tables(rows)))
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": environment(), "models": rows}, indent=1) + "\n")
+        options.json.write_text(to_json({"machine": environment(), "models": rows}))
 
 
 if __name__ == "__main__":
