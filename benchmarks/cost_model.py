@@ -1,4 +1,4 @@
-"""Measures and fits the constants of csrc/kernels/cpu/cost_model.cpp, which picks ``csr_attention``'s kernels.
+"""Measures and fits the constants of csrc/kernels/cpu/choose/cost_model.cpp, which picks ``csr_attention``'s kernels.
 
 ``python -m benchmarks.cost_model --json avx512.json`` times all kernels, forced by ``FIAK_CSR_KERNEL``, over the case
 table's uniform masks and writes what it finds. Run it for each of ``--dtype float32``, ``--dtype bfloat16`` (where
@@ -40,7 +40,8 @@ ENTRIES = (
 )
 DENSE = ("pair", "pair_multiply", "dense_row", "number")
 ENTRIES_GRADS = tuple(name for name in ENTRIES if name != "far_vector")
-KERNELS = {False: ("entries", "blocks", "dense"), True: ("entries", "dense")}  # by whether backward; dense is last
+# By whether backward; dense is last.
+KERNELS = {False: ("entries", "entries_split", "dense"), True: ("entries", "dense")}
 # Nanoseconds to copy a vector, or a number, of K and V, fitted once on a Zen 5 core and held since: the case table,
 # where every key has many queries, hardly tells these costs from those of a row, and they decide where there are few.
 COPIES = {
@@ -111,7 +112,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
                 "density": density,
                 "nnz": int(mask.sum()),
                 "tiles": int(tiles.sum()),
-                # As plan_layout has it (csrc/kernels/pattern/plan.h).
+                # As plan_layout has it (csrc/kernels/plan/plan.h).
                 "has_bits": rows * ((mask.shape[-1] + 63) // 64 * 8) <= 2 * (rows + int(mask.sum())),
                 **{name: statistics.median(found) for name, found in times.items()},
             }
@@ -129,7 +130,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
 
 
 def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
-    """What a call of each kernel counts of ENTRIES or of DENSE, as csrc/kernels/cpu/cost_model.cpp does."""
+    """What a call of each kernel counts of ENTRIES or of DENSE, as csrc/kernels/cpu/choose/cost_model.cpp does."""
     avx2, pairs = result["isa"] == "avx2", result["isa"].endswith("bf16") and result["dtype"] == "bfloat16"
     lanes, in_vector = (8, 2) if avx2 else (16, 4)
 
@@ -181,7 +182,7 @@ def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
     numbers = case.head_dim + padded(case.value_dim)
     return {
         "entries": entries(1),
-        "blocks": entries(1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))),
+        "entries_split": entries(1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))),
         "dense": dense(numbers, numbers),
     }
 

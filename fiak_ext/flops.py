@@ -317,7 +317,7 @@ def _csr_counts(arguments: Mapping[str, Any]) -> _Counts:
     if not _readable(crow):
         shape = _pattern_shape(crow, heads, queries) if offsets is None else (1, heads, queries)
         return [batch * heads * col.shape[0] // (shape[0] * shape[1])], [batch * heads * queries]
-    # A plan's header: magic, bytes, rows, queries of a head (PlanHeader in csrc/kernels/pattern/plan.h).
+    # A plan's header: magic, bytes, rows, queries of a head (PlanHeader in csrc/kernels/plan/plan.h).
     num_queries = queries if plan is None else int(plan[24:32].view(torch.int64))
     shape = _pattern_shape(crow, heads, num_queries)
     sizes = crow.diff().view(shape)

@@ -192,7 +192,7 @@ def param_groups(
         weight_decay: of weights; vectors (biases, norms, class token) and priors have none.
 
     Returns:
-        Groups ``decayed``, ``not decayed``, ``logit priors`` and ``clamp priors``, as far as they hold parameters;
+        Groups ``decayed``, ``not decayed``, ``logits priors`` and ``clamp priors``, as far as they hold parameters;
         the name is each group's ``"name"``.
     """
     priors: dict[str, list[nn.Parameter]] = {"logits": [], "clamp": []}

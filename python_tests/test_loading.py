@@ -46,7 +46,7 @@ def test_the_environment_lowers_the_instruction_set(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FIAK_CPU_ISA", "scalar")
     assert _C.kernel_isa("float32") == "scalar"
     monkeypatch.setenv("FIAK_CPU_ISA", "sse")
-    message = r"FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 \(got sse\)"
+    message = r"FIAK_CPU_ISA must be one of scalar, avx2, avx512, avx512_bf16, amx_bf16 \(got sse\)"
     with pytest.raises(ValueError, match=message):
         _C.kernel_isa("float32")
 

@@ -148,11 +148,11 @@ def test_param_groups() -> None:
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
         "decayed": (0.1, 0.2),
         "not decayed": (0.1, 0.0),
-        "logit priors": (pytest.approx(3.0), 0.0),
+        "logits priors": (pytest.approx(3.0), 0.0),
     }
     assert all(p.dim() > 1 for p in groups["decayed"]["params"])
     assert all(p.dim() == 1 for p in groups["not decayed"]["params"])
-    assert [id(p) for p in groups["logit priors"]["params"]] == [id(a.prior) for a in attentions(model)]
+    assert [id(p) for p in groups["logits priors"]["params"]] == [id(a.prior) for a in attentions(model)]
     grouped = [p for group in groups.values() for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
@@ -160,7 +160,7 @@ def test_param_groups() -> None:
 def test_learning_rates_of_the_priors() -> None:
     model = nn.ModuleList([PriorAttention(2, 3), PriorAttention(2, 3, parameterization="clamp")])
     rates = {group["name"]: group["lr"] for group in param_groups(model, lr=0.1)}
-    assert rates == {"logit priors": pytest.approx(3.0), "clamp priors": pytest.approx(0.5)}
+    assert rates == {"logits priors": pytest.approx(3.0), "clamp priors": pytest.approx(0.5)}
     assert {group["lr"] for group in param_groups(model, lr=0.1, prior_lr=0.0)} == {0.0}
 
 

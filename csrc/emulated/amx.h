@@ -1,4 +1,4 @@
-// AMX tiles on processors that lack them: what kernels/cpu/amx.h has of them, for tests.
+// AMX tiles on processors that lack them: what kernels/cpu/isa/amx.h has of them, for tests.
 #pragma once
 
 #include <cstdint>

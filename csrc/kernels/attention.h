@@ -1,7 +1,7 @@
 // Arguments of the attention kernels, shared by all implementations.
 #pragma once
 
-#include "kernels/pattern/plan.h"
+#include "kernels/plan/plan.h"
 #include "kernels/types.h"
 
 namespace fiak {

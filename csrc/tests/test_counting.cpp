@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/compact_linear_scalar.h"
-#include "kernels/cpu/csr_attention_scalar.h"
-#include "kernels/cpu/prior_attention_scalar.h"
-#include "kernels/pattern/plan.h"
+#include "kernels/cpu/scalar/compact_linear_scalar.h"
+#include "kernels/cpu/scalar/csr_attention_scalar.h"
+#include "kernels/cpu/scalar/prior_attention_scalar.h"
+#include "kernels/plan/plan.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <set>
 #include <stdexcept>
 
-#include "kernels/cpu/cost_model.h"
+#include "kernels/cpu/choose/cost_model.h"
 #include "tests/attention_problem.h"
 
 namespace fiak::tests {
@@ -15,7 +15,7 @@ class CsrAttention : public KernelTest {
   /// The check with each kernel wherever it can run, and with their choice.
   template <class Check>
   void with_each_kernel(Check&& check) {
-    for (const char* kernel : {"entries", "blocks", "dense", "rows", "auto"}) {
+    for (const char* kernel : {"entries", "entries_split", "dense", "rows", "auto"}) {
       setenv("FIAK_CSR_KERNEL", kernel, 1);
       SCOPED_TRACE(kernel);
       check();
@@ -209,16 +209,25 @@ TEST_P(CsrAttention, BackwardOfFewEntriesWalksNoEmptyTiles) {
 
 FIAK_FOR_ALL_KERNELS(CsrAttention);
 
-TEST(CsrKernelChoice, RefusesUnknownNames) {
-  setenv("FIAK_CSR_KERNEL", "fast", 1);
-  EXPECT_THROW(cpu::selected_csr_kernel(), std::invalid_argument);
-  unsetenv("FIAK_CSR_KERNEL");
-  EXPECT_EQ(cpu::selected_csr_kernel(), cpu::CsrKernel::kAuto);
+double forward_cost(cpu::Family family, const cpu::CsrHead& head, const cpu::CsrRates& rates) {
+  return cpu::kFamilies[family].forward(head, rates);
 }
 
-TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
+TEST(CsrFamilies, RefusesUnknownNames) {
+  setenv("FIAK_CSR_KERNEL", "fast", 1);
+  EXPECT_THROW(cpu::selected_family(), std::invalid_argument);
+  unsetenv("FIAK_CSR_KERNEL");
+  EXPECT_EQ(cpu::selected_family(), -1);
+  for (int family = 0; family < cpu::kFamilyCount; ++family) {
+    setenv("FIAK_CSR_KERNEL", cpu::kFamilies[family].name, 1);
+    EXPECT_EQ(cpu::selected_family(), family);
+    unsetenv("FIAK_CSR_KERNEL");
+  }
+}
+
+TEST(CsrFamilies, TakesTheDenseKernelForFullHeadsOnly) {
   const auto entries = [](const cpu::CsrHead& head, const cpu::CsrRates& rates) {
-    return std::min(cpu::entries_cost(head, rates, false), cpu::entries_cost(head, rates, true));
+    return std::min(forward_cost(cpu::kEntries, head, rates), forward_cost(cpu::kEntriesSplit, head, rates));
   };
   const auto check = [&](const cpu::CsrRates& rates, double few) {
     for (const int64_t size : {16, 48, 64, 128}) {
@@ -227,13 +236,13 @@ TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
         const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
         cpu::CsrHead sparse = full;
         sparse.nnz *= few;
-        EXPECT_LT(cpu::dense_cost(full, rates), entries(full, rates)) << size << " " << length;
-        EXPECT_GT(cpu::dense_cost(sparse, rates), entries(sparse, rates)) << size << " " << length;
+        EXPECT_LT(forward_cost(cpu::kDense, full, rates), entries(full, rates)) << size << " " << length;
+        EXPECT_GT(forward_cost(cpu::kDense, sparse, rates), entries(sparse, rates)) << size << " " << length;
       }
     }
     // One query of a long context: transposing its keys would cost more than its products.
     const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / 16, 64, 64, 1};
-    EXPECT_GT(cpu::dense_cost(decode, rates), entries(decode, rates));
+    EXPECT_GT(forward_cost(cpu::kDense, decode, rates), entries(decode, rates));
   };
   check(cpu::csr_rates(cpu::Isa::kAvx2, false), 0.1);
   check(cpu::csr_rates(cpu::Isa::kAvx512, false), 0.1);
@@ -241,7 +250,7 @@ TEST(CsrKernelChoice, TakesTheDenseKernelForFullHeadsOnly) {
   check(cpu::csr_rates(cpu::Isa::kAmxBf16, true), 0.002);  // tiles are cheaper still
 }
 
-TEST(CsrKernelChoice, TakesTheDenseKernelBackwardForFullHeadsOnly) {
+TEST(CsrFamilies, TakesTheDenseKernelBackwardForFullHeadsOnly) {
   for (const auto& [isa, pairs] : {std::pair(cpu::Isa::kAvx2, false),
                                    {cpu::Isa::kAvx512, false},
                                    {cpu::Isa::kAvx512Bf16, true},
@@ -252,7 +261,8 @@ TEST(CsrKernelChoice, TakesTheDenseKernelBackwardForFullHeadsOnly) {
         const auto all = static_cast<double>(length * length);
         const auto dense_saves = [&](double kept, double tiles) {
           const cpu::CsrHead head{length, length, kept * all, tiles * all / (24 * 16), size, size, 1};
-          return cpu::dense_grad_cost(head, rates) < cpu::entries_grad_cost(head, rates);
+          return cpu::kFamilies[cpu::kDense].backward(head, rates) <
+                 cpu::kFamilies[cpu::kEntries].backward(head, rates);
         };
         const std::string what = std::string(cpu::isa_name(isa)) + " " + std::to_string(size);
         EXPECT_TRUE(dense_saves(1, 1)) << what << " " << length;
@@ -263,14 +273,14 @@ TEST(CsrKernelChoice, TakesTheDenseKernelBackwardForFullHeadsOnly) {
   }
 }
 
-TEST(CsrKernelChoice, TakesSmallBlocksOfKeysForLongRunsOnly) {
+TEST(CsrFamilies, SplitsTheKeysOfLongSegmentsOnly) {
   for (const auto& rates : {cpu::csr_rates(cpu::Isa::kAvx2, false), cpu::csr_rates(cpu::Isa::kAvx512, false)}) {
     const auto saved = [&](int64_t keys, double density) {
       const double nnz = static_cast<double>(keys * keys) * density;
       const cpu::CsrHead head{keys, keys, nnz, static_cast<double>(keys * keys) / (24 * 16), 64, 64, 1};
-      return cpu::entries_cost(head, rates, false) - cpu::entries_cost(head, rates, true);
+      return forward_cost(cpu::kEntries, head, rates) - forward_cost(cpu::kEntriesSplit, head, rates);
     };
-    EXPECT_EQ(saved(128, 0.9), 0);  // 32 KB of rows are one block
+    EXPECT_EQ(saved(128, 0.9), 0);  // 32 KB of rows are one slice
     EXPECT_GT(saved(2048, 0.9), 0);
     EXPECT_LT(saved(2048, 0.01), 0);
   }

@@ -36,7 +36,7 @@ TEST_F(Dispatch, RefusesUnknownNames) {
     cpu::selected_isa();
     FAIL() << "accepted avx9";
   } catch (const std::invalid_argument& error) {
-    EXPECT_STREQ(error.what(), "FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 (got avx9)");
+    EXPECT_STREQ(error.what(), "FIAK_CPU_ISA must be one of scalar, avx2, avx512, avx512_bf16, amx_bf16 (got avx9)");
   }
   setenv("FIAK_CPU_ISA", "", 1);
   EXPECT_EQ(cpu::selected_isa(), cpu::machine_isa());

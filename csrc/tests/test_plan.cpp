@@ -310,7 +310,8 @@ TEST(CheckPlan, ComparesTheBodyOnlyWhenAsked) {
   const PlanLayout layout = plan_layout<int64_t>(8, 8, 8, pattern.nnz());
   std::vector<int64_t> plan(layout.bytes / 8);
   build_plan(pattern.indices(true), 8, 8, plan.data());
-  for (const int64_t word : {layout.column_offsets / 8 + 3, layout.bits / 8 + 2, layout.tiles / 8}) {
+  for (const int64_t word : {layout.start(PlanSection::kColumnOffsets) / 8 + 3,
+                             layout.start(PlanSection::kBits) / 8 + 2, layout.start(PlanSection::kTiles) / 8}) {
     ++plan[word];
     EXPECT_EQ(check_plan(plan.data(), layout.bytes, pattern.indices(true), false), "");
     EXPECT_REFUSED(check_plan(plan.data(), layout.bytes, pattern.indices(true), true),

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "kernels/pattern/plan.h"
+#include "kernels/plan/plan.h"
 
 namespace fiak {
 namespace {

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "kernels/pattern/plan.h"
+#include "kernels/plan/plan.h"
 #include "torch/checks.h"
 
 namespace fiak {

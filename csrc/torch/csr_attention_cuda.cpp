@@ -5,7 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "kernels/cpu/cost_model.h"
+#include "kernels/cpu/choose/cost_model.h"
 #include "kernels/cuda/csr_attention.h"
 #include "kernels/cuda/csr_cost.h"
 #include "torch/attention_cuda.h"
@@ -18,18 +18,11 @@ namespace {
 using at::Tensor;
 
 /// As the environment variable FIAK_CSR_KERNEL has it, which the CPU's kernels heed, too: there the tiles' is dense,
-/// and entries may be taken in blocks of keys, which is the same here.
+/// and all others go by entries.
 cuda::CsrKernel selected_kernel() {
-  switch (cpu::selected_csr_kernel()) {
-    case cpu::CsrKernel::kEntries:
-    case cpu::CsrKernel::kBlocks:
-    case cpu::CsrKernel::kRows:
-      return cuda::CsrKernel::kEntries;
-    case cpu::CsrKernel::kDense:
-      return cuda::CsrKernel::kTiles;
-    default:
-      return cuda::CsrKernel::kAuto;
-  }
+  const int family = cpu::selected_family();
+  if (family < 0) return cuda::CsrKernel::kAuto;
+  return family == cpu::kDense ? cuda::CsrKernel::kTiles : cuda::CsrKernel::kEntries;
 }
 
 /// The kernels' arguments.

@@ -6,12 +6,14 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/plan/plan.h"
 
 namespace py = pybind11;
 
@@ -19,13 +21,7 @@ namespace {
 
 py::dict build_info() {
   py::list isas;
-  isas.append("scalar");
-#if defined(__x86_64__)
-  isas.append("avx2");
-  isas.append("avx512");
-  isas.append("avx512_bf16");
-  isas.append("amx_bf16");
-#endif
+  for (const char* name : fiak::cpu::kBuiltIsaNames) isas.append(name);
   py::dict info;
   info["torch"] = FIAK_TORCH_VERSION;
   info["compiler"] = FIAK_COMPILER;
@@ -86,6 +82,32 @@ std::string kernel_isa(const std::string& dtype) {
   throw std::invalid_argument("kernel_isa: dtype must be float64, float32, bfloat16 or float16 (got " + dtype + ")");
 }
 
+py::dict read_plan(const py::bytes& bytes) {
+  const auto plan = static_cast<std::string_view>(bytes);
+  fiak::PlanHeader header;
+  if (plan.size() < sizeof header)
+    throw std::invalid_argument("read_plan: plan must hold a header of " + std::to_string(sizeof header) +
+                                " bytes (got " + std::to_string(plan.size()) + ")");
+  std::memcpy(&header, plan.data(), sizeof header);
+  if (header.magic != fiak::kPlanMagic)
+    throw std::invalid_argument(
+        "read_plan: plan must come from csr_plan of this version; its first bytes are not a plan's");
+  fiak::PlanSectionSize<int64_t> sizes[fiak::kPlanSections];
+  fiak::plan_section_sizes<int64_t>(header.layout, header.num_rows, header.num_keys, header.nnz,
+                                    header.layout.row_words > 0, sizes);
+  py::dict sections, found;
+  for (int i = 0; i < fiak::kPlanSections; ++i) {
+    sections[fiak::kPlanSectionNames[i]] = py::make_tuple(header.layout.starts[i], sizes[i].bytes, sizes[i].count);
+  }
+  found["num_rows"] = header.num_rows;
+  found["num_queries"] = header.num_queries;
+  found["num_keys"] = header.num_keys;
+  found["nnz"] = header.nnz;
+  found["bytes"] = header.bytes;
+  found["sections"] = sections;
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -95,6 +117,11 @@ PYBIND11_MODULE(_C, module) {
              "code for sm_80, and PTX for what is newer.");
   module.def("cpu_capabilities", &cpu_capabilities,
              "This machine: model, machine_isa, selected_isa (lowered by FIAK_CPU_ISA), flags (name -> bool).");
+  module.attr("PLAN_HEADER_BYTES") = sizeof(fiak::PlanHeader);
+  module.def(
+      "read_plan", &read_plan, py::arg("plan"),
+      "What a plan's first PLAN_HEADER_BYTES bytes say: num_rows, num_queries, num_keys, nnz, bytes, and sections: "
+      "name -> (start in bytes, bytes of a number, numbers).");
   module.def("kernel_isa", &kernel_isa, py::arg("dtype"),
              "The instruction set of the kernels that a call with this dtype ('float32', ...) runs on.");
 }

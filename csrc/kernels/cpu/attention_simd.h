@@ -1,17 +1,14 @@
 // What the vector kernels of both attention ops share.
 #pragma once
 
-#include "kernels/attention.h"
-#include "kernels/cpu/panel.h"
+#include "kernels/cpu/dense/panel.h"
+#include "kernels/cpu/isa/vec.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/scratch.h"
-#include "kernels/cpu/simd.h"
+#include "kernels/pairs.h"
 
 namespace fiak::cpu::FIAK_ISA {
 
-FIAK_INLINE int64_t keys_of(const AttentionArgs& args, int64_t b) {
-  return args.kv_lens != nullptr ? args.kv_lens[b] : args.keys;
-}
 FIAK_INLINE int64_t shared_heads(const AttentionArgs& args) { return args.query_heads / args.key_heads; }
 
 /// Some key heads, ascending; `heads` is null where these are all.

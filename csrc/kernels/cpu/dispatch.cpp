@@ -14,18 +14,8 @@
 #include <unistd.h>
 #endif
 
-#include "kernels/cpu/tables.h"
-
 namespace fiak::cpu {
 namespace {
-
-#define FIAK_TABLE(isa)                                                                                        \
-  {                                                                                                            \
-    isa::prior_forward, isa::prior_backward, isa::csr_forward, isa::csr_backward, isa::compact_linear_forward, \
-        isa::compact_linear_backward, isa::prior_blocks, isa::csr_blocks, isa::compact_linear_blocks           \
-  }
-
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 #if defined(__x86_64__)
 /// Whether there are AMX tiles that multiply bfloat16 and the system lets this process use them, which Linux wants to
@@ -65,7 +55,7 @@ Isa detect() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
 Isa machine_isa() {
   static const Isa isa = detect();
@@ -75,12 +65,13 @@ Isa machine_isa() {
 Isa selected_isa() {
   const char* wanted = std::getenv("FIAK_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return machine_isa();
-  const auto* name = std::find(std::begin(kNames), std::end(kNames), std::string(wanted));
-  if (name == std::end(kNames)) {
-    throw std::invalid_argument(
-        std::string("FIAK_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx_bf16 (got ") + wanted + ")");
+  const auto* name = std::find(std::begin(kIsaNames), std::end(kIsaNames), std::string(wanted));
+  if (name == std::end(kIsaNames)) {
+    std::string names;
+    for (const char* known : kIsaNames) names += names.empty() ? known : std::string(", ") + known;
+    throw std::invalid_argument("FIAK_CPU_ISA must be one of " + names + " (got " + wanted + ")");
   }
-  return std::min(machine_isa(), static_cast<Isa>(name - std::begin(kNames)));
+  return std::min(machine_isa(), static_cast<Isa>(name - std::begin(kIsaNames)));
 }
 
 Isa most_isa(DType dtype) {
@@ -91,12 +82,15 @@ Isa most_isa(DType dtype) {
 Isa kernel_isa(DType dtype) { return std::min(selected_isa(), most_isa(dtype)); }
 
 const Kernels& kernels(Isa isa) {
-#if defined(__x86_64__)
-  static constexpr Kernels kTables[] = {FIAK_TABLE(scalar), FIAK_TABLE(avx2), FIAK_TABLE(avx512),
-                                        FIAK_TABLE(avx512_bf16), FIAK_TABLE(amx_bf16)};
-#else
-  static constexpr Kernels kTables[] = {FIAK_TABLE(scalar)};
-#endif
+#define FIAK_KERNEL(name, parameters) name,
+#define FIAK_TABLE(isa, value)              \
+  []() -> Kernels {                         \
+    using namespace isa;                    \
+    return {FIAK_FOR_KERNELS(FIAK_KERNEL)}; \
+  }(),
+  static const Kernels kTables[] = {FIAK_FOR_BUILT_ISAS(FIAK_TABLE)};
+#undef FIAK_TABLE
+#undef FIAK_KERNEL
   return kTables[static_cast<int>(isa)];
 }
 

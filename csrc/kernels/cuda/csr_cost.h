@@ -12,7 +12,7 @@
 // shared memory.
 #pragma once
 
-#include "kernels/pattern/plan.h"
+#include "kernels/plan/plan.h"
 #include "kernels/types.h"
 
 namespace fiak::cuda {

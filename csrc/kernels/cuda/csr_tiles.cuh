@@ -26,7 +26,7 @@ namespace fiak::cuda {
 /// The lowest `count` bits, of 1..64.
 __device__ __forceinline__ uint64_t low_bits(int count) { return ~uint64_t{0} >> (64 - count); }
 
-struct CsrSupport {
+struct CsrPairs {
   using Weights = CsrWeights;
   using Shared = CsrPattern;  // which would take many registers
 
@@ -34,7 +34,7 @@ struct CsrSupport {
   const CsrWeights& weights;
   const CsrPattern& pattern;
 
-  __device__ CsrSupport(const AttentionParams& params, const CsrWeights& weights, Shared& shared)
+  __device__ CsrPairs(const AttentionParams& params, const CsrWeights& weights, Shared& shared)
       : params(params), weights(weights), pattern(shared) {
     if (threadIdx.x == 0) shared = CsrPattern(params, weights);
     __syncthreads();
@@ -71,7 +71,7 @@ struct CsrSupport {
   template <int kRows>
   class QueryRows {
    public:
-    __device__ QueryRows(const CsrSupport& support, const Head& head, int first_query)
+    __device__ QueryRows(const CsrPairs& support, const Head& head, int first_query)
         : support_(support), first_row_(support.first_row(head)), first_query_(first_query), keys_(head.keys) {}
 
     template <int kKeys>
@@ -138,7 +138,7 @@ struct CsrSupport {
       }
     }
 
-    const CsrSupport& support_;
+    const CsrPairs& support_;
     int64_t first_row_;
     int first_query_, keys_;
     uint64_t used_ = 0;
@@ -154,7 +154,7 @@ struct CsrSupport {
       int64_t entry[kQueries];  // the first of them, where there is a prior
     };
 
-    __device__ KeyRows(const CsrSupport& support, int first_key) : support_(support), first_key_(first_key) {}
+    __device__ KeyRows(const CsrPairs& support, int first_key) : support_(support), first_key_(first_key) {}
 
     template <int kQueries>
     __device__ bool has_pairs(const Head& head, int query) {
@@ -209,7 +209,7 @@ struct CsrSupport {
     }
 
    private:
-    const CsrSupport& support_;
+    const CsrPairs& support_;
     int first_key_;
     uint64_t used_ = 0;
   };
@@ -218,18 +218,18 @@ struct CsrSupport {
 #define FIAK_CSR_TILES_KERNELS(dtype, Element, kHead)                                                              \
   FIAK_KERNEL(fiak_csr_tiles_forward_##dtype##_d##kHead, csr_tiles_forward_kernel(Element, Constant<kHead>),       \
               CsrForwardParams, (ForwardTiling<Element, kHead>::kThreads),                                         \
-              sizeof(ForwardShared<CsrSupport, Element, kHead>), tile_forward<CsrSupport, Element, kHead>)         \
+              sizeof(ForwardShared<CsrPairs, Element, kHead>), tile_forward<CsrPairs, Element, kHead>)             \
   FIAK_KERNEL(fiak_csr_tiles_grad_query_##dtype##_d##kHead, csr_tiles_grad_query_kernel(Element, Constant<kHead>), \
               CsrBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                       \
-              sizeof(GradQueryShared<CsrSupport, Element, kHead>), tile_grad_query<CsrSupport, Element, kHead>)    \
+              sizeof(GradQueryShared<CsrPairs, Element, kHead>), tile_grad_query<CsrPairs, Element, kHead>)        \
   FIAK_KERNEL(fiak_csr_tiles_grad_key_##dtype##_d##kHead, csr_tiles_grad_key_kernel(Element, Constant<kHead>),     \
               CsrBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                       \
-              sizeof(GradKeyValueShared<CsrSupport, Element, kHead>),                                              \
-              tile_grad_key_value<CsrSupport, Element, kHead, true>)                                               \
+              sizeof(GradKeyValueShared<CsrPairs, Element, kHead>),                                                \
+              tile_grad_key_value<CsrPairs, Element, kHead, true>)                                                 \
   FIAK_KERNEL(fiak_csr_tiles_grad_value_##dtype##_d##kHead, csr_tiles_grad_value_kernel(Element, Constant<kHead>), \
               CsrBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                       \
-              sizeof(GradKeyValueShared<CsrSupport, Element, kHead>),                                              \
-              tile_grad_key_value<CsrSupport, Element, kHead, false>)
+              sizeof(GradKeyValueShared<CsrPairs, Element, kHead>),                                                \
+              tile_grad_key_value<CsrPairs, Element, kHead, false>)
 FIAK_FOR_ATTENTION_TYPES(FIAK_CSR_TILES_KERNELS)
 #undef FIAK_CSR_TILES_KERNELS
 

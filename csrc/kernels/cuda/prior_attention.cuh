@@ -25,14 +25,14 @@ namespace fiak::cuda {
 using PriorForwardParams = ForwardParams<PriorWeights>;
 using PriorBackwardParams = BackwardParams<PriorWeights>;
 
-struct PriorSupport {
+struct PriorPairs {
   using Weights = PriorWeights;
   struct Shared {};
 
   const AttentionParams& params;
   const PriorWeights& weights;
 
-  __device__ PriorSupport(const AttentionParams& params, const PriorWeights& weights, Shared&)
+  __device__ PriorPairs(const AttentionParams& params, const PriorWeights& weights, Shared&)
       : params(params), weights(weights) {}
 
   template <class Element>
@@ -74,7 +74,7 @@ struct PriorSupport {
   template <int kRows>
   class QueryRows {
    public:
-    __device__ QueryRows(const PriorSupport& support, const Head& head, int first_query)
+    __device__ QueryRows(const PriorPairs& support, const Head& head, int first_query)
         : support_(support), head_(head), prior_(support.prior(head)), warp_query_(first_query + 16 * warp_index()) {}
 
     template <int kKeys>
@@ -88,7 +88,7 @@ struct PriorSupport {
     }
 
    private:
-    const PriorSupport& support_;
+    const PriorPairs& support_;
     const Head& head_;
     const float* prior_;
     int warp_query_;
@@ -100,7 +100,7 @@ struct PriorSupport {
     template <int kQueries>
     struct Staged {};
 
-    __device__ KeyRows(const PriorSupport& support, int first_key)
+    __device__ KeyRows(const PriorPairs& support, int first_key)
         : support_(support), warp_key_(first_key + 16 * warp_index()) {}
 
     template <int kQueries>
@@ -116,7 +116,7 @@ struct PriorSupport {
     }
 
    private:
-    const PriorSupport& support_;
+    const PriorPairs& support_;
     int warp_key_;
   };
 };
@@ -128,7 +128,7 @@ struct GradPriorShared {
   Element key[T::kStreamed][T::kStride], value[T::kStreamed][T::kStride];
   float key_bias[T::kStreamed];
   float sums[T::kWarps][T::kStreamed];
-  PriorSupport::Shared support;
+  PriorPairs::Shared support;
 };
 
 /// A block computes the gradient of kOwn rows and kStreamed keys of one prior, summed over all pairs that share a
@@ -137,7 +137,7 @@ template <class Element, int kHead>
 __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
   using T = BackwardTiling<Element, kHead>;
   auto& shared = shared_memory<GradPriorShared<Element, kHead>>();
-  const PriorSupport support(params, params.weights, shared.support);
+  const PriorPairs support(params, params.weights, shared.support);
   const int64_t key_tiles = tiles_of(params.keys, T::kStreamed), row_tiles = tiles_of(params.weights.rows, T::kOwn);
   const int first_key = static_cast<int>(blockIdx.x % key_tiles) * T::kStreamed;
   const int first_row = static_cast<int>(blockIdx.x / key_tiles % row_tiles) * T::kOwn;
@@ -229,23 +229,23 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
 
-#define FIAK_PRIOR_KERNELS(dtype, Element, kHead)                                                                   \
-  FIAK_KERNEL(fiak_prior_forward_##dtype##_d##kHead, prior_forward_kernel(Element, Constant<kHead>),                \
-              PriorForwardParams, (ForwardTiling<Element, kHead>::kThreads),                                        \
-              sizeof(ForwardShared<PriorSupport, Element, kHead>), tile_forward<PriorSupport, Element, kHead>)      \
-  FIAK_KERNEL(fiak_prior_grad_query_##dtype##_d##kHead, prior_grad_query_kernel(Element, Constant<kHead>),          \
-              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                      \
-              sizeof(GradQueryShared<PriorSupport, Element, kHead>), tile_grad_query<PriorSupport, Element, kHead>) \
-  FIAK_KERNEL(fiak_prior_grad_key_##dtype##_d##kHead, prior_grad_key_kernel(Element, Constant<kHead>),              \
-              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                      \
-              sizeof(GradKeyValueShared<PriorSupport, Element, kHead>),                                             \
-              tile_grad_key_value<PriorSupport, Element, kHead, true>)                                              \
-  FIAK_KERNEL(fiak_prior_grad_value_##dtype##_d##kHead, prior_grad_value_kernel(Element, Constant<kHead>),          \
-              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                      \
-              sizeof(GradKeyValueShared<PriorSupport, Element, kHead>),                                             \
-              tile_grad_key_value<PriorSupport, Element, kHead, false>)                                             \
-  FIAK_KERNEL(fiak_prior_grad_prior_##dtype##_d##kHead, prior_grad_prior_kernel(Element, Constant<kHead>),          \
-              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                      \
+#define FIAK_PRIOR_KERNELS(dtype, Element, kHead)                                                               \
+  FIAK_KERNEL(fiak_prior_forward_##dtype##_d##kHead, prior_forward_kernel(Element, Constant<kHead>),            \
+              PriorForwardParams, (ForwardTiling<Element, kHead>::kThreads),                                    \
+              sizeof(ForwardShared<PriorPairs, Element, kHead>), tile_forward<PriorPairs, Element, kHead>)      \
+  FIAK_KERNEL(fiak_prior_grad_query_##dtype##_d##kHead, prior_grad_query_kernel(Element, Constant<kHead>),      \
+              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                  \
+              sizeof(GradQueryShared<PriorPairs, Element, kHead>), tile_grad_query<PriorPairs, Element, kHead>) \
+  FIAK_KERNEL(fiak_prior_grad_key_##dtype##_d##kHead, prior_grad_key_kernel(Element, Constant<kHead>),          \
+              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                  \
+              sizeof(GradKeyValueShared<PriorPairs, Element, kHead>),                                           \
+              tile_grad_key_value<PriorPairs, Element, kHead, true>)                                            \
+  FIAK_KERNEL(fiak_prior_grad_value_##dtype##_d##kHead, prior_grad_value_kernel(Element, Constant<kHead>),      \
+              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                  \
+              sizeof(GradKeyValueShared<PriorPairs, Element, kHead>),                                           \
+              tile_grad_key_value<PriorPairs, Element, kHead, false>)                                           \
+  FIAK_KERNEL(fiak_prior_grad_prior_##dtype##_d##kHead, prior_grad_prior_kernel(Element, Constant<kHead>),      \
+              PriorBackwardParams, (BackwardTiling<Element, kHead>::kThreads),                                  \
               sizeof(GradPriorShared<Element, kHead>), grad_prior<Element, kHead>)
 FIAK_FOR_ATTENTION_TYPES(FIAK_PRIOR_KERNELS)
 #undef FIAK_PRIOR_KERNELS

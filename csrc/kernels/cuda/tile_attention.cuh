@@ -1,9 +1,9 @@
 // Attention by tiles of queries and keys: device code that the kernels of prior_attention and csr_attention share.
 // Keeps to what both nvcc and csrc/simt compile.
 //
-// An op's Support says which pairs there are and what they weigh. A weight joins its score as log2(w), so that what is
+// An op's Pairs says which pairs there are and what they weigh. A weight joins its score as log2(w), so that what is
 // rounded for the tensor cores lies in 0..1 whatever the weights are; -inf stands for pairs outside the support: w <=
-// 0, or hidden, or not in the pattern. A Support has:
+// 0, or hidden, or not in the pattern. A Pairs has:
 //
 //   Weights                      the part of the kernels' parameters that it is made of
 //   Shared                       what of it lies in shared memory
@@ -123,14 +123,14 @@ __device__ __forceinline__ void apply_dropout(float (&tiles)[kTiles][4], const A
 
 /// Streams the keys and values of a head through shared memory for the queries from first_query on, and does
 /// consume(first key, stage, log weights) where the warp's queries have pairs.
-template <class T, int kStages, class Element, class Support, class Shared, class Consume>
-__device__ __forceinline__ void for_key_tiles(Shared& shared, const AttentionParams& params, const Support& support,
+template <class T, int kStages, class Element, class Pairs, class Shared, class Consume>
+__device__ __forceinline__ void for_key_tiles(Shared& shared, const AttentionParams& params, const Pairs& support,
                                               const Head& head, int first_query, Consume&& consume) {
   const Element* key = head_of<Element>(params.key, head.b, head.key_head);
   const Element* value = head_of<Element>(params.value, head.b, head.key_head);
   const int end = support.end_of_keys(head, first_query + T::kOwn);
   const int count = static_cast<int>(tiles_of(end, T::kStreamed));
-  typename Support::template QueryRows<T::kOwn> rows(support, head, first_query);
+  typename Pairs::template QueryRows<T::kOwn> rows(support, head, first_query);
   stream<kStages>(
       count, [&](int i) { return rows.template next<T::kStreamed>(i, count); },
       [&](int i, int stage) {
@@ -159,21 +159,21 @@ struct ForwardTiling : Tiling<Element, kHead> {
   static constexpr int kThreads = 32 * kWarps;
 };
 
-template <class Support, class Element, int kHead, class T = ForwardTiling<Element, kHead>>
+template <class Pairs, class Element, int kHead, class T = ForwardTiling<Element, kHead>>
 struct ForwardShared {
   alignas(16) Element query[T::kOwn][T::kStride];
   Element key[2][T::kStreamed][T::kStride], value[2][T::kStreamed][T::kStride];
   float key_bias[T::kStreamed];
-  typename Support::Shared support;
+  typename Pairs::Shared support;
 };
 
 /// A block computes ForwardTiling's kOwn queries of one head, a warp 16 of them; keys and values stream through shared
 /// memory, kStreamed at a time, and the softmax runs online (Dao et al., FlashAttention).
-template <class Support, class Element, int kHead>
-__device__ __forceinline__ void tile_forward(const ForwardParams<typename Support::Weights>& params) {
+template <class Pairs, class Element, int kHead>
+__device__ __forceinline__ void tile_forward(const ForwardParams<typename Pairs::Weights>& params) {
   using T = ForwardTiling<Element, kHead>;
-  auto& shared = shared_memory<ForwardShared<Support, Element, kHead>>();
-  const Support support(params, params.weights, shared.support);
+  auto& shared = shared_memory<ForwardShared<Pairs, Element, kHead>>();
+  const Pairs support(params, params.weights, shared.support);
   const int64_t tiles = tiles_of(params.queries, T::kOwn);
   const Head head(params, blockIdx.x / tiles);
   if (!support.template computes<Element>(head.b, head.key_head)) return;
@@ -252,24 +252,24 @@ struct BackwardTiling : Tiling<Element, kHead> {
   static constexpr int kThreads = 32 * kWarps;
 };
 
-template <class Support, class Element, int kHead, class T = BackwardTiling<Element, kHead>>
+template <class Pairs, class Element, int kHead, class T = BackwardTiling<Element, kHead>>
 struct GradQueryShared {
   alignas(16) Element query[T::kOwn][T::kStride];
   Element grad_output[T::kOwn][T::kStride];
   Element key[T::kStages][T::kStreamed][T::kStride], value[T::kStages][T::kStreamed][T::kStride];
   float key_bias[T::kStreamed];
-  typename Support::Shared support;
+  typename Pairs::Shared support;
 };
 
-template <class Support, class Element, int kHead, class T = BackwardTiling<Element, kHead>>
+template <class Pairs, class Element, int kHead, class T = BackwardTiling<Element, kHead>>
 struct GradKeyValueShared {
   alignas(16) Element key[T::kOwn][T::kStride];
   Element value[T::kOwn][T::kStride];
   Element query[T::kStages][T::kStreamed][T::kStride], grad_output[T::kStages][T::kStreamed][T::kStride];
   float logsumexp[T::kStages][T::kStreamed], delta[T::kStages][T::kStreamed];
   float key_bias[T::kOwn];
-  typename Support::template KeyRows<T::kOwn>::template Staged<T::kStreamed> weights[T::kStages];
-  typename Support::Shared support;
+  typename Pairs::template KeyRows<T::kOwn>::template Staged<T::kStreamed> weights[T::kStages];
+  typename Pairs::Shared support;
 };
 
 /// Makes of a score its pair's w exp(s - logsumexp): 0 outside the support and in empty rows.
@@ -279,11 +279,11 @@ __device__ __forceinline__ float probability(float score, float log_weight, floa
 }
 
 /// A block computes the gradients of BackwardTiling's kOwn queries of one head.
-template <class Support, class Element, int kHead>
-__device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Support::Weights>& params) {
+template <class Pairs, class Element, int kHead>
+__device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Pairs::Weights>& params) {
   using T = BackwardTiling<Element, kHead>;
-  auto& shared = shared_memory<GradQueryShared<Support, Element, kHead>>();
-  const Support support(params, params.weights, shared.support);
+  auto& shared = shared_memory<GradQueryShared<Pairs, Element, kHead>>();
+  const Pairs support(params, params.weights, shared.support);
   const int64_t tiles = tiles_of(params.queries, T::kOwn);
   const Head head(params, blockIdx.x / tiles);
   if (!support.template computes<Element>(head.b, head.key_head)) return;
@@ -322,11 +322,11 @@ __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Su
 
 /// A block computes the gradients of BackwardTiling's kOwn keys, or values, of one key head: the queries of all its
 /// query heads stream through shared memory, one head after the other.
-template <class Support, class Element, int kHead, bool kGradKey>
-__device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typename Support::Weights>& params) {
+template <class Pairs, class Element, int kHead, bool kGradKey>
+__device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typename Pairs::Weights>& params) {
   using T = BackwardTiling<Element, kHead>;
-  auto& shared = shared_memory<GradKeyValueShared<Support, Element, kHead>>();
-  const Support support(params, params.weights, shared.support);
+  auto& shared = shared_memory<GradKeyValueShared<Pairs, Element, kHead>>();
+  const Pairs support(params, params.weights, shared.support);
   const int64_t tiles = tiles_of(params.keys, T::kOwn);
   const int b = static_cast<int>(blockIdx.x / tiles / params.key_heads);
   const int key_head = static_cast<int>(blockIdx.x / tiles % params.key_heads);
@@ -349,7 +349,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   float sums[T::kColumnTiles][4] = {};
   float sum[2] = {};  // of d s; of rows group_row() and group_row() + 8
   bool has_biases = false;
-  typename Support::template KeyRows<T::kOwn> rows(support, first_key);
+  typename Pairs::template KeyRows<T::kOwn> rows(support, first_key);
   stream<T::kStages>(
       count,
       [&](int i) {
