@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, distributed, nn
 
-from fiak_ext.modules import Kind, Parameterization, PriorAttention
+from fiak_ext.nn import Kind, Parameterization, PriorAttention
 
 __all__ = ["SoftEM", "all_attentions", "arguments_of", "calibrate", "dense_attentions", "find_dead_rows", "plain_names"]
 

@@ -22,7 +22,7 @@ from fiak_ext import recipes
 from fiak_ext.demo.speed import compare
 from fiak_ext.demo.table import environment
 from fiak_ext.flops import model_report
-from fiak_ext.modules import PriorAttention
+from fiak_ext.nn import PriorAttention
 
 __all__ = ["CommandError", "bench", "flops", "prune"]
 

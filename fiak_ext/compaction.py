@@ -6,8 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from fiak_ext.conversion import ConvertedAttention
-from fiak_ext.modules import MultiHeadSelfAttention
+from fiak_ext.nn import PriorAttentionHost
 
 __all__ = ["compact"]
 
@@ -32,11 +31,7 @@ def compact(model: Model) -> Model:
         ValueError: a model without such modules, or with one that is not pruned or is compacted already; the model is
             then left as it was.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (MultiHeadSelfAttention, ConvertedAttention))
-    }
+    found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttentionHost)}
     if not found:
         raise ValueError(
             "compact: model must hold MultiHeadSelfAttention or converted attention modules "

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fiak_ext.modules import Kind, MultiHeadSelfAttention, Parameterization, PriorAttention, Score, may_be_shorter
-from fiak_ext.projection import Projection, project_kept, project_qkv
+from fiak_ext.nn import Kind, Parameterization, PriorAttention, PriorAttentionHost, Score
 
 __all__ = [
     "ConvertedAttention",
@@ -43,17 +42,12 @@ _INTEGRATIONS = {"torch": "torch_nn", "timm": "timm", "transformers": "transform
 _ATTENTION_NAME = re.compile(r"Attention|Attn")
 
 
-class ConvertedAttention(nn.Module):
+class ConvertedAttention(PriorAttentionHost):
     """Base of the classes that attention modules of other libraries get by :func:`convert`.
 
     A subclass derives from this class and from the attention class it stands for, in this order, is registered with
     :func:`register_attention`, and defines :meth:`prior_arguments` and ``forward``. Its ``__init__`` never runs.
-
-    Attributes:
-        prior_attention: what ``forward`` calls with query, key and value ``[B, heads, positions, features]``.
     """
-
-    prior_attention: PriorAttention
 
     @classmethod
     def prior_arguments(cls, module: nn.Module, parents: Sequence[nn.Module]) -> dict[str, Any]:
@@ -75,64 +69,6 @@ class ConvertedAttention(nn.Module):
     @classmethod
     def finish(cls, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Called once, after all attention of ``model`` is converted, with the arguments of :func:`convert`."""
-
-    @property
-    def model_dim(self) -> int | None:
-        """Features of the tokens that ``forward`` projects, for ``flops.model_report``; None leaves projections out."""
-        return None
-
-    @property
-    def num_key_heads(self) -> int:
-        """Heads of key and value."""
-        return self.prior_attention.num_heads
-
-    def compact(self) -> None:
-        """Drops the keys that no query keeps; ``forward`` is to compute them no more (:meth:`project_kept`).
-
-        Raises:
-            RuntimeError: attention that is not pruned, or compacted already.
-        """
-        self.prior_attention.compact(self.num_key_heads)
-
-    def project_kept(self, x: Tensor, layer: Projection) -> Tensor:
-        """Key or value of the kept positions, once compacted: ``x [B, n, dim]`` to ``[B, key heads, K, D]``.
-
-        Args:
-            x: the tokens.
-            layer: the projection, ``[B, n, dim]`` to ``[B, n, key heads * D]``. It is called unless it is exactly a
-                linear layer without hooks, whose rows that nobody keeps are not computed.
-
-        Raises:
-            ValueError: a layer that gives anything else.
-        """
-        keep = self.prior_attention.kept(x.size(1))
-        return project_kept(layer, x, keep, head_dim=getattr(self, "head_dim", None), owner=self)
-
-    def project_qkv(self, x: Tensor, layer: Projection) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value by one projection; once compacted, key and value of the kept positions.
-
-        Args:
-            x: the tokens ``[B, n, dim]``.
-            layer: the projection to ``[B, n, 3 * heads * D]``: queries of all heads, keys, values. It is called or not
-                as by :meth:`project_kept`.
-
-        Returns:
-            query ``[B, heads, n, D]``, and key and value ``[B, heads, n, D]`` or, once compacted, ``[B, heads, K, D]``.
-
-        Raises:
-            ValueError: a layer that gives anything else.
-        """
-        attention = self.prior_attention
-        keep = attention.kept(x.size(1)) if attention.is_compacted else None
-        head_dim = getattr(self, "head_dim", None)
-        return project_qkv(layer, x, attention.num_heads, keep, head_dim=head_dim, owner=self)
-
-    def kept_lens(self, x: Tensor, kv_lens: Tensor | None) -> Tensor | None:
-        """``kv_lens`` for :class:`~fiak_ext.PriorAttention` once compacted, which needs it where ``x`` is short."""
-        attention = self.prior_attention
-        if kv_lens is None and not attention.is_causal and may_be_shorter(x.size(1), attention.num_keys):
-            return torch.full((x.size(0),), x.size(1), device=x.device)
-        return kv_lens
 
 
 class PatchGrid(nn.Module):
@@ -388,7 +324,7 @@ class _Search:
         return self.covered[module]
 
     def _visit(self, module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> bool:
-        if isinstance(module, (PriorAttention, MultiHeadSelfAttention, ConvertedAttention)):
+        if isinstance(module, (PriorAttention, PriorAttentionHost)):
             return True
         if (adapter := _ADAPTERS.get(type(module))) is not None:
             self.supported[name] = _Found(module, adapter, parents)

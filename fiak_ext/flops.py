@@ -44,8 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from torch.utils.hooks import RemovableHandle
 
 from fiak_ext.calibration import plain_names
-from fiak_ext.conversion import ConvertedAttention
-from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention
+from fiak_ext.nn import PriorAttention, PriorAttentionHost
 from fiak_ext.pattern import SparsePattern
 
 __all__ = [
@@ -563,7 +562,7 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
     """
     names: dict[PriorAttention, str] = {}
     for name, module in plain_names(dict(model.named_modules())).items():  # parents come first
-        if isinstance(module, (MultiHeadSelfAttention, ConvertedAttention)):
+        if isinstance(module, PriorAttentionHost):
             names[module.prior_attention] = name
         elif isinstance(module, PriorAttention):
             names.setdefault(module, name)
@@ -654,15 +653,13 @@ class _Run:
         self.counter.flop_registry = registry
         self._executed: _Counts | None = None
         self._before = Work()
-        self._converted: dict[PriorAttention, ConvertedAttention] = {}
-        self._cached = False
+        self._hosts: dict[PriorAttention, PriorAttentionHost] = {}
+        self._all_keys = False
 
     def watch(self, module: nn.Module) -> list[RemovableHandle]:
-        if isinstance(module, MultiHeadSelfAttention):
-            return [module.register_forward_pre_hook(self._before_projections, with_kwargs=True)]
-        if isinstance(module, ConvertedAttention):
-            self._converted[module.prior_attention] = module
-            return [module.register_forward_pre_hook(self._before_converted, with_kwargs=True)]
+        if isinstance(module, PriorAttentionHost):
+            self._hosts[module.prior_attention] = module
+            return [module.register_forward_pre_hook(self._before_host, with_kwargs=True)]
         if isinstance(module, PriorAttention):
             return [
                 module.register_forward_pre_hook(self._before_attention, with_kwargs=True),
@@ -701,18 +698,18 @@ class _Run:
             pairs, rows = self._executed
             now = [_core(sum(pairs[h::heads]), sum(rows[h::heads]), *sizes) for h in range(heads)]
         self._add(module, [Comparison(dense, work) for work in now])
-        parent = self._converted.get(module)
-        if parent is not None and parent.model_dim is not None:
-            self._add_projections(module, parent.model_dim, query, key.shape[1], value.shape[3])
+        host = self._hosts.get(module)
+        if host is not None and host.model_dim is not None:
+            self._add_projections(module, host.model_dim, query, key.shape[1], value.shape[3])
 
-    def _before_converted(self, module: ConvertedAttention, args: Any, kwargs: Any) -> None:
-        self._cached = kwargs.get("past_key_values") is not None
+    def _before_host(self, module: PriorAttentionHost, args: Any, kwargs: Any) -> None:
+        self._all_keys = module.projects_all_keys(kwargs)
 
     def _add_projections(self, module: PriorAttention, dim: int, query: Tensor, key_heads: int, value_dim: int) -> None:
         """Those of the queries' tokens; the keys and values of a key head count for its first query head."""
         batch, heads, tokens, head_dim = query.shape
         kept = [tokens] * key_heads
-        if module.keep is not None and not self._cached:  # a cache takes all keys
+        if module.keep is not None and not self._all_keys:
             kept = _kept_rows(module.kept(tokens))
         dense, now = [], []
         for head in range(heads):
@@ -723,19 +720,6 @@ class _Run:
             dense.append(all_rows)
             now.append(kept_rows)
         self._add(module, map(Comparison, dense, now))
-        self.inside += sum(now, Work())
-
-    def _before_projections(self, module: MultiHeadSelfAttention, args: Any, kwargs: Any) -> None:
-        (x,) = _named(("x",), args, kwargs)
-        batch, tokens, dim = x.shape
-        keep = module.prior_attention.keep
-        kept = [tokens] * module.num_heads
-        if keep is not None:
-            kept = _kept_rows(keep.masked_fill(keep >= tokens, -1))
-        query = _linear(batch * tokens, dim, module.head_dim)
-        dense = query + _linear(batch * tokens, dim, 2 * module.head_dim)
-        now = [query + _linear(batch * rows, dim, 2 * module.head_dim) for rows in kept]
-        self._add(module.prior_attention, [Comparison(dense, work) for work in now])
         self.inside += sum(now, Work())
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fiak_ext.modules import MultiHeadSelfAttention, PriorAttention, first_of
+from fiak_ext.nn import MultiHeadSelfAttention, PriorAttention
+from fiak_ext.nn.lengths import first_of
 
 __all__ = ["CausalLM", "TransformerBlock", "VisionTransformer", "deit_tiny", "param_groups"]
 

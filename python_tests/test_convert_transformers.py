@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from converted import BATCH, CASES, HEADS, VOCABULARY, Case, images, priors, token_ids
+from converted import BATCH, CASES, DEPTH, DIM, HEADS, VOCABULARY, Case, images, priors, token_ids
 from counting import BytesMade
 from torch import Tensor
 
-from fiak_ext import SparsePattern, compact, convert, prune, resize_priors
+from fiak_ext import SparsePattern, compact, convert, flops, prune, resize_priors
 
 TEXT = [CASES[name] for name in ("bert", "roberta", "gpt2", "llama")]
 CAUSAL = [case for case in TEXT if case.is_causal]
@@ -367,6 +367,11 @@ def test_both_names_of_the_cache_work(case: Case, state: str, name: str) -> None
         parts.append(output.logits)
         cache = cache_of(output)
     torch.testing.assert_close(torch.cat(parts, 1), full)
+    if state == "compacted":  # a cache takes all keys: pairs alone are saved
+        pairs = case.mask()[:, :5, :5].tril().sum().item()
+        attention = flops.model_report(model, ids[:, :5], use_cache=True).attention
+        saved = attention.dense.torch - attention.now.torch
+        assert saved == 2 * 2 * (DIM // HEADS) * BATCH * DEPTH * (HEADS * 15 - pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fiak_ext.modules import PriorAttention
+from fiak_ext.nn import PriorAttention
 
 __all__ = ["Speed", "attention_core", "compare"]
 

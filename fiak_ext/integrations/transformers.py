@@ -46,7 +46,8 @@ from fiak_ext.conversion import (
     register_attention,
     roll,
 )
-from fiak_ext.modules import SAVED_STATE, PriorAttention
+from fiak_ext.nn import PriorAttention
+from fiak_ext.nn.state import SAVED_STATE
 from fiak_ext.projection import Weights, register_linear
 
 __all__ = [
@@ -331,6 +332,9 @@ class _HuggingFaceAttention(ConvertedAttention):
     def model_dim(self) -> int:
         size: int = self.config.hidden_size
         return size
+
+    def projects_all_keys(self, arguments: Mapping[str, Any]) -> bool:
+        return any(arguments.get(name) is not None for name in ("cache", "past_key_values"))  # a cache takes all keys
 
     def forward(
         self,

@@ -9,23 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fiak_ext.nn.lengths import first_of, may_be_shorter
+from fiak_ext.nn.state import Kind, PriorState
 from fiak_ext.pattern import SparsePattern, check_size
-from fiak_ext.projection import project_qkv
 
-__all__ = ["MultiHeadSelfAttention", "PriorAttention"]
+__all__ = ["Parameterization", "PriorAttention", "Score"]
 
-Kind = Literal["fiak", "gmm", "softmax"]
 Parameterization = Literal["logits", "clamp"]
 Score = Literal["dot", "gaussian"]
 
-# What a checkpoint of a pruned module holds. These are plain attributes, not buffers: code that averages, truncates or
-# offloads buffers as it averages weights would move indices.
-_PATTERN_STATE = ("pattern_crow_indices", "pattern_col_indices", "keep")
-SAVED_STATE = (*_PATTERN_STATE, "pattern_checksum")
-_CALIBRATION = ("posterior", "reached", "saliency")
 
-
-class PriorAttention(nn.Module):
+class PriorAttention(PriorState):
     """Multi-head attention whose pairs carry a learned prior, without projections (Eq. 12 of the paper).
 
     ``a_ij = w_ij exp(s_ij) / sum_j' w_ij' exp(s_ij')``, with weights ``w`` shared by the whole batch. Once pruned
@@ -62,17 +56,6 @@ class PriorAttention(nn.Module):
         ValueError: a size that is not an integer of at least 1, a probability outside 0..1, or an unknown name.
     """
 
-    prior: nn.Parameter | None
-    pattern_crow_indices: Tensor | None
-    pattern_col_indices: Tensor | None
-    keep: Tensor | None
-    _plan: Tensor | None
-    _plan_versions: tuple[int, int] | None
-    _place: Tensor
-    posterior: Tensor | None
-    reached: Tensor | None
-    saliency: Tensor | None
-
     def __init__(
         self,
         num_heads: int,
@@ -87,7 +70,6 @@ class PriorAttention(nn.Module):
         dropout_p: float = 0.0,
         groups: int = 1,
     ) -> None:
-        super().__init__()
         num_keys = num_queries if num_keys is None else num_keys
         sizes = {"num_heads": num_heads, "num_queries": num_queries, "num_keys": num_keys, "groups": groups}
         for name, size in sizes.items():
@@ -101,20 +83,13 @@ class PriorAttention(nn.Module):
                 raise ValueError(f"PriorAttention: {name} must be one of {', '.join(choices)} (got {choice!r})")
         if not 0.0 <= dropout_p <= 1.0:
             raise ValueError(f"PriorAttention: dropout_p must be in 0..1 (got {dropout_p})")
-        self.num_heads = num_heads
-        self.num_queries = num_queries
-        self.num_keys = num_keys
-        self.groups = groups
-        self.kind = kind
+        super().__init__(num_heads, num_queries, num_keys, groups, kind)
         self.parameterization = parameterization
         self.is_causal = is_causal
         self.score = score
         self.scale = scale
         self.dropout_p = dropout_p
         self.recorder: Callable[[Tensor, Tensor, Mapping[str, Any]], None] | None = None
-        self.register_parameter("prior", None)
-        self._place = torch.empty(0)  # tells where a module without prior lies
-        self._forget()
         self._restore_prior()
 
     def reset_parameters(self) -> None:
@@ -182,39 +157,6 @@ class PriorAttention(nn.Module):
 
     # ---------------------------------------------------------------- the pattern
 
-    @property
-    def is_pruned(self) -> bool:
-        """Whether a static pattern has taken the place of the prior."""
-        return self.pattern_crow_indices is not None
-
-    @property
-    def is_compacted(self) -> bool:
-        """Whether :meth:`compact` has dropped the keys that no query keeps."""
-        return self.keep is not None
-
-    @property
-    def pattern(self) -> SparsePattern | None:
-        """The pairs that are left, or None before pruning; once compacted, its columns are those of ``keep``."""
-        if self.pattern_crow_indices is None or self.pattern_col_indices is None:
-            return None
-        pattern = SparsePattern(
-            self.pattern_crow_indices,
-            self.pattern_col_indices,
-            self.num_heads,
-            self.num_queries,
-            self.num_keys if self.keep is None else self.keep.size(1),
-            self.groups,
-        )
-        pattern._plan, pattern._plan_versions = self._plan, self._plan_versions
-        return pattern
-
-    @property
-    def pattern_checksum(self) -> Tensor | None:
-        """int64: what a checkpoint holds to tell whether its indices are still those that were saved; None if dense."""
-        if self.pattern_crow_indices is None:
-            return None
-        return _checksum(self.pattern_crow_indices, self.pattern_col_indices, self.keep)
-
     def set_pattern(self, pattern: SparsePattern) -> None:
         """Prunes: deletes the prior and keeps the pairs of ``pattern``, with weight 1.
 
@@ -269,37 +211,6 @@ class PriorAttention(nn.Module):
         _ = pattern.plan
         self._adopt(pattern, keep)
         return keep
-
-    def _forget(self) -> None:
-        """Neither a pattern nor results of calibration."""
-        for name in (*_PATTERN_STATE, *_CALIBRATION):
-            setattr(self, name, None)
-        self._plan, self._plan_versions = None, None
-
-    # Tensors that a module keeps are made outside inference mode: autograd could not save those made inside.
-    @torch.inference_mode(False)
-    def _adopt(self, pattern: SparsePattern, keep: Tensor | None) -> None:
-        """Takes copies of the pattern's indices; the plan, which nobody writes to, serves both."""
-        self.prior = None
-        self._forget()
-        own = pattern.clone()
-        self.pattern_crow_indices, self.pattern_col_indices = own.crow_indices, own.col_indices
-        self._plan = pattern.plan
-        self._plan_versions = own.crow_indices._version, own.col_indices._version
-        self.keep = None if keep is None else keep.clone()
-
-    @torch.inference_mode(False)
-    def _restore_prior(self) -> None:
-        """The state before pruning, with an initial prior."""
-        device = self._device
-        self._forget()
-        if self.kind != "softmax":
-            self.prior = nn.Parameter(torch.empty(self._prior_shape, device=device, dtype=self._place.dtype))
-            self.reset_parameters()
-
-    @property
-    def _prior_shape(self) -> tuple[int, int, int, int]:
-        return self.groups, self.num_heads, self.num_queries if self.kind == "fiak" else 1, self.num_keys
 
     def kept(self, num_keys: int) -> Tensor:
         """``keep`` for an input of ``num_keys`` keys, no wider than these; -1 in place of those that it does not have.
@@ -496,103 +407,6 @@ class PriorAttention(nn.Module):
             log_prior=prior is not None,
         )
 
-    # ---------------------------------------------------------------- copies, moves and checkpoints
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_plan_versions": None}  # plans are made, never copied or saved
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriorAttention:
-        super()._apply(fn, recurse)
-        self._place = fn(self._place)
-        for name in (*_PATTERN_STATE, *_CALIBRATION):
-            if (tensor := getattr(self, name)) is not None:
-                with torch.inference_mode(False):
-                    setattr(self, name, fn(tensor))
-        self._follow(self._place.device)
-        return self
-
-    def _follow(self, device: torch.device) -> None:
-        """Brings what is no parameter to ``device``: code that places models may move parameters and buffers only."""
-        if self._plan is not None and self._plan.device != device:
-            self._plan = None
-        for name in (*_PATTERN_STATE, *_CALIBRATION):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.device != device:
-                with torch.inference_mode(False):
-                    setattr(self, name, tensor.to(device))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in SAVED_STATE:
-            if (tensor := getattr(self, name)) is not None:
-                destination[prefix + name] = tensor.clone()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes the checkpoint's state, dense, pruned or compacted, or leaves the module as it is."""
-        crow, col, keep, checksum = (state_dict.get(prefix + name) for name in SAVED_STATE)
-        prior = state_dict.get(f"{prefix}prior")
-        if crow is not None and col is not None:
-            try:
-                self._load_pattern(crow, col, keep, checksum, local_metadata)
-            except (TypeError, ValueError, RuntimeError) as error:
-                error_msgs.append(f"{prefix}pattern: {error}")
-                return
-        elif self.is_pruned:
-            # What torch saves says of every module that it was there; dense softmax attention saves nothing else.
-            dense = "version" in local_metadata if self.kind == "softmax" else prior is not None
-            if dense and (prior is None or tuple(prior.shape) == self._prior_shape):
-                self._restore_prior()
-            elif dense:
-                got = None if prior is None else tuple(prior.shape)
-                error_msgs.append(f"{prefix}prior: shape must be {self._prior_shape} (got {got} in the checkpoint)")
-                return
-            elif strict:
-                missing_keys += [prefix + name for name in SAVED_STATE if getattr(self, name) is not None]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if crow is not None and col is not None:
-            known = {prefix + name for name in SAVED_STATE}
-            unexpected_keys[:] = [name for name in unexpected_keys if name not in known]
-
-    def _load_pattern(
-        self,
-        crow: Tensor,
-        col: Tensor,
-        keep: Tensor | None,
-        checksum: Tensor | None,
-        metadata: Mapping[str, Any],
-    ) -> None:
-        if keep is not None:
-            _check_keep(keep, self.num_heads, self.num_keys)
-        num_keys = self.num_keys if keep is None else keep.size(1)
-        pattern = SparsePattern.from_csr(crow, col, self.num_heads, self.num_queries, num_keys, self.groups)
-        if checksum is not None and not checksum.is_meta:
-            expected, got = int(_checksum(crow, col, keep)), checksum.tolist()
-            if got != expected:
-                raise ValueError(
-                    f"pattern_checksum must be that of crow_indices, col_indices and keep, {expected} (got {got}): "
-                    "average or cast parameters only, and leave what else is in a state_dict as it is"
-                )
-        if not metadata.get("assign_to_params_buffers", False):
-            pattern = pattern.to(self._device)
-            keep = None if keep is None else keep.to(self._device)
-        self._adopt(pattern, keep)
-
-    @property
-    def _device(self) -> torch.device:
-        tensor = self.pattern_crow_indices if self.prior is None else self.prior
-        return (self._place if tensor is None else tensor).device
-
     def extra_repr(self) -> str:
         parts = [f"{self.num_heads}, {self.num_queries}, {self.num_keys}, kind={self.kind!r}", self._state()]
         if self.kind != "softmax":
@@ -608,103 +422,6 @@ class PriorAttention(nn.Module):
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
-    def _state(self) -> str:
-        pattern = self.pattern
-        if pattern is None:
-            return "dense"
-        return f"{'compacted' if self.is_compacted else 'pruned'} to {pattern.nnz} pairs"
-
-
-class MultiHeadSelfAttention(nn.Module):
-    """Self-attention with projections around :class:`PriorAttention`.
-
-    Args:
-        dim: features of the input and the output.
-        num_heads: heads.
-        num_tokens: the longest input.
-        head_dim: features of each head, by default ``dim / num_heads``.
-        qkv_bias: whether the input projections have a bias.
-        proj_bias: whether the output projection has one.
-        **attention: further arguments of :class:`PriorAttention`.
-
-    Attributes:
-        qkv: the input projections in one: queries, keys, values.
-        prior_attention: the :class:`PriorAttention`.
-        proj: the output projection.
-
-    Raises:
-        ValueError: ``dim`` that is not a multiple of ``num_heads`` where ``head_dim`` is left out.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_tokens: int,
-        *,
-        head_dim: int | None = None,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        **attention: Any,
-    ) -> None:
-        super().__init__()
-        if head_dim is None:
-            if dim % num_heads:
-                raise ValueError(
-                    "MultiHeadSelfAttention: dim must be a multiple of num_heads where head_dim is left out "
-                    f"(got {dim} and {num_heads})"
-                )
-            head_dim = dim // num_heads
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.num_tokens = num_tokens
-        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
-        self.prior_attention = PriorAttention(num_heads, num_tokens, **attention)
-        self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias)
-
-    def forward(self, x: Tensor, kv_lens: Tensor | None = None) -> Tensor:
-        """Maps ``x [B, n, dim]``, n up to ``num_tokens``, to ``[B, n, dim]``.
-
-        Args:
-            x: the tokens.
-            kv_lens: ``[B]``, the number of tokens of each batch element; those behind are not attended.
-
-        Raises:
-            ValueError: an input longer than ``num_tokens``.
-        """
-        batch, tokens, _ = x.shape
-        if tokens > self.num_tokens:
-            raise ValueError(f"MultiHeadSelfAttention: x must have at most {self.num_tokens} tokens (got {tokens})")
-        keep = None
-        if self.prior_attention.is_compacted:
-            keep = self.prior_attention.kept(tokens)
-            if kv_lens is None and not self.prior_attention.is_causal and may_be_shorter(tokens, self.num_tokens):
-                kv_lens = torch.full((batch,), tokens, device=x.device)
-        query, key, value = project_qkv(self.qkv, x, self.num_heads, keep, head_dim=self.head_dim, owner=self)
-        return self.proj(self.prior_attention(query, key, value, kv_lens=kv_lens).transpose(1, 2).flatten(2))
-
-    def compact(self) -> None:
-        """Projects keys and values of the positions only that some query of a head keeps.
-
-        Outputs change by rounding only. Parameters stay as they are, and so do optimizers.
-
-        Raises:
-            RuntimeError: attention that is not pruned, or compacted already.
-        """
-        self.prior_attention.compact()
-
-
-def may_be_shorter(size: int, longest: int) -> bool:
-    """Whether an input is shorter than it may be. Compiled code does not look, so that it serves every length."""
-    return torch.compiler.is_compiling() or size < longest
-
-
-def first_of(x: Tensor, dim: int, size: int) -> Tensor:
-    """The first ``size`` entries along ``dim``. Compiled code gathers them, as slices ask whether these are all."""
-    if torch.compiler.is_compiling():
-        return x.index_select(dim, torch.arange(size, device=x.device))
-    return x.narrow(dim, 0, size)
-
 
 def _at_most_one(x: Tensor) -> Tensor:
     """``min(x, 1)`` with gradient at 1, where causal priors start; that of torch.clamp is 0 there from 2.14 on."""
@@ -714,28 +431,3 @@ def _at_most_one(x: Tensor) -> Tensor:
 def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """A seed from torch's generator, as the ops take it."""
     return torch.randint(2**63 - 1, (1,), device=device) if dropout_p > 0 else None
-
-
-def _check_keep(keep: Tensor, num_heads: int, num_keys: int) -> None:
-    if keep.dtype != torch.int64 or keep.dim() != 2 or keep.size(0) < 1 or num_heads % keep.size(0):
-        raise ValueError(
-            f"keep must be int64 [key heads, kept keys] for {num_heads} query heads (got {keep.dtype}, "
-            f"shape {tuple(keep.shape)})"
-        )
-    rises = (keep[:, 1:] > keep[:, :-1]) & (keep[:, :-1] >= 0) | (keep[:, 1:] == -1)
-    if not bool(rises.all() and (keep >= -1).all() and (keep < num_keys).all()):
-        raise ValueError(f"keep must ascend within 0..{num_keys - 1} in each row and end in -1 where it is shorter")
-
-
-def _checksum(*indices: Tensor | None) -> Tensor:
-    """An int64 of what the indices are and where: whoever averages a state_dict moves some of them by one.
-
-    It is less than 2**24, so that float32 holds it: averages that move no index do not move it either.
-    """
-    modulus = 16_777_213  # a prime
-    total = torch.zeros((), dtype=torch.int64)
-    for tensor in indices:
-        if tensor is not None:
-            places = torch.arange(1, tensor.numel() + 1, device=tensor.device)
-            total = 31 * total.to(tensor.device) + (places * 7_919 % modulus * tensor.flatten().long()).sum()
-    return total % modulus
