@@ -37,8 +37,16 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 Adapter = TypeVar("Adapter", bound="type[ConvertedAttention]")
 
-# Top-level package of a model's classes: the module of this package that knows its attention.
-_INTEGRATIONS = {"torch": "torch_nn", "timm": "timm", "transformers": "transformers"}
+# Where classes of a model come from: the module of fiak_ext.integrations that knows attention of theirs.
+_INTEGRATIONS = {
+    "torch": "torch_nn",
+    "timm": "timm",
+    "transformers.models.bert": "transformers.bert",
+    "transformers.models.gpt2": "transformers.gpt2",
+    "transformers.models.llama": "transformers.llama",
+    "transformers.models.roberta": "transformers.roberta",
+    "transformers.models.vit": "transformers.vit",
+}
 _ATTENTION_NAME = re.compile(r"Attention|Attn")
 
 
@@ -184,8 +192,7 @@ def convert_with(
     if num_tokens is not None and not _is_size(num_tokens):
         raise ValueError(f"convert: num_tokens must be an integer of at least 1 (got {num_tokens!r})")
     num_tokens = None if num_tokens is None else int(num_tokens)  # numpy's integers are not for config.json
-    _import_integrations(model)
-    search = _Search()
+    search = _Search(_import_integrations(model))
     search.visit(model, "", ())
     if not any(search.covered.values()):
         raise ValueError(f"convert: model must hold attention modules (got {type(model).__name__})")
@@ -233,7 +240,7 @@ def from_pretrained(folder: str | Path, variant: str | None = None) -> Any:
         RuntimeError: patterns that are not well-formed.
         ModuleNotFoundError: transformers is not installed.
     """
-    integration = importlib.import_module("fiak_ext.integrations.transformers")
+    integration = importlib.import_module("fiak_ext.integrations.transformers.saving")
     return integration.from_pretrained(folder, variant)
 
 
@@ -312,7 +319,8 @@ class _Found:
 class _Search:
     """The attention modules of a model: by name those with an adapter, and those without and why they are refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Mapping[str, ImportError]) -> None:
+        self.failed = failed  # as _import_integrations returns it
         self.supported: dict[str, _Found] = {}
         self.refused: dict[str, str] = {}
         self.covered: dict[nn.Module, bool] = {}  # every module that is or holds attention; False where it does not
@@ -335,15 +343,30 @@ class _Search:
             return True
         if _ATTENTION_NAME.search(type(module).__name__) or isinstance(module, tuple(_ADAPTERS)):
             place = f"{type(module).__module__}.{type(module).__name__}"
-            self.refused[name] = f"{place}, for which nothing is registered with register_attention"
+            reason = "for which nothing is registered with register_attention"
+            for package, error in self.failed.items():
+                if any(_is_from(package, base) for base in type(module).__mro__):
+                    reason += f", as fiak_ext.integrations.{_INTEGRATIONS[package]} cannot be imported ({error})"
+            self.refused[name] = f"{place}, {reason}"
             return True
         return False
 
 
-def _import_integrations(model: nn.Module) -> None:
+def _import_integrations(model: nn.Module) -> dict[str, ImportError]:
+    """Imports what knows the attention of the model's classes; errors by their package, where a class is missing."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    for library in sorted({base.__module__.partition(".")[0] for base in classes} & set(_INTEGRATIONS)):
-        importlib.import_module(f"fiak_ext.integrations.{_INTEGRATIONS[library]}")
+    failed: dict[str, ImportError] = {}
+    for package, integration in _INTEGRATIONS.items():
+        if any(_is_from(package, base) for base in classes):
+            try:
+                importlib.import_module(f"fiak_ext.integrations.{integration}")
+            except ImportError as error:
+                failed[package] = error
+    return failed
+
+
+def _is_from(package: str, base: type) -> bool:
+    return f"{base.__module__}.".startswith(f"{package}.")
 
 
 def _is_size(value: Any) -> bool:

@@ -219,7 +219,7 @@ from transformers import AutoConfig, AutoModel, pipeline
 
 assert "fiak_ext" not in sys.modules
 if sys.argv[2] == "imported":
-    import fiak_ext.integrations.transformers
+    import fiak_ext.integrations.transformers.base
 transformers.logging.set_verbosity_error()
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     config = AutoConfig.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from converted import BATCH, CASES, DEPTH, DIM, HEADS, VOCABULARY, Case, images, priors, token_ids
 from counting import BytesMade
 from torch import Tensor
+from transformers.models.bert import modeling_bert
 
-from fiak_ext import SparsePattern, compact, convert, flops, prune, resize_priors
+from fiak_ext import SparsePattern, compact, conversion, convert, flops, prune, resize_priors
 
 TEXT = [CASES[name] for name in ("bert", "roberta", "gpt2", "llama")]
 CAUSAL = [case for case in TEXT if case.is_causal]
@@ -471,3 +473,30 @@ def test_a_step_costs_what_the_tokens_cost_that_are_there(case: Case, state: str
     print(f"bytes of a step with 20 and 30 cached tokens, {case.name}, {state}, by num_tokens: {costs}")
     for cost in (costs[1024], costs[longest]):
         assert all(step <= 1.2 * base for step, base in zip(cost, costs[128], strict=True)), costs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other versions of transformers
+
+
+def test_a_class_that_one_model_lacks_breaks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a release of transformers had renamed BERT's attention."""
+    models = {name: CASES[name].model() for name in ("bert", "roberta", "vit", "gpt2", "llama")}
+    for name, model in models.items():
+        for module_class in {type(module) for module in model.modules()}:
+            monkeypatch.delitem(conversion._ADAPTERS, module_class, raising=False)
+        monkeypatch.delitem(sys.modules, f"fiak_ext.integrations.transformers.{name}", raising=False)
+    monkeypatch.delattr(modeling_bert, "BertSelfAttention")
+    for name in ("roberta", "vit", "gpt2", "llama"):
+        case = CASES[name]
+        expected = case.run(models[name], case.inputs())
+        converted = convert(models[name], num_tokens=case.num_tokens)
+        assert priors(converted)
+        torch.testing.assert_close(case.run(converted, case.inputs()), expected)
+    own = set(models["bert"].state_dict())
+    with pytest.raises(ValueError, match=r"got .*BertSelfAttention, .*transformers\.bert cannot be imported \(cannot "):
+        convert(models["bert"], num_tokens=8)
+    both = torch.nn.ModuleList([models["bert"], CASES["gpt2"].model()])
+    with pytest.raises(ValueError, match=r"cannot import name 'BertSelfAttention'"):
+        convert(both, num_tokens=8)
+    assert set(models["bert"].state_dict()) == own and not priors(both)
