@@ -12,7 +12,7 @@ load_library()
 
 import torch
 
-from fiak_ext import _C, flops, reference
+from fiak_ext import _C, flops, ops, reference
 from fiak_ext._C import build_info
 from fiak_ext.calibration import SoftEM, calibrate, find_dead_rows
 from fiak_ext.compaction import compact
@@ -41,6 +41,7 @@ __all__ = [
     "find_dead_rows",
     "flops",
     "from_pretrained",
+    "ops",
     "pack_linears",
     "param_groups",
     "patterns",

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fiak_ext.nn import Kind, Parameterization, PriorAttention, PriorAttentionHost, Score
+from fiak_ext.nn import Kind, Parameterization, PriorAttention, PriorAttentionHost
+from fiak_ext.ops import Score
 
 __all__ = [
     "ConvertedAttention",

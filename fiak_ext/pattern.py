@@ -596,6 +596,8 @@ class SparsePattern:
     ) -> Tensor:
         """Attention over the pairs of this pattern only: ``fiak::csr_attention`` with its plan.
 
+        ``fiak_ext.ops.csr_attention`` calls this method; it takes a mask as well, and draws a seed.
+
         Args:
             query: ``[B, num_heads, N, D]``, N = ``num_queries`` unless ``query_offsets`` says which rows these are.
             key: ``[B, H, M, D]``; num_heads is a multiple of H. Keys from M to ``num_keys - 1`` are hidden.

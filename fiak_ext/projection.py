@@ -1,7 +1,7 @@
 """Projections to query, key and value where attention needs some rows of key and value only.
 
 A layer is taken for its weights where it is exactly a linear layer that nothing has been done to: then the rows that
-nobody needs are not computed (``fiak::compact_linear``). Any other layer (LoRA, quantised, pruned by
+nobody needs are not computed (``ops.compact_linear``). Any other layer (LoRA, quantised, pruned by
 ``torch.nn.utils.prune``, parametrized, offloaded, with hooks) is called on all rows, as in the model that it comes
 from, and the rows that are needed are taken from what it returns.
 """
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fiak_ext import ops
 
 __all__ = ["Weights", "is_plain_linear", "project_kept", "project_qkv", "register_linear"]
 
@@ -79,8 +81,7 @@ def project_kept(
         return _take(rows, keep)
     _check_width(layer, weights.weight.size(0), keep.size(0), head_dim, owner)
     _check_device(layer, weights.weight, x, owner)
-    output: Tensor = torch.ops.fiak.compact_linear(x, weights.weight, weights.bias, keep)
-    return output
+    return ops.compact_linear(x, weights.weight, weights.bias, keep)
 
 
 def project_qkv(
@@ -118,8 +119,7 @@ def project_qkv(
     width = weight.size(0) // 3
     query_bias, other_bias = (None, None) if bias is None else (bias[:width], bias[width:])
     query = F.linear(x, weight[:width], query_bias).unflatten(2, (num_heads, -1)).transpose(1, 2)
-    both: Tensor = torch.ops.fiak.compact_linear(x, weight[width:], other_bias, keep.repeat(2, 1))
-    key, value = both.chunk(2, 1)
+    key, value = ops.compact_linear(x, weight[width:], other_bias, keep.repeat(2, 1)).chunk(2, 1)
     return query, key, value
 
 

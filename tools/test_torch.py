@@ -22,7 +22,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent.parent
 
 # Ops, whose tests need no compiler; modules, what they keep, what is done with them; models of other libraries.
-OPS = "prior_attention csr_attention csr_plan compact compaction pattern"
+OPS = "ops prior_attention csr_attention csr_plan compact compaction pattern"
 TESTS = (
     f"{OPS} packing modules state models flops compile pruning calibration "
     "convert convert_examples convert_saving convert_timm convert_training convert_transformers"

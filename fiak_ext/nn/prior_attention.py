@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fiak_ext import ops
 from fiak_ext.nn.lengths import first_of, may_be_shorter
 from fiak_ext.nn.state import Kind, PriorState
+from fiak_ext.ops import Score
 from fiak_ext.pattern import SparsePattern, check_size
 
-__all__ = ["Parameterization", "PriorAttention", "Score"]
+__all__ = ["Parameterization", "PriorAttention"]
 
 Parameterization = Literal["logits", "clamp"]
-Score = Literal["dot", "gaussian"]
 
 
 class PriorAttention(PriorState):
@@ -189,8 +190,8 @@ class PriorAttention(PriorState):
     def compact(self, num_key_heads: int | None = None) -> Tensor:
         """Renumbers the keys so that those which no query keeps are gone.
 
-        Afterwards :meth:`forward` takes only the rows ``keep`` of key and value, as ``fiak::compact_kv`` and
-        ``fiak::compact_linear`` give them. A module cannot be pruned again after this.
+        Afterwards :meth:`forward` takes only the rows ``keep`` of key and value, as ``ops.compact_kv`` and
+        ``ops.compact_linear`` give them. A module cannot be pruned again after this.
 
         Args:
             num_key_heads: heads of key and value, by default as many as query heads.
@@ -278,7 +279,7 @@ class PriorAttention(PriorState):
                 enable_gqa=key.size(1) != self.num_heads,
             )
         weight, log_prior = self._dense_weight(query, key, query_offsets, bias)
-        output: Tensor = torch.ops.fiak.prior_attention(
+        return ops.prior_attention(
             query,
             key,
             value,
@@ -286,12 +287,10 @@ class PriorAttention(PriorState):
             is_causal=self.is_causal and query_offsets is None,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
-            seed=_draw_seed(dropout_p, query.device),
             scale=self.scale,
             score=self.score,
             log_prior=log_prior,
         )
-        return output
 
     def _check(self, query: Tensor, key: Tensor, bias: Tensor | None) -> None:
         for name, tensor in (("query", query), ("key", key)):
@@ -325,7 +324,7 @@ class PriorAttention(PriorState):
     def _dense_weight(
         self, query: Tensor, key: Tensor, query_offsets: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor | None, bool]:
-        """The weights as fiak::prior_attention takes them, and whether they are logarithms.
+        """The weights as ``ops.prior_attention`` takes them, and whether they are logarithms.
 
         Only the rows and columns of this input are looked at: weights are relative, so that the normalisation of a
         softmax, or the largest prior or bias of a row, is left to the op, which knows what is visible.
@@ -393,15 +392,15 @@ class PriorAttention(PriorState):
         if bias is not None:
             weight_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
             prior = pattern.entries(bias, self.keep).to(weight_dtype)
-        return pattern.attend(
+        return ops.csr_attention(
             query,
             key,
             value,
+            pattern,
             prior,
             query_offsets=query_offsets,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
-            seed=_draw_seed(dropout_p, query.device),
             scale=self.scale,
             score=self.score,
             log_prior=prior is not None,
@@ -426,8 +425,3 @@ class PriorAttention(PriorState):
 def _at_most_one(x: Tensor) -> Tensor:
     """``min(x, 1)`` with gradient at 1, where causal priors start; that of torch.clamp is 0 there from 2.14 on."""
     return x.masked_fill(x > 1, 1.0)
-
-
-def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """A seed from torch's generator, as the ops take it."""
-    return torch.randint(2**63 - 1, (1,), device=device) if dropout_p > 0 else None

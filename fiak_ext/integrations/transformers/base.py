@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from fiak_ext import ops
 from fiak_ext.conversion import ConvertedAttention, Padding, expect, roll
 from fiak_ext.integrations.transformers.saving import refuse_loading
 
@@ -72,7 +73,7 @@ def _attention(
     if attention.is_compacted:
         if kv_lens is None and not attention.is_causal:
             kv_lens = torch.full((key.size(0),), key.size(2), device=key.device)
-        key, value = torch.ops.fiak.compact_kv(key, value, attention.kept(key.size(2)))
+        key, value = ops.compact_kv(key, value, attention.kept(key.size(2)))
     output = attention(query, key, value, kv_lens=kv_lens, query_offsets=query_offsets)
     output = output if query_shifts is None else roll(output, -query_shifts, 2)
     return output.transpose(1, 2), None
