@@ -771,6 +771,12 @@ def _outside_inference(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def plan_num_queries(plan: Tensor) -> int:
+    """The queries of each head of the pattern that a plan was made for."""
+    # The header (PlanHeader in csrc/kernels/pattern/plan.h) begins with int64: magic, bytes, rows, queries of a head.
+    return int(plan[24:32].view(torch.int64))
+
+
 def check_size(owner: str, name: str, size: object, least: int) -> None:
     """Raises ValueError unless ``size`` is an integer of at least ``least``."""
     if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt, np.integer)):

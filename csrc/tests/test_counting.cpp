@@ -1,6 +1,6 @@
 // The FLOP formulas against the kernels: a number that counts its multiplications and additions runs through the same
 // scalar templates that compute attention. What they execute is exactly Table 1 of the paper (dense cost as printed,
-// the savings in their exact form with sparse AV) and the pair counts behind the formulas of fiak_ext/flops.py.
+// the savings in their exact form with sparse AV) and the pair counts behind the formulas of fiak_ext/flops.
 
 #include <gtest/gtest.h>
 
