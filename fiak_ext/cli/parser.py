@@ -1,13 +1,12 @@
-"""The command line, ``fiak`` or ``python -m fiak_ext``."""
+"""The arguments of each command, and what ``--help`` says."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["main"]
+__all__ = ["build_parser"]
 
 _MODELS = """\
 models: hf:PATH     a model of Hugging Face transformers: a text encoder (all-MiniLM and other BERT-like ones), a text
@@ -88,7 +87,8 @@ def _command(
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Of ``fiak``; what it parses has the name of the command in ``command``."""
     parser = argparse.ArgumentParser(
         prog="fiak",
         description="Transformers with learned attention priors, pruned to sparse attention.",
@@ -212,62 +212,3 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="DIR",
         help="folder for the table as JSON, checkpoints and pictures (default %(default)s)",
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        arguments: the command line without the program; by default the process's own.
-
-    Returns:
-        The exit status: 0; 2 after an error, with one line on stderr; 130 when interrupted.
-
-    Raises:
-        SystemExit: after ``--help`` (0), or with a command line that is wrong (2).
-    """
-    options = _parser().parse_args(arguments)
-    try:
-        if options.command == "demo":
-            _demo(options)
-        else:
-            from fiak_ext import commands
-
-            {"prune": commands.prune, "flops": commands.flops, "bench": commands.bench}[options.command](options)
-    except KeyboardInterrupt:
-        print(f"fiak {options.command}: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not _is_users(error):
-            raise
-        print(f"fiak {options.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from fiak_ext.commands import CommandError
-
-    try:
-        from fiak_ext.demo.data import load_images
-        from fiak_ext.demo.experiment import Recipe, run
-    except ModuleNotFoundError as error:
-        raise CommandError(
-            f"{error.name} is missing; install it: {sys.executable} -m pip install {error.name}"
-        ) from error
-    recipe = Recipe(patch_size=options.patch, epochs=options.epochs)
-    data = load_images(options.data)
-    print(data, flush=True)
-    run(data, options.output, recipe=recipe, seed=options.seed)
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the user can put it right: files, folders, data, names; all else is a bug, and has its traceback."""
-    from fiak_ext.commands import CommandError
-    from fiak_ext.demo.data import DataError
-
-    return isinstance(error, (CommandError, DataError, OSError))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
