@@ -252,8 +252,9 @@ def resize_priors(
     """Fits the priors of an image model to another size of images, as position embeddings are, by bicubic resizing.
 
     Queries and keys are positions of the grid of patches, row by row, behind the tokens that are none (class token).
-    Logits or pi are interpolated along both. Resize what else depends on the size with the model's own library. timm's
-    ``set_input_size`` of a converted vision transformer calls this function; after it there is nothing left to do.
+    Logits or pi are interpolated along both; results of calibration are dropped. Resize what else depends on the size
+    with the model's own library. timm's ``set_input_size`` of a converted vision transformer calls this function; after
+    it there is nothing left to do.
 
     Args:
         model: all its ``PriorAttention`` modules have as many queries and keys as ``grid`` and prefix say; none is
@@ -292,7 +293,7 @@ def resize_priors(
     for attention in attentions.values():
         prior = attention.prior
         attention.num_queries = attention.num_keys = num_prefix_tokens + new_grid[0] * new_grid[1]
-        attention.posterior = attention.reached = None
+        attention._forget()
         if prior is not None:
             resized = _resize(prior.detach(), grid, new_grid, num_prefix_tokens)
             if prior.size(2) > 1:

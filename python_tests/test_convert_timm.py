@@ -315,6 +315,15 @@ def test_priors_are_interpolated_along_queries_and_keys() -> None:
     torch.testing.assert_close(resize_priors(attention, (5, 2), (5, 2)).prior, nn.Parameter(before))
 
 
+def test_calibration_goes_with_the_size_it_belongs_to() -> None:
+    converted = vit()
+    calibrate(converted, [images()])
+    calibrate(converted, [images()], importance="gradient", forward=lambda model, batch: model(batch).square().sum())
+    converted.set_input_size((24, 20))
+    for attention in priors(converted):
+        assert attention.posterior is None and attention.reached is None and attention.saliency is None
+
+
 def test_what_resizing_refuses() -> None:
     with pytest.raises(ValueError, match="model must hold PriorAttention modules"):
         resize_priors(nn.Linear(2, 2), (2, 2), (3, 3))
