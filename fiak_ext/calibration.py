@@ -11,19 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, distributed, nn
 
+from fiak_ext.measure import dense_attentions, evaluating
 from fiak_ext.nn import Kind, Parameterization, PriorAttention
 
-__all__ = ["SoftEM", "all_attentions", "arguments_of", "calibrate", "dense_attentions", "find_dead_rows", "plain_names"]
+__all__ = ["SoftEM", "arguments_of", "calibrate", "find_dead_rows"]
 
 Measured: TypeAlias = Literal["posterior", "gradient"]
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
-Value = TypeVar("Value")
 Recorder: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any]], None]
 
 _CHUNK_BYTES = 1 << 19  # of float64 attention that a recorder holds at a time: it stays in the cache
@@ -90,8 +90,7 @@ def calibrate(
     stand_ins: list[Tensor] = []
     seen, first = 0, None
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         if importance == "posterior":
             stack.enter_context(torch.no_grad())
             means = {name: _MeanPosterior(attention, torch.float32) for name, attention in attentions.items()}
@@ -266,8 +265,7 @@ def find_dead_rows(model: nn.Module, batch: Any, *, forward: Forward | None = No
         return add
 
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_recording(attentions, present))
         for name, attention in attentions.items():
@@ -565,30 +563,6 @@ def _text(form: tuple[Any, ...]) -> str:
 # The model around it
 
 
-def all_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
-    """The model's attention modules by their :func:`plain_names`, refused where there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttention)}
-    if not found:
-        raise ValueError(f"{op}: model must hold a PriorAttention (got {type(model).__name__} without one)")
-    return plain_names(found)
-
-
-def dense_attentions(op: str, model: nn.Module) -> dict[str, PriorAttention]:
-    """The same, refused where one is pruned, too."""
-    found = all_attentions(op, model)
-    pruned = [name for name, attention in found.items() if attention.is_pruned]
-    if pruned:
-        raise ValueError(f"{op}: model must not be pruned yet (pruned: {', '.join(map(repr, sorted(pruned)))})")
-    return found
-
-
-def plain_names(named: Mapping[str, Value]) -> dict[str, Value]:
-    """Things by the names of modules, without what ``torch.compile`` adds to these."""
-    return {
-        ".".join(part for part in str(name).split(".") if part != "_orig_mod"): value for name, value in named.items()
-    }
-
-
 def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
@@ -610,18 +584,6 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

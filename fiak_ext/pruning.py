@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fiak_ext.calibration import all_attentions, arguments_of, dense_attentions, plain_names
+from fiak_ext.calibration import arguments_of
 from fiak_ext.flops import model_report, pair_flops
+from fiak_ext.measure import all_attentions, dense_attentions, plain_names
 from fiak_ext.nn import PriorAttention
 from fiak_ext.pattern import SparsePattern
 from fiak_ext.pruning_report import HeadReport, LayerReport, PruningReport, density, ranges, total

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from fiak_ext.calibration import plain_names
 from fiak_ext.flops.ops import work_formulas
 from fiak_ext.flops.pairs import PairCounts, count_dense_pairs, has_data, kept_rows, read
 from fiak_ext.flops.report import NOTHING, Comparison, LayerFlops, ModelFlops
 from fiak_ext.flops.work import Work, attention_work, linear_work
+from fiak_ext.measure import evaluating, plain_names
 from fiak_ext.nn import PriorAttention, PriorAttentionHost
 
 __all__ = ["model_report", "pair_flops"]
@@ -39,7 +39,7 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
         NotImplementedError: an operation that torch counts and that has no count in the ``table1`` convention.
     """
     run = _Run()
-    with _evaluating(model) as stack:
+    with evaluating(model), ExitStack() as stack:
         for name, module in plain_names(dict(model.named_modules())).items():  # hosts come before what they hold
             for handle in run.watch(name, module):
                 stack.callback(handle.remove)
@@ -85,27 +85,13 @@ def pair_flops(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]
 
         return hook
 
-    with _evaluating(model) as stack:
+    with evaluating(model), ExitStack() as stack:
         for name, module in plain_names(dict(model.named_modules())).items():
             if isinstance(module, PriorAttention):
                 costs[name] = torch.zeros(module.groups, module.num_queries, module.num_keys, dtype=torch.int64)
                 stack.callback(module.register_forward_pre_hook(count(name), with_kwargs=True).remove)
         model(*args, **kwargs)
     return costs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[ExitStack]:
-    """Evaluation mode, and no compiled code, inside; afterwards the stack is closed and each module in its own mode."""
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            model.eval()
-            yield stack
-        finally:
-            for module in training:
-                module.training = True
 
 
 class _Run:
