@@ -18,7 +18,7 @@ from fiak_ext.calibration import SoftEM, calibrate, find_dead_rows
 from fiak_ext.compaction import compact
 from fiak_ext.conversion import ConvertedAttention, convert, from_pretrained, register_attention, resize_priors
 from fiak_ext.models import CausalLM, VisionTransformer, deit_tiny, param_groups
-from fiak_ext.nn import MultiHeadSelfAttention, PriorAttention
+from fiak_ext.nn import MultiHeadSelfAttention, PriorAttention, PriorAttentionHost
 from fiak_ext.packing import pack_linears
 from fiak_ext.pattern import SparsePattern
 from fiak_ext.pruning import patterns, prune, set_patterns
@@ -29,6 +29,7 @@ __all__ = [
     "ConvertedAttention",
     "MultiHeadSelfAttention",
     "PriorAttention",
+    "PriorAttentionHost",
     "PruningReport",
     "SoftEM",
     "SparsePattern",

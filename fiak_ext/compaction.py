@@ -21,8 +21,8 @@ def compact(model: Model) -> Model:
     cannot be pruned again.
 
     Args:
-        model: holds :class:`~fiak_ext.MultiHeadSelfAttention` modules, or attention that ``convert`` has put priors
-            into, all pruned and none compacted; changed in place.
+        model: holds :class:`~fiak_ext.MultiHeadSelfAttention` modules, attention that ``convert`` has put priors into,
+            or other :class:`~fiak_ext.PriorAttentionHost` modules, all pruned and none compacted; changed in place.
 
     Returns:
         The model itself.
@@ -34,7 +34,7 @@ def compact(model: Model) -> Model:
     found = {name: module for name, module in model.named_modules() if isinstance(module, PriorAttentionHost)}
     if not found:
         raise ValueError(
-            "compact: model must hold MultiHeadSelfAttention or converted attention modules "
+            "compact: model must hold MultiHeadSelfAttention, converted attention or other PriorAttentionHost modules "
             f"(got {type(model).__name__})"
         )
     for name, module in found.items():

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fiak_ext import (
     CausalLM,
     MultiHeadSelfAttention,
     PriorAttention,
+    PriorAttentionHost,
     SparsePattern,
     VisionTransformer,
     compact,
+    flops,
     reference,
 )
 
@@ -139,6 +142,56 @@ def test_a_language_model_at_every_length() -> None:
         torch.testing.assert_close(compacted(tokens, lens), model(tokens, lens))
 
 
+class GroupedAttention(PriorAttentionHost):
+    """A module as users write it: two query heads of DIM / 2 features for each of two key heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.prior_attention = PriorAttention(4, TOKENS)
+
+    @property
+    def model_dim(self) -> int:
+        return DIM
+
+    @property
+    def num_key_heads(self) -> int:
+        return 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).unflatten(2, (4, -1)).transpose(1, 2)
+        if self.prior_attention.is_compacted:
+            key, value = (self.project_kept(x, layer) for layer in (self.key, self.value))
+        else:
+            key, value = (layer(x).unflatten(2, (2, -1)).transpose(1, 2) for layer in (self.key, self.value))
+        output: Tensor = self.prior_attention(query, key, value, kv_lens=self.kept_lens(x, None))
+        return output.transpose(1, 2).flatten(2)
+
+
+def test_a_host_of_ones_own() -> None:
+    torch.manual_seed(0)
+    host, x = GroupedAttention(), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    model = nn.Sequential(host, nn.Linear(2 * DIM, 5)).double()
+    dense = flops.model_report(model, x)
+    assert dense.other.torch == 2 * 2 * TOKENS * 2 * DIM * 5
+    mask = sparse_mask(heads=4)
+    mask[:, 1] = False  # the first key head has no query left
+    host.prior_attention.set_pattern(SparsePattern.from_mask(mask))
+    pruned, expected = flops.model_report(model, x), model(x)
+    compact(model)
+    keep = host.prior_attention.keep
+    assert keep is not None and keep.shape == (2, TOKENS - 1)
+    torch.testing.assert_close(model(x), expected)
+    report = flops.model_report(model, x)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert report.model.now.torch == counter.get_total_flops()
+    assert report.model.dense == dense.model.dense and report.other == dense.other
+    assert [layer.name for layer in report.layers] == ["0"]
+    gone = TOKENS + 1  # all rows of one key head and one row of the other, of key and value alike
+    assert pruned.model.now.torch - report.model.now.torch == 2 * 2 * gone * DIM * DIM
+
+
 def test_training_goes_on_after_compaction() -> None:
     model = compact(pruned_model(vision_transformer()))
     images, labels = torch.randn(32, 1, 8, 8), torch.randint(5, (32,))
@@ -219,7 +272,7 @@ def test_compile_without_graph_breaks(is_causal: bool) -> None:
 
 
 def test_wrong_uses_are_named() -> None:
-    with pytest.raises(ValueError, match=r"must hold MultiHeadSelfAttention or converted attention .*\(got Linear\)"):
+    with pytest.raises(ValueError, match=r"must hold .* other PriorAttentionHost modules \(got Linear\)"):
         compact(nn.Linear(2, 2))
     model = vision_transformer()
     with pytest.raises(ValueError, match=r"model must be pruned first \(got 'blocks.0.attention' not pruned\)"):

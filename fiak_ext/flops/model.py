@@ -27,9 +27,10 @@ def model_report(model: nn.Module, *args: Any, **kwargs: Any) -> ModelFlops:
     """What a forward pass of a model with :class:`~fiak_ext.PriorAttention` modules executes, against dense attention.
 
     Runs ``model(*args, **kwargs)`` once, in evaluation mode. Dense attention takes every pair that neither causality
-    nor ``kv_lens`` hides, and projects every key; modules without a pattern are dense. The projections of
-    :class:`~fiak_ext.MultiHeadSelfAttention` and of converted attention count for its heads, those of other models as
-    part of ``other``. A model without patterns may lie on the meta device.
+    nor ``kv_lens`` hides, and projects every key; modules without a pattern are dense. The projections of a
+    :class:`~fiak_ext.PriorAttentionHost` that says its ``model_dim`` (:class:`~fiak_ext.MultiHeadSelfAttention`, most
+    converted attention) count for its heads, those of other models as part of ``other``. A model without patterns may
+    lie on the meta device.
 
     Returns:
         The counts for all inputs of the batch together.

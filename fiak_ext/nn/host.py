@@ -20,7 +20,22 @@ class PriorAttentionHost(nn.Module):
 
     It says what ``fiak_ext.compact`` and ``fiak_ext.flops.model_report`` ask about the projections, and has what
     ``forward`` needs once compacted. Where the module has a ``head_dim``, projections must have as many features a
-    head.
+    head. A module of one's own::
+
+        class Attention(fiak_ext.PriorAttentionHost):
+            def __init__(self, dim, num_heads, num_tokens):
+                super().__init__()
+                self.into = nn.Linear(dim, 3 * dim)
+                self.prior_attention = fiak_ext.PriorAttention(num_heads, num_tokens)
+
+            @property
+            def model_dim(self):
+                return self.into.in_features
+
+            def forward(self, x):
+                query, key, value = self.project_qkv(x, self.into)
+                output = self.prior_attention(query, key, value, kv_lens=self.kept_lens(x, None))
+                return output.transpose(1, 2).flatten(2)
 
     Attributes:
         prior_attention: what ``forward`` calls with query, key and value ``[B, heads, positions, features]``.
