@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from converted import BATCH, CASES, DEPTH, DIM, HEADS, VOCABULARY, Case, images, priors, token_ids
+from converted import BATCH, CASES, DEPTH, DIM, HEADS, VOCABULARY, Case, images, left_out, priors, token_ids
 from counting import BytesMade
 from torch import Tensor
 from transformers.models.bert import modeling_bert
@@ -346,14 +346,8 @@ def cache_of(output: Any) -> Any:
     return output.cache if "cache" in output else output.past_key_values
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
-@every_state
-@every_causal
-@torch.no_grad()
-def test_both_names_of_the_cache_work(case: Case, state: str, name: str) -> None:
-    model = with_own_attention(case, state)
-    ids = token_ids(8)
-    full = model(ids, use_cache=False).logits
+def name_the_cache(model: Any, name: str) -> None:
+    """Attention of ``model`` gets its cache as transformers from 5.24 on passes it, or as those before."""
 
     def rename(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         values = [kwargs.pop(key) for key in ("cache", "past_key_values") if key in kwargs]
@@ -362,6 +356,20 @@ def test_both_names_of_the_cache_work(case: Case, state: str, name: str) -> None
     for module in model.modules():
         if hasattr(module, "prior_attention"):
             module.register_forward_pre_hook(rename, with_kwargs=True)
+
+
+either_cache = pytest.mark.parametrize("name", ["cache", "past_key_values"])
+
+
+@either_cache
+@every_state
+@every_causal
+@torch.no_grad()
+def test_both_names_of_the_cache_work(case: Case, state: str, name: str) -> None:
+    model = with_own_attention(case, state)
+    ids = token_ids(8)
+    full = model(ids, use_cache=False).logits
+    name_the_cache(model, name)
     first = model(ids[:, :5], use_cache=True)
     parts, cache = [first.logits], cache_of(first)
     for place in range(5, 8):
@@ -369,11 +377,18 @@ def test_both_names_of_the_cache_work(case: Case, state: str, name: str) -> None
         parts.append(output.logits)
         cache = cache_of(output)
     torch.testing.assert_close(torch.cat(parts, 1), full)
-    if state == "compacted":  # a cache takes all keys: pairs alone are saved
-        pairs = case.mask()[:, :5, :5].tril().sum().item()
-        attention = flops.model_report(model, ids[:, :5], use_cache=True).attention
-        saved = attention.dense.torch - attention.now.torch
-        assert saved == 2 * 2 * (DIM // HEADS) * BATCH * DEPTH * (HEADS * 15 - pairs)
+
+
+@either_cache
+@every_causal
+def test_with_a_cache_pairs_alone_are_saved(case: Case, name: str) -> None:
+    mask = left_out(case.mask())
+    model, ids = compact(case.pruned(mask=mask)), token_ids(5)
+    name_the_cache(model, name)
+    pairs = 2 * 2 * (DIM // HEADS) * BATCH * DEPTH * (HEADS * 15 - int(mask[:, :5, :5].sum()))
+    cached, without = (flops.model_report(model, ids, use_cache=use).attention for use in (True, False))
+    assert cached.dense.torch - cached.now.torch == pairs
+    assert without.dense.torch - without.now.torch > pairs  # the projections of the key that is left out, too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
