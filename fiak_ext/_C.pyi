@@ -10,3 +10,8 @@ def cpu_capabilities() -> dict[str, Any]:
 
 def kernel_isa(dtype: str) -> str:
     """The instruction set of the kernels that a call with this dtype ('float32', ...) runs on."""
+
+PLAN_HEADER_BYTES: int
+
+def read_plan(plan: bytes) -> dict[str, Any]:
+    """What a plan's first PLAN_HEADER_BYTES bytes say: sizes, and sections by name."""

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fiak_ext import _C
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["SparsePattern"]
+
+
+class Plan(NamedTuple):
+    """A plan, its summary where kernels run on another device than the host, and the versions of its indices."""
+
+    plan: Tensor
+    summary: Tensor | None
+    versions: tuple[int, int] | None
 
 
 class SparsePattern:
@@ -43,7 +53,6 @@ class SparsePattern:
 
     __slots__ = (
         "_plan",
-        "_plan_versions",
         "col_indices",
         "crow_indices",
         "groups",
@@ -98,8 +107,7 @@ class SparsePattern:
         self.num_queries = num_queries
         self.num_keys = num_keys
         self.groups = groups
-        self._plan: Tensor | None = None
-        self._plan_versions: tuple[int, int] | None = None
+        self._plan: Plan | None = None
 
     # ---------------------------------------------------------------- from and to other forms
 
@@ -458,15 +466,20 @@ class SparsePattern:
         Raises:
             RuntimeError: indices that are not a well-formed pattern.
         """
+        return self._made_plan().plan
+
+    def _made_plan(self) -> Plan:
         # Compiled code does not look whether indices were written to since.
-        versions = None if torch.compiler.is_compiling() else (self.crow_indices._version, self.col_indices._version)
-        if self._plan is None or (versions is not None and versions != self._plan_versions):
+        compiling = torch.compiler.is_compiling()
+        versions = None if compiling else (self.crow_indices._version, self.col_indices._version)
+        if self._plan is None or (versions is not None and versions != self._plan.versions):
             # Autograd cannot save inference tensors, and a plan outlives the mode that happens to be on now.
             with torch.inference_mode(False):
-                self._plan = torch.ops.fiak.csr_plan(
-                    self.crow_indices, self.col_indices, self.num_queries, self.num_keys
-                )
-            self._plan_versions = versions
+                plan = torch.ops.fiak.csr_plan(self.crow_indices, self.col_indices, self.num_queries, self.num_keys)
+                summary = None
+                if plan.is_cuda and not compiling:  # the host of a CPU reads the plan itself
+                    summary = torch.ops.fiak.csr_plan_summary(plan, self.groups * self._pattern_heads)
+            self._plan = Plan(plan, summary, versions)
         return self._plan
 
     # ---------------------------------------------------------------- other patterns from it
@@ -649,6 +662,7 @@ class SparsePattern:
             kv_lens = kv_lens.reshape(-1)
             if query_offsets is not None:
                 query_offsets = query_offsets.repeat_interleave(key_heads)
+        plan = self._made_plan()
         output: Tensor = torch.ops.fiak.csr_attention(
             query,
             key,
@@ -656,7 +670,8 @@ class SparsePattern:
             self.crow_indices,
             self.col_indices,
             prior,
-            plan=self.plan,
+            plan=plan.plan,
+            summary=plan.summary,
             query_offsets=query_offsets,
             kv_lens=kv_lens,
             dropout_p=dropout_p,
@@ -773,8 +788,8 @@ def _outside_inference(tensor: Tensor) -> Tensor:
 
 def plan_num_queries(plan: Tensor) -> int:
     """The queries of each head of the pattern that a plan was made for."""
-    # The header (PlanHeader in csrc/kernels/pattern/plan.h) begins with int64: magic, bytes, rows, queries of a head.
-    return int(plan[24:32].view(torch.int64))
+    header = plan[: _C.PLAN_HEADER_BYTES].cpu().numpy().tobytes()
+    return int(_C.read_plan(header)["num_queries"])
 
 
 def check_size(owner: str, name: str, size: object, least: int) -> None:

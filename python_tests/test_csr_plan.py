@@ -9,6 +9,9 @@ import torch
 from cases import csr_of
 from torch import Tensor
 
+import fiak_ext
+from fiak_ext import _C
+
 csr_plan = torch.ops.fiak.csr_plan
 
 
@@ -144,3 +147,72 @@ def test_devices_without_kernels_are_named() -> None:
     crow, col = _pattern(12, 9)
     with pytest.raises(NotImplementedError, match=r"fiak::csr_plan: has kernels for strided CPU tensors only"):
         csr_plan(crow.to_sparse(), col, 4, 9)
+
+
+def test_a_summary_says_what_each_head_has_to_do() -> None:
+    mask = torch.zeros(2, 30, 40, dtype=torch.bool)
+    mask[0] = True
+    mask[1, 25, 3:20] = mask[1, 0, 0] = True  # of the 2 x 3 tiles of 24 queries and 16 keys: one above, two below
+    pattern = fiak_ext.SparsePattern.from_mask(mask)
+    summary = torch.ops.fiak.csr_plan_summary(pattern.plan, 2)
+    assert summary.dtype == torch.int64 and summary.tolist() == [[1200, 6], [18, 3]]
+    thin = fiak_ext.SparsePattern.from_window(1, 4000, window_size=(1, 0))
+    assert torch.ops.fiak.csr_plan_summary(thin.plan, 1).tolist() == [[7999, -1]]  # no bits
+    query, key, value = (torch.randn(1, 2, n, 8) for n in (30, 40, 40))
+    indices = pattern.crow_indices, pattern.col_indices
+    expected = pattern.attend(query, key, value)
+    output = torch.ops.fiak.csr_attention(query, key, value, *indices, plan=pattern.plan, summary=summary)
+    assert torch.equal(output, expected)
+
+
+def test_a_summary_that_is_not_the_plans_is_refused() -> None:
+    pattern = fiak_ext.SparsePattern.from_mask(torch.ones(2, 6, 8, dtype=torch.bool))
+    for plan, message in (
+        (pattern.plan[:-1], "plan must have the size that its header names"),
+        (pattern.plan[:8], "plan must come from csr_plan; it is too short"),
+        (torch.zeros_like(pattern.plan), ".*its first bytes are not a plan's"),
+        (pattern.plan.float(), "plan must be torch.uint8"),
+        (pattern.plan[None], r"plan must have the shape \[bytes\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"csr_plan_summary: {message}"):
+            torch.ops.fiak.csr_plan_summary(plan, 2)
+    with pytest.raises(RuntimeError, match=r"csr_plan_summary: heads must be the plan's 2 \(got 3\)"):
+        torch.ops.fiak.csr_plan_summary(pattern.plan, 3)
+    changed = pattern.plan.clone()
+    changed[32:40] = torch.tensor([2**20]).view(torch.uint8)  # num_keys
+    with pytest.raises(RuntimeError, match="csr_plan_summary: plan must have the size and layout"):
+        torch.ops.fiak.csr_plan_summary(changed, 2)
+    query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 8, 8)
+    summary = torch.ops.fiak.csr_plan_summary(pattern.plan, 2)
+    cases: list[tuple[Tensor, Tensor | None, str]] = [
+        (summary.int(), pattern.plan, r"summary must be torch.int64 \(got torch.int32\)"),
+        (summary[:, :1], pattern.plan, "summary must have size 2 in dimension 1, entries and tiles"),
+        (summary.repeat(3, 1)[:5], pattern.plan, r"summary must have a row for each head of .* 12 rows \(got 5 rows\)"),
+        (summary, None, "plan must be given with its summary"),
+    ]
+    for given, given_plan, message in cases:
+        with pytest.raises(RuntimeError, match=f"csr_attention: {message}"):
+            indices = pattern.crow_indices, pattern.col_indices
+            torch.ops.fiak.csr_attention(query, key, key, *indices, plan=given_plan, summary=given)
+
+
+def test_python_reads_the_sections_of_a_plan() -> None:
+    pattern = fiak_ext.SparsePattern.from_mask(torch.rand(3, 20, 30) < 0.4)
+    plan = pattern.plan
+    found = _C.read_plan(plan[: _C.PLAN_HEADER_BYTES].numpy().tobytes())
+    sizes = {name: found[name] for name in ("num_rows", "num_queries", "num_keys", "nnz", "bytes")}
+    assert sizes == {"num_rows": 60, "num_queries": 20, "num_keys": 30, "nnz": pattern.nnz, "bytes": plan.numel()}
+
+    def section(name: str, dtype: torch.dtype) -> torch.Tensor:
+        start, width, count = found["sections"][name]
+        assert width == dtype.itemsize and start % 64 == 0
+        return plan[start : start + width * count].view(dtype)
+
+    assert torch.equal(section("row_offsets", torch.int32), pattern.crow_indices)
+    assert torch.equal(section("columns", torch.int16).int(), pattern.col_indices)
+    mask = pattern.to_mask()[0]
+    assert torch.equal(section("column_offsets", torch.int32).diff(), mask.sum(1).flatten().int())
+    assert torch.equal(section("rows", torch.int16).long(), mask.transpose(1, 2).nonzero()[:, 2])
+    assert section("bits", torch.int64).numel() == 60 and section("tiles", torch.int64).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"plan must hold a header of \d+ bytes \(got 8\)"):
+        _C.read_plan(b"FiPlan03")

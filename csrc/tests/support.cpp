@@ -209,9 +209,14 @@ namespace {
 class BitsRecorder : public testing::EmptyTestEventListener {
  public:
   explicit BitsRecorder(const char* file) : lines_(file, std::ios::app) {}
-  void add(const std::vector<unsigned char>& bytes) {
-    for (const unsigned char byte : bytes) hash_ = (hash_ ^ byte) * 0x100000001b3;  // FNV-1a
-    count_ += bytes.size();
+  void add(const std::vector<double>& numbers) {
+    for (const double number : numbers) {
+      uint64_t bits = 0;
+      const double one_nan = std::isnan(number) ? std::numeric_limits<double>::quiet_NaN() : number;
+      std::memcpy(&bits, &one_nan, sizeof bits);
+      for (int i = 0; i < 8; ++i, bits >>= 8) hash_ = (hash_ ^ (bits & 255)) * 0x100000001b3;  // FNV-1a
+    }
+    count_ += numbers.size();
   }
   void OnTestStart(const testing::TestInfo&) override {
     hash_ = 0xcbf29ce484222325;
@@ -241,7 +246,7 @@ BitsRecorder* const bits_recorder = []() -> BitsRecorder* {
 }  // namespace
 
 void record_bits(const Tensor& result) {
-  if (bits_recorder != nullptr) bits_recorder->add(result.bytes());
+  if (bits_recorder != nullptr) bits_recorder->add(result.values());
 }
 
 std::vector<std::tuple<cpu::Isa, DType>> all_kernels() {

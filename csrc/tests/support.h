@@ -108,8 +108,9 @@ void expect_close(const Tensor& actual, const Tensor& exact, const Tensor& yards
 /// Expects equal bytes, gaps included.
 void expect_identical(const Tensor& actual, const Tensor& expected, const std::string& what);
 
-/// Adds the bytes to what FIAK_BITS, the name of a file, gets for the test that runs: a line with the test's name and a
-/// hash of all that was added. Kernels that a change should leave as they are must give the same lines (make bits).
+/// Adds the numbers to what FIAK_BITS, the name of a file, gets for the test that runs: a line with the test's name and
+/// a hash of all that was added; every NaN counts as the same. Kernels that a change should leave as they are must give
+/// the same lines (make bits).
 void record_bits(const Tensor& result);
 
 /// Each instruction set and dtype that calls may run on, float64 apart, which is what others are compared with. Those

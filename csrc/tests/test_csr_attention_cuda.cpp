@@ -34,18 +34,29 @@ cuda::CsrWeights weights_of(const CsrArgs& args) {
           static_cast<int32_t>(selected)};
 }
 
+/// Every other call has the plan's summary, whose work must then be all that there is.
+PlanSummary summary_of(const CsrArgs& args) {
+  static std::vector<PlanHeadWork> heads;
+  static bool has_summary = false;
+  has_summary = !has_summary;
+  if (!has_summary) return {};
+  heads.resize(args.plan.heads);
+  summarise_plan(args.plan, heads.data());
+  return {heads.data(), args.plan.heads};
+}
+
 /// As the op does it: kernels are launched where there are pairs.
 void forward(const CsrArgs& args, const ForwardResult& result, const Parallel& parallel) {
   if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).csr_forward(args, result, parallel);
   const auto seed = static_cast<int64_t>(args.seed);
-  cuda::csr_forward(args, weights_of(args), &seed, result, kLaunch);
+  cuda::csr_forward(args, weights_of(args), summary_of(args), &seed, result, kLaunch);
 }
 
 void backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
   if (!has_pairs(args)) return cpu::kernels(cpu::Isa::kScalar).csr_backward(args, grads, parallel);
   const auto seed = static_cast<int64_t>(args.seed);
   std::vector<float> delta(args.batch * args.query_heads * args.queries);
-  cuda::csr_backward(args, weights_of(args), &seed, grads, delta.data(), kLaunch);
+  cuda::csr_backward(args, weights_of(args), summary_of(args), &seed, grads, delta.data(), kLaunch);
 }
 
 const cpu::Kernels kCudaKernels = [] {
@@ -100,6 +111,39 @@ TEST_P(CsrAttentionCuda, IgnoresHugeScoresOutsideTheSupport) {
 }
 TEST_P(CsrAttentionCuda, GivesTheSameBitsInAnyOrder) {  // with every number of threads comes another schedule
   with_each_kernel([&] { gives_the_same_bits_on_any_number_of_threads(random_csr_problem, 1); });
+}
+
+TEST(CsrLaunches, AreOfTheKindsThatHeadsNeed) {
+  Random random(5);
+  selected = CsrKernel::kAuto;
+  const auto kinds = [&](const Pattern& pattern, DType dtype, bool has_summary) {
+    CsrArgs args;
+    args.batch = 1;
+    args.query_heads = args.key_heads = pattern.heads;
+    args.queries = pattern.queries;
+    args.keys = pattern.keys;
+    args.dtype = dtype;
+    args.plan = pattern.plan();
+    std::vector<PlanHeadWork> heads(pattern.heads);
+    summarise_plan(args.plan, heads.data());
+    const PlanSummary summary{has_summary ? heads.data() : nullptr, pattern.heads};
+    const cuda::CsrKinds found = cuda::kinds_of(args, weights_of(args), summary);
+    return std::make_pair(found.entries, found.tiles);
+  };
+  const Pattern full(random, 2, 64, 64, 1.0), sparse(random, 2, 64, 64, 0.1), thin(random, 2, 200, 3000, 0.003);
+  std::vector<int64_t> crow = full.crow, col = full.col;  // a full head and an empty one
+  std::fill(crow.begin() + 64, crow.end(), crow[64]);
+  col.resize(crow[64]);
+  const Pattern mixed(2, 64, 64, crow, col);
+  using Kinds = std::pair<bool, bool>;  // entries, tiles
+  for (const DType dtype : {DType::kFloat16, DType::kFloat32}) {
+    EXPECT_EQ(kinds(full, dtype, true), Kinds(false, true));
+    EXPECT_EQ(kinds(sparse, dtype, true), Kinds(true, false));
+    EXPECT_EQ(kinds(mixed, dtype, true), Kinds(true, true));
+    EXPECT_EQ(kinds(thin, dtype, true), Kinds(true, false));
+    for (const Pattern* pattern : {&full, &sparse, &mixed}) EXPECT_EQ(kinds(*pattern, dtype, false), Kinds(true, true));
+    EXPECT_EQ(kinds(thin, dtype, false), Kinds(true, false));  // no plan of these sizes has bits
+  }
 }
 
 /// Rows and columns with more entries than 16 bits tell apart, and columns that the plan has no offsets of.
@@ -315,7 +359,7 @@ class CsrAttentionCudaChecks : public testing::Test {
     kernels.csr_forward = [](const CsrArgs& args, const ForwardResult& result, const Parallel&) {
       cuda::CsrWeights weights = weights_of(args);
       (*current)(weights);
-      cuda::csr_forward(args, weights, nullptr, result, kLaunch);
+      cuda::csr_forward(args, weights, {}, nullptr, result, kLaunch);
     };
     try {
       problem_.forward(kernels, DType::kFloat32, threads(1));

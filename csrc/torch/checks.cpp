@@ -151,6 +151,29 @@ void check_prior_attention(const char* op, const PriorInputs& in) {
   check_size(op, "prior", prior, 3, in.key.sym_size(2), "key's rows");
 }
 
+namespace {
+
+void check_plan_bytes(const char* op, const Tensor& plan) {
+  check_dim(op, "plan", plan, 1, "[bytes]");
+  TORCH_CHECK(plan.scalar_type() == at::kByte, op, ": plan must be torch.uint8 (got ", dtype_name(plan.scalar_type()),
+              ")");
+}
+
+/// What is in it only csr_plan_summary knows.
+void check_summary(const char* op, const Tensor& summary, const SymInt& rows) {
+  check_dim(op, "summary", summary, 2, "[heads, 2]");
+  check_size(op, "summary", summary, 1, 2, "entries and tiles");
+  TORCH_CHECK(summary.scalar_type() == at::kLong, op, ": summary must be torch.int64 (got ",
+              dtype_name(summary.scalar_type()), ")");
+  TORCH_CHECK(summary.is_cpu() || summary.is_meta(), op, ": summary must be on the CPU, for the host to read (got ",
+              summary.device(), ")");
+  const SymInt heads = summary.sym_size(0);
+  TORCH_SYM_CHECK(known_zero(heads) ? rows.sym_eq(0) : (rows % heads).sym_eq(0), op,
+                  ": summary must have a row for each head of crow_indices' ", rows, " rows (got ", heads, " rows)");
+}
+
+}  // namespace
+
 void check_csr_attention(const char* op, const CsrInputs& in) {
   const Tensor& query = in.query;
   check_attention(op, in);
@@ -164,12 +187,12 @@ void check_csr_attention(const char* op, const CsrInputs& in) {
   }
   check_per_element(op, "query_offsets", in.query_offsets, query);
   if (in.plan.has_value()) {  // which holds the number of rows a head has
-    check_dim(op, "plan", *in.plan, 1, "[bytes]");
-    TORCH_CHECK(in.plan->scalar_type() == at::kByte, op, ": plan must be torch.uint8 (got ",
-                dtype_name(in.plan->scalar_type()), ")");
+    check_plan_bytes(op, *in.plan);
     check_device(op, "plan", *in.plan, "query", query);
+    if (in.summary.has_value()) check_summary(op, *in.summary, in.crow_indices.sym_size(0) - 1);
     return;
   }
+  TORCH_CHECK(!in.summary.has_value(), op, ": plan must be given with its summary (got None)");
   TORCH_CHECK(!in.query_offsets.has_value(), op,
               ": plan must be given with query_offsets; torch.ops.fiak.csr_plan makes it (got None)");
   const SymInt rows = in.crow_indices.sym_size(0) - 1, heads = query.sym_size(1), queries = query.sym_size(2);
@@ -197,6 +220,11 @@ void check_attention_backward(const char* op, const Tensor& query, const Tensor&
   check_dtype(op, "grad_output", grad_output, "query", query);
   check_dtype(op, "output", output, "query", query);
   check_weight_dtype(op, "logsumexp", logsumexp, query);
+}
+
+void check_csr_plan_summary(const Tensor& plan, const SymInt& heads) {
+  check_plan_bytes("csr_plan_summary", plan);
+  TORCH_SYM_CHECK(heads.sym_ge(0), "csr_plan_summary: heads must not be negative (got ", heads, ")");
 }
 
 void check_csr_plan(const Tensor& crow_indices, const Tensor& col_indices, const SymInt& num_queries,

@@ -18,6 +18,8 @@ void check_attention_backward(const char* op, const at::Tensor& query, const at:
 void check_csr_plan(const at::Tensor& crow_indices, const at::Tensor& col_indices, const c10::SymInt& num_queries,
                     const c10::SymInt& num_keys);
 
+void check_csr_plan_summary(const at::Tensor& plan, const c10::SymInt& heads);
+
 void check_compact_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& keep);
 void check_compact_kv_backward(const OptionalTensor& grad_key, const OptionalTensor& grad_value, const at::Tensor& keep,
                                const c10::SymInt& num_keys);

@@ -21,18 +21,19 @@ using torch::autograd::variable_list;
 constexpr const char* kForward = "csr_attention";
 constexpr const char* kBackward = "csr_attention_backward";
 constexpr const char* kPlan = "csr_plan";
+constexpr const char* kSummary = "csr_plan_summary";
 
 ForwardTensors call_forward(const CsrInputs& in) {
   static const auto op = find_op<CsrInputs::Signature<ForwardTensors>>("fiak::csr_attention_forward");
-  return op.call(in.query, in.key, in.value, in.crow_indices, in.col_indices, in.prior, in.plan, in.query_offsets,
-                 in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_prior);
+  return op.call(in.query, in.key, in.value, in.crow_indices, in.col_indices, in.prior, in.plan, in.summary,
+                 in.query_offsets, in.kv_lens, in.dropout_p, in.seed, in.scale, in.score, in.log_prior);
 }
 
 GradTensors call_backward(const CsrGradInputs& in) {
   static const auto op = find_op<CsrGradInputs::Signature>("fiak::csr_attention_backward");
   return op.call(in.grad_output, in.query, in.key, in.value, in.crow_indices, in.col_indices, in.prior, in.output,
-                 in.logsumexp, in.plan, in.query_offsets, in.kv_lens, in.dropout_p, in.seed, in.scale, in.score,
-                 in.log_prior, in.output_mask);
+                 in.logsumexp, in.plan, in.summary, in.query_offsets, in.kv_lens, in.dropout_p, in.seed, in.scale,
+                 in.score, in.log_prior, in.output_mask);
 }
 
 Tensor attention(const CsrInputs& in) {
@@ -51,7 +52,7 @@ struct CsrAttention : torch::autograd::Function<CsrAttention> {
     context->save_for_backward({in.query, in.key, in.value, in.prior.value_or(Tensor()), output, logsumexp,
                                 in.crow_indices, in.col_indices, in.plan.value_or(Tensor()),
                                 in.query_offsets.value_or(Tensor()), in.kv_lens.value_or(Tensor()),
-                                in.seed.value_or(Tensor())});
+                                in.seed.value_or(Tensor()), in.summary.value_or(Tensor())});
     context->saved_data["dropout_p"] = in.dropout_p;
     context->saved_data["scale"] = in.scale;
     context->saved_data["score"] = std::string(in.score);
@@ -70,9 +71,9 @@ struct CsrAttention : torch::autograd::Function<CsrAttention> {
     const OptionalTensor prior = if_defined(saved[3]);
     std::tie(grads[0], grads[1], grads[2], grads[3]) =
         call_backward({grad_outputs[0], saved[0], saved[1], saved[2], saved[6], saved[7], prior, saved[4], saved[5],
-                       if_defined(saved[8]), if_defined(saved[9]), if_defined(saved[10]), data["dropout_p"].toDouble(),
-                       if_defined(saved[11]), data["scale"].toOptional<double>(), score, data["log_prior"].toBool(),
-                       wanted_grads(*context, prior.has_value())});
+                       if_defined(saved[8]), if_defined(saved[12]), if_defined(saved[9]), if_defined(saved[10]),
+                       data["dropout_p"].toDouble(), if_defined(saved[11]), data["scale"].toOptional<double>(), score,
+                       data["log_prior"].toBool(), wanted_grads(*context, prior.has_value())});
     return grads;
   }
 };
@@ -96,13 +97,17 @@ Tensor make_plan(const char* op, const CsrIndices& csr, int64_t num_queries, int
   return plan;
 }
 
+void check_alignment(const char* op, const Tensor& plan) {
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(plan.const_data_ptr()) % alignof(int64_t) == 0, op,
+              ": plan must be aligned to ", alignof(int64_t), " bytes");
+}
+
 void check_given_plan(const char* op, const Tensor& plan, const CsrIndices& csr) {
   const char* const wanted = std::getenv("FIAK_CHECK_PLANS");
   const bool deep = wanted != nullptr && std::string_view(wanted) == "1";
   const std::string error = check_plan(plan.const_data_ptr(), plan.numel(), csr, deep);
   TORCH_CHECK(error.empty(), op, ": ", error);
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(plan.const_data_ptr()) % alignof(int64_t) == 0, op,
-              ": plan must be aligned to ", alignof(int64_t), " bytes");
+  check_alignment(op, plan);
 }
 
 /// The rules that only the plan's content decides: groups, a row for every query and a column for every key.
@@ -162,6 +167,12 @@ Tensor plan_meta(const Tensor& crow_indices, const Tensor& col_indices, SymInt n
   return empty_like_sizes({layout.bytes}, crow_indices, at::kByte);
 }
 
+/// On the CPU, whatever the plan's device is: a host reads it without waiting.
+Tensor summary_meta(const Tensor& plan, SymInt heads) {
+  check_csr_plan_summary(plan, heads);
+  return at::empty_symint({heads, 2}, at::TensorOptions().dtype(at::kLong).device(at::kCPU));
+}
+
 template <class Result, Result (*function)(const CsrInputs&)>
 constexpr auto* forward_kernel = Kernel<function, CsrInputs::Signature<Result>>::call;
 
@@ -187,6 +198,19 @@ Tensor csr_plan_cpu(const Tensor& crow_indices, const Tensor& col_indices, int64
   return make_plan(kPlan, csr_indices(crow, col), num_queries, num_keys);
 }
 
+Tensor csr_plan_summary_cpu(const Tensor& plan, int64_t heads) {
+  check_csr_plan_summary(plan, heads);
+  const Tensor bytes = plan.contiguous();
+  const std::string error = check_plan_header(bytes.const_data_ptr(), bytes.numel());
+  TORCH_CHECK(error.empty(), kSummary, ": ", error);
+  check_alignment(kSummary, bytes);
+  const PlanView view = view_plan(bytes.const_data_ptr());
+  TORCH_CHECK(view.heads == heads, kSummary, ": heads must be the plan's ", view.heads, " (got ", heads, ")");
+  Tensor summary = at::empty({heads, 2}, at::kLong);
+  summarise_plan(view, static_cast<PlanHeadWork*>(summary.mutable_data_ptr()));
+  return summary;
+}
+
 TORCH_LIBRARY_IMPL(fiak, CompositeImplicitAutograd, m) { m.impl("csr_attention", forward_kernel<Tensor, attention>); }
 
 TORCH_LIBRARY_IMPL(fiak, AutocastCPU, m) { m.impl("csr_attention", forward_kernel<Tensor, attention_in_autocast>); }
@@ -201,12 +225,14 @@ TORCH_LIBRARY_IMPL(fiak, CPU, m) {
   m.impl("csr_attention_forward", forward_kernel<ForwardTensors, forward_cpu>);
   m.impl("csr_attention_backward", backward_kernel<backward_cpu>);
   m.impl("csr_plan", csr_plan_cpu);
+  m.impl("csr_plan_summary", csr_plan_summary_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fiak, Meta, m) {
   m.impl("csr_attention_forward", forward_kernel<ForwardTensors, csr_forward_meta>);
   m.impl("csr_attention_backward", backward_kernel<csr_backward_meta>);
   m.impl("csr_plan", plan_meta);
+  m.impl("csr_plan_summary", summary_meta);
 }
 
 }  // namespace fiak

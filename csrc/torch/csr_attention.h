@@ -13,4 +13,7 @@ GradTensors csr_backward_meta(const CsrGradInputs& in);
 at::Tensor csr_plan_cpu(const at::Tensor& crow_indices, const at::Tensor& col_indices, int64_t num_queries,
                         int64_t num_keys);
 
+/// What each of the `heads` heads of a plan on the CPU has to do.
+at::Tensor csr_plan_summary_cpu(const at::Tensor& plan, int64_t heads);
+
 }  // namespace fiak

@@ -58,7 +58,7 @@ struct PriorGradInputs {
 
 struct CsrInputs {
   at::Tensor query, key, value, crow_indices, col_indices;
-  OptionalTensor prior, plan, query_offsets, kv_lens;
+  OptionalTensor prior, plan, summary, query_offsets, kv_lens;
   double dropout_p;
   OptionalTensor seed;
   std::optional<double> scale;
@@ -68,15 +68,15 @@ struct CsrInputs {
   template <class Result>
   using Signature = Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                            const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                           const OptionalTensor&, double, const OptionalTensor&, std::optional<double>,
-                           std::string_view, bool);
+                           const OptionalTensor&, const OptionalTensor&, double, const OptionalTensor&,
+                           std::optional<double>, std::string_view, bool);
 };
 
 struct CsrGradInputs {
   at::Tensor grad_output, query, key, value, crow_indices, col_indices;
   OptionalTensor prior;
   at::Tensor output, logsumexp;
-  OptionalTensor plan, query_offsets, kv_lens;
+  OptionalTensor plan, summary, query_offsets, kv_lens;
   double dropout_p;
   OptionalTensor seed;
   std::optional<double> scale;
@@ -87,11 +87,11 @@ struct CsrGradInputs {
   using Signature = GradTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                 const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
                                 const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                double, const OptionalTensor&, std::optional<double>, std::string_view, bool,
-                                OutputMask);
+                                const OptionalTensor&, double, const OptionalTensor&, std::optional<double>,
+                                std::string_view, bool, OutputMask);
 
   CsrInputs inputs() const {
-    return {query,         key,     value,     crow_indices, col_indices, prior, plan,
+    return {query,         key,     value,     crow_indices, col_indices, prior, plan,     summary,
             query_offsets, kv_lens, dropout_p, seed,         scale,       score, log_prior};
   }
 };

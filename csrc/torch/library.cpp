@@ -18,6 +18,7 @@ constexpr const char* kOps[] = {"prior_attention_forward",
                                 "csr_attention_forward",
                                 "csr_attention_backward",
                                 "csr_plan",
+                                "csr_plan_summary",
                                 "compact_kv",
                                 "compact_kv_backward",
                                 "compact_linear",
@@ -60,7 +61,8 @@ TORCH_LIBRARY(fiak, m) {
 
   // The same over the pairs of a CSR pattern of G * Hq * num_queries rows only (the pruned attention of Sec. 3).
   const std::string indices = "Tensor crow_indices, Tensor col_indices, ";
-  const std::string csr_options = "*, Tensor? plan=None, Tensor? query_offsets=None, Tensor? kv_lens=None, " + options;
+  const std::string csr_options =
+      "*, Tensor? plan=None, Tensor? summary=None, Tensor? query_offsets=None, Tensor? kv_lens=None, " + options;
   const std::string csr_inputs = "(" + qkv + indices + "Tensor? prior=None, " + csr_options + ")";
   def("csr_attention" + csr_inputs + " -> Tensor");
   def("csr_attention_forward" + csr_inputs + forward_results);
@@ -70,6 +72,10 @@ TORCH_LIBRARY(fiak, m) {
 
   // Validates a pattern and returns, as uint8, all that csr_attention wants to know about it.
   def("csr_plan(" + indices + "SymInt num_queries, SymInt num_keys) -> Tensor");
+
+  // What each head of a plan has to do, int64 [heads, 2] on the CPU: entries, and tiles of 24 queries x 16 keys with
+  // one, or -1 where the plan has no bits. csr_attention on CUDA then launches what its heads need, without waiting.
+  def("csr_plan_summary(Tensor plan, SymInt heads) -> Tensor");
 
   // Key pruning (Algorithms 2 and 3): keep [H, K] names the kept rows of each key head, ascending, padded with -1.
   def("compact_kv(Tensor key, Tensor value, Tensor keep) -> (Tensor, Tensor)");

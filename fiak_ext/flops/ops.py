@@ -59,6 +59,7 @@ _WORK: dict[str, Callable[[Mapping[str, Any]], Work]] = {
     "compact_kv": _nothing,
     "compact_kv_backward": _nothing,
     "csr_plan": _nothing,
+    "csr_plan_summary": _nothing,
 }
 _FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {  # in the torch convention alone
     "prior_attention_backward": _attention_backward,

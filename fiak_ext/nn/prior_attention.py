@@ -377,7 +377,7 @@ class PriorAttention(PriorState):
         pattern = self.pattern
         assert pattern is not None
         if not torch.compiler.is_exporting():  # which has no tensors to keep
-            self._plan, self._plan_versions = pattern.plan, pattern._plan_versions
+            self._plan = pattern._made_plan()
         batch, _, queries, _ = query.shape
         keys = key.size(2)
         if self.keep is not None:

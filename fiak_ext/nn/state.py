@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fiak_ext.pattern import SparsePattern
+from fiak_ext.pattern import Plan, SparsePattern
 
 __all__ = ["SAVED_STATE", "Kind", "PriorState"]
 
@@ -34,8 +34,7 @@ class PriorState(nn.Module):
     pattern_crow_indices: Tensor | None
     pattern_col_indices: Tensor | None
     keep: Tensor | None
-    _plan: Tensor | None
-    _plan_versions: tuple[int, int] | None
+    _plan: Plan | None
     _place: Tensor
     posterior: Tensor | None
     reached: Tensor | None
@@ -81,7 +80,7 @@ class PriorState(nn.Module):
             self.num_keys if self.keep is None else self.keep.size(1),
             self.groups,
         )
-        pattern._plan, pattern._plan_versions = self._plan, self._plan_versions
+        pattern._plan = self._plan
         return pattern
 
     @property
@@ -97,7 +96,7 @@ class PriorState(nn.Module):
         """Drops the pattern and the results of calibration."""
         for name in (*_PATTERN_STATE, *_CALIBRATION):
             setattr(self, name, None)
-        self._plan, self._plan_versions = None, None
+        self._plan = None
 
     # Tensors that a module keeps are made outside inference mode: autograd could not save those made inside.
     @torch.inference_mode(False)
@@ -107,8 +106,8 @@ class PriorState(nn.Module):
         self._forget()
         own = pattern.clone()
         self.pattern_crow_indices, self.pattern_col_indices = own.crow_indices, own.col_indices
-        self._plan = pattern.plan
-        self._plan_versions = own.crow_indices._version, own.col_indices._version
+        versions = own.crow_indices._version, own.col_indices._version
+        self._plan = pattern._made_plan()._replace(versions=versions)
         self.keep = None if keep is None else keep.clone()
 
     @torch.inference_mode(False)
@@ -127,7 +126,7 @@ class PriorState(nn.Module):
     # ---------------------------------------------------------------- copies and moves
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_plan_versions": None}  # plans are made, never copied or saved
+        return {**self.__dict__, "_plan": None}  # plans are made, never copied or saved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PriorState:
         super()._apply(fn, recurse)
@@ -141,7 +140,7 @@ class PriorState(nn.Module):
 
     def _follow(self, device: torch.device) -> None:
         """Brings what is no parameter to ``device``: code that places models may move parameters and buffers only."""
-        if self._plan is not None and self._plan.device != device:
+        if self._plan is not None and self._plan.plan.device != device:
             self._plan = None
         for name in (*_PATTERN_STATE, *_CALIBRATION):
             tensor = getattr(self, name)

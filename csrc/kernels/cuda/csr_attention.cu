@@ -4,14 +4,14 @@
 
 namespace fiak::cuda {
 
-void csr_attention_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                           const ForwardResult& result, void* stream) {
-  csr_forward(args, weights, seed, result, LaunchOnStream{stream});
+void csr_attention_forward(const AttentionArgs& args, const CsrWeights& weights, const PlanSummary& summary,
+                           const int64_t* seed, const ForwardResult& result, void* stream) {
+  csr_forward(args, weights, summary, seed, result, LaunchOnStream{stream});
 }
 
-void csr_attention_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                            const BackwardArgs& grads, float* delta, void* stream) {
-  csr_backward(args, weights, seed, grads, delta, LaunchOnStream{stream});
+void csr_attention_backward(const AttentionArgs& args, const CsrWeights& weights, const PlanSummary& summary,
+                            const int64_t* seed, const BackwardArgs& grads, float* delta, void* stream) {
+  csr_backward(args, weights, summary, seed, grads, delta, LaunchOnStream{stream});
 }
 
 }  // namespace fiak::cuda

@@ -7,11 +7,12 @@
 
 namespace fiak::cuda {
 
-void csr_attention_forward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                           const ForwardResult& result, void* stream);
+/// `summary`, on the host, is that of the plan or empty (csr_launches.h).
+void csr_attention_forward(const AttentionArgs& args, const CsrWeights& weights, const PlanSummary& summary,
+                           const int64_t* seed, const ForwardResult& result, void* stream);
 
 /// `delta` is scratch of [batch, query_heads, queries].
-void csr_attention_backward(const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                            const BackwardArgs& grads, float* delta, void* stream);
+void csr_attention_backward(const AttentionArgs& args, const CsrWeights& weights, const PlanSummary& summary,
+                            const int64_t* seed, const BackwardArgs& grads, float* delta, void* stream);
 
 }  // namespace fiak::cuda

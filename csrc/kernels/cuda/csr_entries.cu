@@ -10,8 +10,10 @@ void csr_entries_forward(FIAK_ELEMENT element, const AttentionArgs& args, const 
 }
 
 void csr_entries_backward(FIAK_ELEMENT element, const AttentionArgs& args, const CsrWeights& weights,
-                          const int64_t* seed, const BackwardArgs& grads, float* delta, const LaunchOnStream& launch) {
-  csr_entries_backward<FIAK_ELEMENT, const LaunchOnStream&>(element, args, weights, seed, grads, delta, launch);
+                          const int64_t* seed, const BackwardArgs& grads, float* delta, bool has_heads,
+                          const LaunchOnStream& launch) {
+  csr_entries_backward<FIAK_ELEMENT, const LaunchOnStream&>(element, args, weights, seed, grads, delta, has_heads,
+                                                            launch);
 }
 
 }  // namespace fiak::cuda

@@ -683,23 +683,24 @@ void csr_entries_forward(Element element, const AttentionArgs& args, const CsrWe
   });
 }
 
-/// The same of the gradients that are wanted, delta first. `delta` is scratch, [batch, query_heads, queries].
+/// The same of the gradients that are wanted, after delta, which is scratch, [batch, query_heads, queries]. Where no
+/// head is computed by entries (`has_heads`), these are delta and the prior's gradient alone.
 template <class Element, class Launch>
 void csr_entries_backward(Element element, const AttentionArgs& args, const CsrWeights& weights, const int64_t* seed,
-                          const BackwardArgs& grads, float* delta, Launch&& launch) {
+                          const BackwardArgs& grads, float* delta, bool has_heads, Launch&& launch) {
   with_entries_kernel_of(args, weights, [&](auto head, auto elements) {
     const CsrBackwardParams params = backward_params(args, weights, seed, grads, delta);
     const int64_t runs = tiles_of(args.batch, decltype(elements)::value);
     const int64_t query_blocks = tiles_of(args.queries, kEntriesWarps) * args.query_heads * runs;
     const int64_t key_blocks = tiles_of(args.keys, kEntriesWarps) * args.key_heads * runs;
     launch(csr_delta_kernel(element), tiles_of(args.batch * args.query_heads * args.queries, kDeltaWarps), params);
-    if (grads.grad_query.data != nullptr) {
+    if (has_heads && grads.grad_query.data != nullptr) {
       launch(csr_entries_grad_query_kernel(element, head, elements), query_blocks, params);
     }
-    if (grads.grad_key.data != nullptr) {
+    if (has_heads && grads.grad_key.data != nullptr) {
       launch(csr_entries_grad_key_kernel(element, head, elements), key_blocks, params);
     }
-    if (grads.grad_value.data != nullptr) {
+    if (has_heads && grads.grad_value.data != nullptr) {
       launch(csr_entries_grad_value_kernel(element, head, elements), key_blocks, params);
     }
     if (grads.grad_weight != nullptr) {

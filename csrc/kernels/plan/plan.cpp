@@ -228,6 +228,31 @@ std::string check_sizes(const CsrIndices& csr, int64_t num_queries, int64_t num_
   return {};
 }
 
+/// Reads a plan's header; empty if it is one and names the plan's size.
+std::string read_header(const void* plan, int64_t bytes, PlanHeader& header) {
+  if (bytes < static_cast<int64_t>(sizeof header)) return got("plan must come from csr_plan; it is too short", bytes);
+  std::memcpy(&header, plan, sizeof header);
+  if (header.magic != kPlanMagic)
+    return "plan must come from csr_plan of this version; its first bytes are not a plan's";
+  if (header.bytes != bytes) return got("plan must have the size that its header names", bytes);
+  return {};
+}
+
+/// Empty if the header's sizes are some that csr_plan takes, and its layout is theirs.
+std::string check_layout(const PlanHeader& header) {
+  const CsrIndices csr{nullptr, nullptr, false, header.num_rows, header.nnz};
+  if (header.num_rows < 0 || header.nnz < 0)
+    return got("plan must have no negative sizes", header.num_rows < 0 ? header.num_rows : header.nnz);
+  if (std::string error = check_sizes(csr, header.num_queries, header.num_keys); !error.empty()) {
+    return "plan must be of sizes that csr_plan takes; " + error;
+  }
+  const PlanLayout layout = plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz);
+  if (layout.bytes != header.bytes || std::memcmp(&layout, &header.layout, sizeof layout) != 0) {
+    return got("plan must have the size and layout of its pattern's plan", header.bytes);
+  }
+  return {};
+}
+
 }  // namespace
 
 std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, const Parallel& parallel) {
@@ -270,25 +295,28 @@ void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, vo
   }
 }
 
+void summarise_plan(const PlanView& plan, PlanHeadWork* heads) {
+  for (int64_t head = 0; head < plan.heads; ++head) {
+    heads[head] = {plan.first_entry(head + 1) - plan.first_entry(head),
+                   plan.has(PlanSection::kTiles) ? plan.tiles[head] : -1};
+  }
+}
+
+std::string check_plan_header(const void* plan, int64_t bytes) {
+  PlanHeader header;
+  std::string error = read_header(plan, bytes, header);
+  return error.empty() ? check_layout(header) : error;
+}
+
 std::string check_plan(const void* plan, int64_t bytes, const CsrIndices& csr, bool deep) {
   PlanHeader header;
-  if (bytes < static_cast<int64_t>(sizeof header)) return got("plan must come from csr_plan; it is too short", bytes);
-  std::memcpy(&header, plan, sizeof header);
-  if (header.magic != kPlanMagic)
-    return "plan must come from csr_plan of this version; its first bytes are not a plan's";
-  if (header.bytes != bytes) return got("plan must have the size that its header names", bytes);
+  if (std::string error = read_header(plan, bytes, header); !error.empty()) return error;
   if (header.num_rows != csr.num_rows || header.nnz != csr.nnz) {
     return "plan must be made for this pattern of " + std::to_string(csr.num_rows) + " rows and " +
            std::to_string(csr.nnz) + " entries (got one for " + std::to_string(header.num_rows) + " and " +
            std::to_string(header.nnz) + ")";
   }
-  if (std::string error = check_sizes(csr, header.num_queries, header.num_keys); !error.empty()) {
-    return "plan must be of sizes that csr_plan takes; " + error;
-  }
-  const PlanLayout layout = plan_layout(header.num_rows, header.num_queries, header.num_keys, header.nnz);
-  if (layout.bytes != bytes || std::memcmp(&layout, &header.layout, sizeof layout) != 0) {
-    return got("plan must have the size and layout of its pattern's plan", bytes);
-  }
+  if (std::string error = check_layout(header); !error.empty()) return error;
   for (int i = 0; i < kPlanSamples; ++i) {
     if (header.crow_sample[i] != sampled(csr.crow, csr.wide, i, csr.num_rows + 1)) {
       return "plan must be made for these crow_indices; they differ at index " +

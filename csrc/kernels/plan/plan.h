@@ -139,6 +139,16 @@ struct PlanView {
   }
 };
 
+/// What the kernels of each family have to do for a head, which tells a host that cannot read a plan what to launch.
+struct PlanHeadWork {
+  int64_t entries;
+  int64_t tiles;  ///< of kPlanTileRows x kPlanTileKeys with an entry, or -1 where the plan has no bits
+};
+struct PlanSummary {
+  const PlanHeadWork* heads = nullptr;  ///< [count], or null: not known
+  int64_t count = 0;
+};
+
 /// A CSR matrix with 32 or 64 bit indices (both arrays alike), num_rows + 1 offsets and nnz columns.
 struct CsrIndices {
   const void* crow;
@@ -154,6 +164,12 @@ std::string check_csr(const CsrIndices& csr, int64_t num_queries, int64_t num_ke
 /// Writes plan_layout(...).bytes bytes at `plan`, every one of them. The indices must have passed check_csr.
 void build_plan(const CsrIndices& csr, int64_t num_queries, int64_t num_keys, void* plan,
                 const Parallel& parallel = {});
+
+/// Empty if `plan` (`bytes` long) starts with the header of a plan of this size, in O(1); else what is wrong.
+std::string check_plan_header(const void* plan, int64_t bytes);
+
+/// Writes the work of each of the plan's heads.
+void summarise_plan(const PlanView& plan, PlanHeadWork* heads);
 
 /// Empty if `plan` (`bytes` long) is a plan made by build_plan for these indices, as far as its header and samples of
 /// the indices tell, in O(1); else what is wrong. `deep` compares the body with a newly built plan.
