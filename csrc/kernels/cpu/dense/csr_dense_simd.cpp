@@ -26,8 +26,8 @@ class CsrPairs {
   __attribute__((always_inline)) auto with(int64_t n, int64_t j, Call&& call) const {
     return call(KeptKeys{reinterpret_cast<const char*>(words(n)) + j / 8});
   }
-  __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys, int64_t unit,
-                                               KeySpan* spans) const {
+  __attribute__((always_inline)) int64_t spans(int64_t first, int64_t rows, int64_t from, int64_t keys,
+                                               int64_t span_keys, KeySpan* spans) const {
     uint64_t any[kBlockKeys / 64 + 1];
     const int64_t word = from / 64, count = (from + keys + 63) / 64 - word;
     for (int64_t w = 0; w < count; ++w) {
@@ -42,15 +42,15 @@ class CsrPairs {
       return (bits & (~uint64_t{0} >> (64 - size))) != 0;
     };
     int64_t found = 0, at = 0;
-    for (int64_t j = from; j < from + keys; j += unit) {
-      const int64_t size = smaller(unit, from + keys - j);
+    for (int64_t j = from; j < from + keys; j += span_keys) {
+      const int64_t size = smaller(span_keys, from + keys - j);
       if (!has(j, size)) continue;
       if (found > 0 && spans[found - 1].from + spans[found - 1].keys == j) {
         spans[found - 1].keys += size;
       } else {
         spans[found++] = {j, size, at};
       }
-      at += unit;
+      at += span_keys;
     }
     return found;
   }

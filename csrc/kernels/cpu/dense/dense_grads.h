@@ -29,7 +29,7 @@ constexpr int64_t kGradRows = 24;
 #endif
 static_assert(kGradRows % kTileRows == 0);
 
-constexpr int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+constexpr int64_t rounded_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 /// part(i, begin, end) for runs of whole blocks of [0, length) of each of `count` things.
 template <class Part>
@@ -86,18 +86,18 @@ static void sum_row(const float* scores, const Support& support, int64_t count, 
 
 /// A row's scores, which log2(e) has multiplied, become its attention, and its dA become dS, for keys [0, count); 0 up
 /// to `columns`. Where kScale, scores are still to be multiplied by `factor`; where kSummed, they are finished, and
-/// `factor` and `logsumexp` are the row's RowSum. `kept` are dropout's factors and `grad_weights` is what dw is added
+/// `factor` and `logsumexp` are the row's RowSum. `dropout_factors` may be null; `grad_weights` is what dw is added
 /// to, or null.
 template <bool kScale, bool kSummed, class Support>
 static void grad_row(float* scores, float* products, const Support& support, int64_t count, int64_t columns,
-                     float factor, float logsumexp, float delta, const float* bias, const float* kept,
+                     float factor, float logsumexp, float delta, const float* bias, const float* dropout_factors,
                      float* grad_weights) {
   const Vec lse = broadcast(logsumexp), shift = broadcast(kSummed ? logsumexp : logsumexp * kLog2E),
             d = broadcast(delta), f = broadcast(factor);
   for_vectors(
       count, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         Vec s = load(scores + j), grad = load(products + j), e;
-        if (kept != nullptr) grad = mul(grad, load(kept + j));
+        if (dropout_factors != nullptr) grad = mul(grad, load(dropout_factors + j));
         if constexpr (kSummed) {
           e = mul(exp2(support.grad_raised(j, n, s, shift)), f);
         } else {
@@ -107,7 +107,7 @@ static void grad_row(float* scores, float* products, const Support& support, int
         }
         const Vec ds = mul(e, sub(grad, d));
         Vec attention = support.grad_weighted(j, n, e);
-        if (kept != nullptr) attention = mul(attention, load(kept + j));
+        if (dropout_factors != nullptr) attention = mul(attention, load(dropout_factors + j));
         store(scores + j, attention);
         store(products + j, support.grad_weighted(j, n, ds));
         if (grad_weights == nullptr) return;
@@ -596,7 +596,7 @@ class DenseBackward {
     ThreadArena arena;
     const int64_t row = first - wave.query, width = most_.keys;
     [[maybe_unused]] const typename Products::Multiplier multiplier{};
-    float* kept = arena.floats(width);
+    float* dropout_factors = arena.floats(width);
     const auto factor = static_cast<float>(args_.scale * kLog2E);
     multiply_rows(
         x, b, h, pairs, first, count, row, wave.key, arena,
@@ -605,15 +605,16 @@ class DenseBackward {
           float* grad_weights = pairs.grad_weights(n);
           if (dropout_.active()) {
             for (int64_t j = 0; j < columns; ++j) {
-              kept[j] = static_cast<float>(dropout_.factor(b, h, pairs.row(n), key + j));
+              dropout_factors[j] = static_cast<float>(dropout_.factor(b, h, pairs.row(n), key + j));
             }
-            for (int64_t j = columns; j < padded(columns); ++j) kept[j] = 0.0f;
+            for (int64_t j = columns; j < padded(columns); ++j) dropout_factors[j] = 0.0f;
           }
           pairs.fetch_grads(n, key, columns);
           products_.wait();
           const RowSum sum = x.row_sums[row + r];
           const float delta = delta_[(b * args_.query_heads + h) * args_.queries + n];
-          const float *bias = gaussian_ ? x.bias + key : nullptr, *factors = dropout_.active() ? kept : nullptr;
+          const float *bias = gaussian_ ? x.bias + key : nullptr,
+                      *factors = dropout_.active() ? dropout_factors : nullptr;
           float *scores = task.scores + r * width + begin, *products = task.products + r * width + begin;
           if (grad_weights != nullptr) grad_weights += key;
           if (sum.inverse != 0.0f) finish_scores<!Products::kScaled>(scores, columns, factor, bias);
@@ -748,7 +749,8 @@ static void dense_backward(const AttentionArgs& args, const BackwardArgs& grads,
   auto* delta = static_cast<float*>(delta_memory.data());
   compute_delta(args, grads, key_heads, parallel, delta);
   // What a thread runs alone, without barriers; all batch elements add to the gradient of a head's weights.
-  const int64_t all = key_heads.count * args.batch, unit = weights_wanted ? args.batch : 1, count = all / unit;
+  const int64_t all = key_heads.count * args.batch, states_per_task = weights_wanted ? args.batch : 1,
+                count = all / states_per_task;
   const int64_t threads = larger(1, parallel.threads);
   const bool alone = !by_head && (count + threads - 1) / threads * threads * 10 <= count * 11;
   const auto run = [&](auto products, const bool* mine) {
@@ -756,7 +758,8 @@ static void dense_backward(const AttentionArgs& args, const BackwardArgs& grads,
     if (!alone) return Backward(args, grads, key_heads, delta, pairs_of, mine, by_head, parallel).run(0, all);
     const Parallel one{};
     parallel_range(parallel, count, [&](int64_t first, int64_t last) {
-      Backward(args, grads, key_heads, delta, pairs_of, mine, false, one).run(first * unit, last * unit);
+      Backward(args, grads, key_heads, delta, pairs_of, mine, false, one)
+          .run(first * states_per_task, last * states_per_task);
     });
   };
 #if defined(FIAK_ISA_AMX_BF16)

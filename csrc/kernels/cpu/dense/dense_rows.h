@@ -20,10 +20,10 @@ constexpr float kSmallestNormal = 0x1p-126f;
 constexpr int64_t kRowsAhead = 8;  // weights that are fetched early, since they come from far
 
 FIAK_INLINE int64_t row_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
-/// Keys of a block: all of them, or about equal shares that start at multiples of `unit`.
-FIAK_INLINE int64_t block_keys(int64_t keys, int64_t unit) {
+/// Keys of a block: all of them, or about equal shares that start at multiples of a number.
+FIAK_INLINE int64_t block_keys(int64_t keys, int64_t multiple) {
   const int64_t count = larger(1, (keys + kBlockKeys - 1) / kBlockKeys);
-  return ((keys + count - 1) / count + unit - 1) / unit * unit;
+  return ((keys + count - 1) / count + multiple - 1) / multiple * multiple;
 }
 
 // Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
@@ -247,11 +247,11 @@ static bool is_empty(const Support& support, int64_t count) {
   return reduce_max(inside) == 0.0f;
 }
 
-/// scores[0, count) = 2^(scores + log2 w - shift), times `kept` where given, as numbers or pairs; 0 beyond, up to
-/// padded(count of the block). Returns the sum before `kept`.
+/// scores[0, count) = 2^(scores + log2 w - shift), times `dropout_factors` where given, as numbers or pairs; 0 beyond,
+/// up to padded(count of the block). Returns the sum before `dropout_factors`.
 template <bool kPairs, class Support>
 static float weigh_row(float* scores, const Support& support, int64_t count, int64_t columns, float shift,
-                       const float* kept) {
+                       const float* dropout_factors) {
   const Vec s = broadcast(shift);
   Vec sums = zero();
   const auto weigh = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
@@ -259,7 +259,7 @@ static float weigh_row(float* scores, const Support& support, int64_t count, int
     const Vec shifted = support.template shifted<false>(j, n, load(scores + j), broadcast(1.0f), s);
     Vec e = support.weighted(j, n, exp2_below_128(shifted));
     sums = add(sums, e);
-    if (kept != nullptr) e = mul(e, load(kept + j));
+    if (dropout_factors != nullptr) e = mul(e, load(dropout_factors + j));
     return e;
   };
   if constexpr (!kPairs) {
@@ -370,19 +370,19 @@ class VectorProducts {
   /// Row i's scores of a span become weights; returns their sum.
   template <class Support>
   __attribute__((always_inline)) float weigh(int64_t i, const KeySpan& span, float* scores, const Support& support,
-                                             int64_t count, float, float shift, const float* kept) const {
-    return weigh_row<kPairs>(scores + i * width_ + span.at, support, count, padded(span.keys), shift, kept);
+                                             int64_t count, float, float shift, const float* dropout_factors) const {
+    return weigh_row<kPairs>(scores + i * width_ + span.at, support, count, padded(span.keys), shift, dropout_factors);
   }
   /// sums (+)= weights values; row i sees the keys below ends[i].
   __attribute__((always_inline)) void add_values(const KeySpan* spans, int64_t count, int64_t rows, const int64_t* ends,
                                                  bool add, const float* scores, float* sums) const {
-    constexpr int64_t kQuad = kTileRows * kTileVectors;  // rows that see about the same keys
+    constexpr int64_t kTallRows = kTileRows * kTileVectors;  // rows that see about the same keys
     for (int64_t k = 0; k < count; ++k) {
       const KeySpan& span = spans[k];
       const Panel rows_of_span{value_.row(units<kPairs>(span.from)), value_.stride};
       const auto product = add || k > 0 ? guarded_product<true, kPairs> : guarded_product<false, kPairs>;
-      for (int64_t i = 0; i < rows; i += kQuad) {
-        const int64_t size = smaller(kQuad, rows - i);
+      for (int64_t i = 0; i < rows; i += kTallRows) {
+        const int64_t size = smaller(kTallRows, rows - i);
         int64_t most = span.from;
         for (int64_t r = i; r < i + size; ++r) most = larger(most, ends[r]);
         product(finite_, scores + i * width_ + span.at, width_, 1, rows_of_span, tile_rows(size), value_dim_,
@@ -462,9 +462,9 @@ class Prefetch {
 ///   end(n)            query n sees no key from there on; at most keys_of(b)
 ///   kMasked           whether supports leave out the keys from there on
 ///   with(n, j, call)  call(query n's support from key j on)
-///   spans(first, rows, from, keys, unit, spans)
-///                     writes those of keys [from, from + keys), in multiples of `unit` but for the last, that some of
-///                     the rows need, and returns their number
+///   spans(first, rows, from, keys, span_keys, spans)
+///                     writes those of keys [from, from + keys), in multiples of `span_keys` but for the last, that
+///                     some of the rows need, and returns their number
 ///   fetch(n, j, keys) prefetches the support of query n if it is slow to come
 ///   row(n)            the query's number for dropout
 template <class Products, class Pairs>
@@ -487,7 +487,7 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
   ThreadArena scratch;
   float* sums = scratch.floats(kRows * value_dim);
   float* scores = scratch.floats(kRows * width);
-  float* kept = scratch.floats(width);
+  float* dropout_factors = scratch.floats(width);
   float* bias = scratch.floats(keys);
   float* row = scratch.floats(padded(args.head_dim));
   if (gaussian) key_bias(args, b, key_head, keys, row, bias);
@@ -545,13 +545,14 @@ static bool dense_forward(const AttentionArgs& args, const ForwardResult& result
             i, [&](const KeySpan& span, int64_t seen_keys) __attribute__((always_inline)) {
               if (dropout.active()) {
                 for (int64_t j = 0; j < padded(span.keys); ++j) {
-                  kept[j] = j < seen_keys
-                                ? static_cast<float>(dropout.factor(b, h, pairs.row(first + i), span.from + j))
-                                : 0.0f;
+                  dropout_factors[j] =
+                      j < seen_keys ? static_cast<float>(dropout.factor(b, h, pairs.row(first + i), span.from + j))
+                                    : 0.0f;
                 }
               }
               states[i].total += pairs.with(first + i, span.from, [&](const auto& x) {
-                return products.weigh(i, span, scores, x, seen_keys, left, shift, dropout.active() ? kept : nullptr);
+                return products.weigh(i, span, scores, x, seen_keys, left, shift,
+                                      dropout.active() ? dropout_factors : nullptr);
               });
             });
       }

@@ -81,7 +81,7 @@ class TileProducts {
   template <class Support>
   __attribute__((always_inline)) float weigh(int64_t i, const KeySpan& span, const float* scores,
                                              const Support& support, int64_t count, float factor, float shift,
-                                             const float* kept) const {
+                                             const float* dropout_factors) const {
     const float* row = scores + i * width_ + span.at;
     float* target = weights_ + i / kTileSide * weight_units_ + tile_units(span.at) + i % kTileSide * kTileSide;
     const Vec f = broadcast(factor), s = broadcast(shift);
@@ -89,7 +89,7 @@ class TileProducts {
     const auto weight = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
       Vec e = support.weighted(j, n, exp2_above_125(support.template shifted<true>(j, n, load(row + j), f, s)));
       sums = add(sums, e);
-      if (kept != nullptr) e = mul(e, load(kept + j));
+      if (dropout_factors != nullptr) e = mul(e, load(dropout_factors + j));
       return e;
     };
     int64_t j = 0;
