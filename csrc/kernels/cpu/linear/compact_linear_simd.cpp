@@ -1,4 +1,4 @@
-// compact_linear, vectorised: the kept rows are gathered in blocks and multiplied by the head's slice of the weight.
+// compact_linear, vectorised: the kept rows are gathered in blocks and multiplied by the head's rows of the weight.
 // bfloat16 runs on pairs where the instruction set has them (gemm.h): sums are float32, nothing is rounded before the
 // results.
 #include "kernels/cpu/linear/gemm.h"
@@ -62,7 +62,7 @@ FIAK_INLINE void load_across(const char* first, [[maybe_unused]] const char* sec
 #endif
 }
 
-/// The transpose of the head's slice of the weight: the depth runs along in_features. `rows` holds head_dim rows of
+/// The transpose of the head's rows of the weight: the depth runs along in_features. `rows` holds head_dim rows of
 /// padded units.
 template <bool kPairs>
 Columns weight_columns(const CompactLinearArgs& args, int64_t h, float* rows, float* target) {
@@ -78,7 +78,7 @@ Columns weight_columns(const CompactLinearArgs& args, int64_t h, float* rows, fl
   return transpose(panel, args.head_dim, units<kPairs>(args.in_features), target);
 }
 
-/// The head's slice of the weight, with the depth across its rows: units(head_dim) rows.
+/// The head's rows of the weight, with the depth across its rows: units(head_dim) rows.
 template <bool kPairs>
 Panel weight_panel(const CompactLinearArgs& args, int64_t h, float* scratch) {
   if constexpr (!kPairs) return make_panel(weight_of(args), args.dtype, 0, h, args.head_dim, args.in_features, scratch);
@@ -313,7 +313,7 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
     parallel_range(parallel, args.heads * tiles, [&](int64_t begin, int64_t end) {
       ThreadArena scratch;
       float* rows = scratch.floats(kBlockRows * features);
-      float* slice = scratch.floats(kBlockRows * kTileRows);  // [row, kTileRows], this tile's columns of dY
+      float* grad_columns = scratch.floats(kBlockRows * kTileRows);  // [row, kTileRows], this tile's columns of dY
       float* grad_row = scratch.floats(head_dim);
       float* sums = scratch.floats(kTileRows * features);
       auto* totals = reinterpret_cast<double*>(scratch.floats(2 * kTileRows * features));
@@ -346,12 +346,12 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
               load_row(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_dim, 1.0f,
                        grad_row);
               for (int64_t r = 0; r < kTileRows; ++r) {
-                slice[k * kTileRows + r] = r < wide ? grad_row[d + r] : 0.0f;
-                bias[r] += static_cast<double>(slice[k * kTileRows + r]);
+                grad_columns[k * kTileRows + r] = r < wide ? grad_row[d + r] : 0.0f;
+                bias[r] += static_cast<double>(grad_columns[k * kTileRows + r]);
               }
             }
-            pair_rows<kPairs>(slice, count);
-            matrix_product<true, kPairs>(StridedRows{slice, 1, kTileRows}, Columns{rows, features, kTileWidth},
+            pair_rows<kPairs>(grad_columns, count);
+            matrix_product<true, kPairs>(StridedRows{grad_columns, 1, kTileRows}, Columns{rows, features, kTileWidth},
                                          kTileRows, features, units<kPairs>(count), sums, features);
             summed += count;
             if (summed >= kSumRows) add_up();

@@ -198,10 +198,10 @@ static void product_of_nonzeros(const float* a, int64_t a_row, int64_t a_column,
         bits = y != 0 ? ~uint32_t{0} : 0;
       }
       if (bits == 0) continue;
-      const Vec kept = broadcast(bits_to_float(bits));
+      const Vec mask = broadcast(bits_to_float(bits));
       for (int64_t c = 0; c < columns; c += kLanes) {
         float* to = out + r * out_row + c;
-        store(to, multiply_add<kPairs>(broadcast(y), both(kept, load(b.row(k) + c)), load(to)));
+        store(to, multiply_add<kPairs>(broadcast(y), both(mask, load(b.row(k) + c)), load(to)));
       }
     }
   }
