@@ -195,9 +195,9 @@ void attention_forward(const AttentionArgs& args, const Pairs& pairs, const Forw
     };
     std::vector<Pair> row;
     RowSum<T> sum(args.value_dim);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t wr = unit % pairs.weight_rows, wh = unit / pairs.weight_rows % pairs.weight_heads;
-      const int64_t g = unit / pairs.weight_rows / pairs.weight_heads;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t wr = task % pairs.weight_rows, wh = task / pairs.weight_rows % pairs.weight_heads;
+      const int64_t g = task / pairs.weight_rows / pairs.weight_heads;
       for_queries(args, pairs, g, wh, wr, [&](int64_t b, int64_t h, int64_t n) {
         const Scores<T> score(args, b, h);
         row.clear();
@@ -213,9 +213,9 @@ void attention_forward(const AttentionArgs& args, const Pairs& pairs, const Forw
         for (const Pair& pair : row) {
           const Real weighted = weights.exp_of(pair.w, pair.s, maximum);
           total += weighted;
-          const Real kept =
+          const Real dropout_factor =
               dropout.active() ? static_cast<Real>(dropout.factor(b, h, pairs.row_of_query(b, n), pair.j)) : Real{1};
-          sum.add(weighted * kept, score.value(pair.j));
+          sum.add(weighted * dropout_factor, score.value(pair.j));
         }
         // A NaN or infinite weight makes its row NaN.
         if (!(total < kInfinity)) total = std::numeric_limits<Real>::quiet_NaN();
@@ -282,9 +282,9 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
     parallel_range(parallel, pairs.groups * pairs.weight_heads * pairs.weight_rows, [&](int64_t begin, int64_t end) {
       RowSum<T> sum(args.head_dim);
       std::vector<double> grad_weight;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t wr = unit % pairs.weight_rows, wh = unit / pairs.weight_rows % pairs.weight_heads;
-        const int64_t g = unit / pairs.weight_rows / pairs.weight_heads;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t wr = task % pairs.weight_rows, wh = task / pairs.weight_rows % pairs.weight_heads;
+        const int64_t g = task / pairs.weight_rows / pairs.weight_heads;
         const int64_t slots = pairs.row_size(g, wh, wr);
         grad_weight.assign(slots, 0.0);
         for_queries(args, pairs, g, wh, wr, [&](int64_t b, int64_t h, int64_t n) {
@@ -320,9 +320,9 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
     const int64_t shared_heads = args.query_heads / args.key_heads;
     parallel_range(parallel, args.batch * args.key_heads * args.keys, [&](int64_t begin, int64_t end) {
       RowSum<T> key_sum(args.head_dim), value_sum(args.value_dim);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t j = unit % args.keys, key_head = unit / args.keys % args.key_heads;
-        const int64_t b = unit / args.keys / args.key_heads;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t j = task % args.keys, key_head = task / args.keys % args.key_heads;
+        const int64_t b = task / args.keys / args.key_heads;
         key_sum.clear();
         value_sum.clear();
         Real score_sum = 0;
@@ -332,10 +332,10 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
             const Row& row = rows[index(b, h, n)];
             if (!weights.in_support(w) || row.empty()) return;
             const Real a = probability(w, score(n, j), row);
-            const Real kept = factor(b, h, n, j);
-            const Real da = kept * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_dim));
+            const Real dropout_factor = factor(b, h, n, j);
+            const Real da = dropout_factor * Number<T>::real(dot(grad_output(b, h, n), score.value(j), args.value_dim));
             const Real ds = a * (da - delta[index(b, h, n)]);
-            value_sum.add(a * kept, grad_output(b, h, n));
+            value_sum.add(a * dropout_factor, grad_output(b, h, n));
             key_sum.add(ds, score.query(n));
             score_sum += ds;
           });
