@@ -18,10 +18,10 @@ struct alignas(8) Float2 {
   float x, y;
 };
 
-/// Of a product's 16 x 8 tiles, a thread has elements e = 0..3: rows group_row() + 8 (e / 2), columns group_column() +
-/// e % 2. Four neighbouring lanes, a quad, share rows.
-__device__ __forceinline__ int group_row() { return lane_index() / 4; }
-__device__ __forceinline__ int group_column() { return lane_index() % 4 * 2; }
+/// Of a product's 16 x 8 tiles, a thread has elements e = 0..3: rows fragment_row() + 8 (e / 2), columns
+/// fragment_column() + e % 2. Four neighbouring lanes, a quad, share rows.
+__device__ __forceinline__ int fragment_row() { return lane_index() / 4; }
+__device__ __forceinline__ int fragment_column() { return lane_index() % 4 * 2; }
 
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
@@ -37,19 +37,19 @@ __device__ __forceinline__ float quad_maximum(float x) {
 template <int kThreads, class Element, int kRows, int kStride>
 __device__ __forceinline__ void load_rows(Element (&tile)[kRows][kStride], const Element* head, int64_t row_stride,
                                           int first, int end, int columns, uint64_t used = ~uint64_t{0}) {
-  constexpr int kChunk = 16 / sizeof(Element);
-  constexpr int kChunks = kStride / kChunk - 1;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, column = i % kChunks * kChunk;
+  constexpr int kPiece = 16 / sizeof(Element);
+  constexpr int kPieces = kStride / kPiece - 1;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kThreads) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
     if (column >= (columns + 15) / 16 * 16) continue;
     const bool inside = first + row < end && column < columns && (used >> row & 1) != 0;
-    const int count = !inside ? 0 : columns - column < kChunk ? columns - column : kChunk;
+    const int count = !inside ? 0 : columns - column < kPiece ? columns - column : kPiece;
     const Element* source = inside ? head + (first + row) * row_stride + column : head;
     Element* target = &tile[row][column];
     if (reinterpret_cast<uintptr_t>(source) % 16 == 0) {
       copy_async(target, source, static_cast<unsigned>(count * sizeof(Element)));
     } else {
-      for (int e = 0; e < kChunk; ++e) target[e] = e < count ? source[e] : Element{};
+      for (int e = 0; e < kPiece; ++e) target[e] = e < count ? source[e] : Element{};
     }
   }
 }
@@ -105,10 +105,10 @@ __device__ __forceinline__ void multiply_by_rows(float (&sums)[kTiles][4], const
         sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
       };
       const auto four = [k](const float* row) { return *reinterpret_cast<const Float4*>(row + k); };
-      const Float4 a0 = four(a[group_row()]), a1 = four(a[group_row() + 8]);
+      const Float4 a0 = four(a[fragment_row()]), a1 = four(a[fragment_row() + 8]);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const Float4 b0 = four(b[8 * t + group_column()]), b1 = four(b[8 * t + group_column() + 1]);
+        const Float4 b0 = four(b[8 * t + fragment_column()]), b1 = four(b[8 * t + fragment_column() + 1]);
         add(sums[t][0], a0, b0);
         add(sums[t][1], a0, b1);
         add(sums[t][2], a1, b0);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void multiply_by_columns(float (&sums)[kColumnTiles][
 #pragma unroll
         for (int d = 0; d < kColumnTiles; ++d) {
           if (8 * d < columns) {
-            const Float2 y = *reinterpret_cast<const Float2*>(&b[8 * t + k][8 * d + group_column()]);
+            const Float2 y = *reinterpret_cast<const Float2*>(&b[8 * t + k][8 * d + fragment_column()]);
             sums[d][0] = fmaf(w0, y.x, sums[d][0]);
             sums[d][1] = fmaf(w0, y.y, sums[d][1]);
             sums[d][2] = fmaf(w1, y.x, sums[d][2]);
@@ -188,13 +188,13 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kColumnTiles][4],
                                            Element* head, int64_t row_stride, int first, int end, int columns) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first + group_row() + 8 * r;
+    const int row = first + fragment_row() + 8 * r;
     if (row >= end) continue;
 #pragma unroll
     for (int d = 0; d < kColumnTiles; ++d) {
       const float x = factors[r] == 0 ? 0 : factors[r] * sums[d][2 * r];
       const float y = factors[r] == 0 ? 0 : factors[r] * sums[d][2 * r + 1];
-      store_pair(head + row * row_stride, 8 * d + group_column(), columns, x, y);
+      store_pair(head + row * row_stride, 8 * d + fragment_column(), columns, x, y);
     }
   }
 }

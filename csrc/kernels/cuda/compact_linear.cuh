@@ -106,19 +106,19 @@ __device__ __forceinline__ const Element* grad_row(const CompactLinearParams& pa
 template <class Element, int kRows, int kColumns, class RowOf>
 __device__ __forceinline__ void load_gathered(LinearTile<Element, kRows, kColumns>& tile, int64_t first, int64_t end,
                                               RowOf&& row_of) {
-  constexpr int kChunk = 16 / sizeof(Element);
-  constexpr int kChunks = kColumns / kChunk;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
-    const int row = i / kChunks, column = i % kChunks * kChunk;
+  constexpr int kPiece = 16 / sizeof(Element);
+  constexpr int kPieces = kColumns / kPiece;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kLinearThreads) {
+    const int row = i / kPieces, column = i % kPieces * kPiece;
     Element* target = &tile.rows[row][column];
     const int64_t left = end - first - column;
     const Element* source = left > 0 ? row_of(row) : nullptr;
-    const int count = source == nullptr ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
+    const int count = source == nullptr ? 0 : left < kPiece ? static_cast<int>(left) : kPiece;
     source += count > 0 ? first + column : 0;
     if (count > 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
       copy_async(target, source, static_cast<unsigned>(count * sizeof(Element)));
     } else {
-      for (int e = 0; e < kChunk; ++e) target[e] = e < count ? source[e] : Element{};
+      for (int e = 0; e < kPiece; ++e) target[e] = e < count ? source[e] : Element{};
     }
   }
 }
@@ -146,13 +146,13 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[kTiles][4], const El
       }
     }
   } else {
-    const int row = first + group_row();
+    const int row = first + fragment_row();
 #pragma unroll 4
     for (int k = 0; k < depth; ++k) {
       const float a0 = kTransposed ? a[k][row] : a[row][k], a1 = kTransposed ? a[k][row + 8] : a[row + 8][k];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const Float2 y = *reinterpret_cast<const Float2*>(&b[k][8 * t + group_column()]);
+        const Float2 y = *reinterpret_cast<const Float2*>(&b[k][8 * t + fragment_column()]);
         sums[t][0] = fmaf(a0, y.x, sums[t][0]);
         sums[t][1] = fmaf(a0, y.y, sums[t][1]);
         sums[t][2] = fmaf(a1, y.x, sums[t][2]);
@@ -204,14 +204,14 @@ __device__ inline void linear_forward_block(const CompactLinearParams& params) {
   const auto* bias = static_cast<const Element*>(params.bias);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = 16 * warp_index() + group_row() + 8 * r;
+    const int row = 16 * warp_index() + fragment_row() + 8 * r;
     if (first_k + row >= params.kept) continue;
     const bool keeps = shared.kept_rows[row] >= 0;
     Element* target = static_cast<Element*>(params.result) + b * params.result_strides[0] +
                       h * params.result_strides[1] + (first_k + row) * params.result_strides[2];
 #pragma unroll
     for (int t = 0; t < kLinearTile / 8; ++t) {
-      const int64_t d = first_d + 8 * t + group_column();
+      const int64_t d = first_d + 8 * t + fragment_column();
       const auto biased = [&](int64_t at, float sum) {
         if (!keeps) return 0.0f;
         return bias != nullptr && at < params.head_dim ? sum + widen(bias[h * params.head_dim + at]) : sum;
@@ -229,11 +229,11 @@ __device__ __forceinline__ void store_linear_tile(const float (&sums)[kLinearTil
                                                   int64_t first_column) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int64_t row = first_row + 16 * warp_index() + group_row() + 8 * r;
+    const int64_t row = first_row + 16 * warp_index() + fragment_row() + 8 * r;
     if (row >= rows) continue;
 #pragma unroll
     for (int t = 0; t < kLinearTile / 8; ++t) {
-      store_pair(matrix + row * columns, static_cast<int>(first_column) + 8 * t + group_column(),
+      store_pair(matrix + row * columns, static_cast<int>(first_column) + 8 * t + fragment_column(),
                  static_cast<int>(columns), sums[t][2 * r], sums[t][2 * r + 1]);
     }
   }

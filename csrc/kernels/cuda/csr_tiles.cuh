@@ -99,20 +99,20 @@ struct CsrPairs {
       bool any = false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int query = first_query_ + 16 * warp_index() + group_row() + 8 * r;
+        const int query = first_query_ + 16 * warp_index() + fragment_row() + 8 * r;
         const int64_t row = first_row_ + query;
         const uint64_t bits = query < support_.params.queries ? support_.template bits<kKeys>(row, key) : 0;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int column = 8 * t + group_column() + e;
+            const int column = 8 * t + fragment_column() + e;
             const bool inside = (bits >> column & 1) != 0 && key + column < keys_;
             tiles[t][2 * r + e] = inside ? 0 : -kInfinity;
           }
         }
         if (support_.weights.prior != nullptr) {
-          if (bits != 0) load_values(tiles, r, bits, support_.weights.prior + support_.entry_from(row, 0) + passed_[r]);
+          if (bits != 0) load_prior(tiles, r, bits, support_.weights.prior + support_.entry_from(row, 0) + passed_[r]);
           passed_[r] += __popcll(bits);
         }
 #pragma unroll
@@ -126,13 +126,13 @@ struct CsrPairs {
    private:
     /// Replaces a row's weights by those of its entries; `prior` starts with the first of them.
     template <int kTiles>
-    __device__ __forceinline__ void load_values(float (&tiles)[kTiles][4], int r, uint64_t bits,
-                                                const float* prior) const {
+    __device__ __forceinline__ void load_prior(float (&tiles)[kTiles][4], int r, uint64_t bits,
+                                               const float* prior) const {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int before = __popcll(bits & ((uint64_t{1} << (8 * t + group_column() + e)) - 1));
+          const int before = __popcll(bits & ((uint64_t{1} << (8 * t + fragment_column() + e)) - 1));
           if (tiles[t][2 * r + e] == 0) tiles[t][2 * r + e] = log_weight(support_.params, prior[before]);
         }
       }
@@ -142,7 +142,8 @@ struct CsrPairs {
     int64_t first_row_;
     int first_query_, keys_;
     uint64_t used_ = 0;
-    int passed_[2] = {};  // entries of rows group_row() and group_row() + 8 before the tile, where there is a prior
+    int passed_[2] =
+        {};  // entries of rows fragment_row() and fragment_row() + 8 before the tile, where there is a prior
   };
 
   template <int kRows>
@@ -189,11 +190,11 @@ struct CsrPairs {
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int query = 8 * t + group_column() + e;
+          const int query = 8 * t + fragment_column() + e;
           const uint64_t bits = staged.bits[query];
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const int key = 16 * warp_index() + group_row() + 8 * r;
+            const int key = 16 * warp_index() + fragment_row() + 8 * r;
             float weight = -kInfinity;
             if ((bits >> key & 1) != 0 && first_key_ + key < head.keys) {
               const float* prior = support_.weights.prior;

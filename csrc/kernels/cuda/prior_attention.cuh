@@ -170,8 +170,8 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
           __syncthreads();
         }
         const int warp_query = first_query + 16 * warp_index();
-        const RowState rows[2] = {{params, head, warp_query + group_row()},
-                                  {params, head, warp_query + group_row() + 8}};
+        const RowState rows[2] = {{params, head, warp_query + fragment_row()},
+                                  {params, head, warp_query + fragment_row() + 8}};
         float weights[T::kTiles][4], scores[T::kTiles][4] = {}, grads[T::kTiles][4] = {};
         // Pairs of weight 0 have a gradient, too, but not those of a logarithm of -inf.
         support.load<false>(weights, head, params.log_prior ? support.prior(head) : nullptr, warp_query, first_key);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
         for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const float bias = params.is_gaussian ? shared.key_bias[8 * t + group_column() + e % 2] : 0.0f;
+            const float bias = params.is_gaussian ? shared.key_bias[8 * t + fragment_column() + e % 2] : 0.0f;
             const float log = log_probability(params.scale * kLog2E * scores[t][e] + bias, weights[t][e],
                                               rows[e / 2].logsumexp, params);
             sums[t][e] += weight_gradient(log, grads[t][e], rows[e / 2].delta);
@@ -214,7 +214,7 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
       float sum = sums[t][e] + sums[t][2 + e];
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-      if (group_row() == 0) shared.sums[warp_index()][8 * t + group_column() + e] = sum;
+      if (fragment_row() == 0) shared.sums[warp_index()][8 * t + fragment_column() + e] = sum;
     }
   }
   __syncthreads();

@@ -53,7 +53,7 @@ struct Pair {
   int query, key;
 
   __device__ __forceinline__ Pair(int n, int j, int t, int e) {
-    const int row = group_row() + e / 2 * 8, column = 8 * t + group_column() + e % 2;
+    const int row = fragment_row() + e / 2 * 8, column = 8 * t + fragment_column() + e % 2;
     query = n + (kKeysAreRows ? column : row);
     key = j + (kKeysAreRows ? row : column);
   }
@@ -183,7 +183,7 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Pairs:
                          first_query, params.queries, params.head_dim);
 
   float output[T::kColumnTiles][4] = {};
-  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of rows group_row() and group_row() + 8
+  float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of rows fragment_row() and fragment_row() + 8
   for_key_tiles<T, 2, Element>(
       shared, params, support, head, first_query, [&](int first_key, int stage, const float(&weights)[T::kTiles][4]) {
         float scores[T::kTiles][4] = {};
@@ -195,7 +195,7 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Pairs:
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float s = params.scale * kLog2E * scores[t][e] + weights[t][e];
-            if (params.is_gaussian) s += shared.key_bias[8 * t + group_column() + e % 2];
+            if (params.is_gaussian) s += shared.key_bias[8 * t + fragment_column() + e % 2];
             scores[t][e] = weights[t][e] == -kInfinity ? -kInfinity : s;
             tile_maximum[e / 2] = fmaxf(tile_maximum[e / 2], scores[t][e]);
           }
@@ -232,7 +232,7 @@ __device__ __forceinline__ void tile_forward(const ForwardParams<typename Pairs:
   for (int r = 0; r < 2; ++r) {
     const float total = quad_sum(sum[r]);  // at least 1, its largest term, or 0 for an empty row, or NaN
     factors[r] = total == 0 ? 0.0f : 1 / total;
-    const int query = warp_query + group_row() + 8 * r;
+    const int query = warp_query + fragment_row() + 8 * r;
     if (lane_index() % 4 == 0 && query < params.queries) {
       params.logsumexp[head.at(params, query)] = total == 0 ? -kInfinity : maximum[r] * kLn2 + logf(total);
     }
@@ -293,7 +293,8 @@ __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Pa
                          first_query, params.queries, params.head_dim);
   load_rows<T::kThreads>(shared.grad_output, head_of<Element>(params.grad_output, head.b, head.h),
                          params.grad_output.row_stride, first_query, params.queries, params.value_dim);
-  const RowState rows[2] = {{params, head, warp_query + group_row()}, {params, head, warp_query + group_row() + 8}};
+  const RowState rows[2] = {{params, head, warp_query + fragment_row()},
+                            {params, head, warp_query + fragment_row() + 8}};
 
   float grad_query[T::kColumnTiles][4] = {};
   for_key_tiles<T, T::kStages, Element>(
@@ -307,7 +308,7 @@ __device__ __forceinline__ void tile_grad_query(const BackwardParams<typename Pa
         for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const float bias = params.is_gaussian ? shared.key_bias[8 * t + group_column() + e % 2] : 0.0f;
+            const float bias = params.is_gaussian ? shared.key_bias[8 * t + fragment_column() + e % 2] : 0.0f;
             const float p = probability(scores[t][e], weights[t][e], bias, rows[e / 2].logsumexp, params);
             scores[t][e] = score_gradient(p, grads[t][e], rows[e / 2].delta);
           }
@@ -347,7 +348,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   const auto first_query_at = [&](int i) { return (first_tile + i % head_tiles) * T::kStreamed; };
 
   float sums[T::kColumnTiles][4] = {};
-  float sum[2] = {};  // of d s; of rows group_row() and group_row() + 8
+  float sum[2] = {};  // of d s; of rows fragment_row() and fragment_row() + 8
   bool has_biases = false;
   typename Pairs::template KeyRows<T::kOwn> rows(support, first_key);
   stream<T::kStages>(
@@ -388,9 +389,10 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
         for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const float bias = params.is_gaussian ? shared.key_bias[16 * warp_index() + group_row() + e / 2 * 8] : 0.0f;
+            const float bias =
+                params.is_gaussian ? shared.key_bias[16 * warp_index() + fragment_row() + e / 2 * 8] : 0.0f;
             scores[t][e] = probability(scores[t][e], weights[t][e], bias,
-                                       shared.logsumexp[stage][8 * t + group_column() + e % 2], params);
+                                       shared.logsumexp[stage][8 * t + fragment_column() + e % 2], params);
           }
         }
         if constexpr (kGradKey) {
@@ -403,7 +405,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               scores[t][e] =
-                  score_gradient(scores[t][e], grads[t][e], shared.delta[stage][8 * t + group_column() + e % 2]);
+                  score_gradient(scores[t][e], grads[t][e], shared.delta[stage][8 * t + fragment_column() + e % 2]);
               sum[e / 2] += scores[t][e];
             }
           }
@@ -420,11 +422,11 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
     for (int r = 0; r < 2; ++r) {
       const float total = quad_sum(sum[r]);
       if (total == 0) continue;  // where nothing was streamed, the keys are not there either
-      const Element* key = shared.key[16 * warp_index() + group_row() + 8 * r];
+      const Element* key = shared.key[16 * warp_index() + fragment_row() + 8 * r];
 #pragma unroll
       for (int d = 0; d < T::kColumnTiles; ++d) {
-        sums[d][2 * r] -= total * widen(key[8 * d + group_column()]);
-        sums[d][2 * r + 1] -= total * widen(key[8 * d + group_column() + 1]);
+        sums[d][2 * r] -= total * widen(key[8 * d + fragment_column()]);
+        sums[d][2 * r + 1] -= total * widen(key[8 * d + fragment_column() + 1]);
       }
     }
   }
@@ -432,7 +434,7 @@ __device__ __forceinline__ void tile_grad_key_value(const BackwardParams<typenam
   float factors[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    factors[r] = warp_key + group_row() + 8 * r >= keys ? 0.0f : kGradKey ? params.scale : 1.0f;
+    factors[r] = warp_key + fragment_row() + 8 * r >= keys ? 0.0f : kGradKey ? params.scale : 1.0f;
   }
   store_rows(sums, factors, head_of<Element>(target, b, key_head), target.row_stride, warp_key, params.keys,
              kGradKey ? params.head_dim : params.value_dim);
