@@ -633,7 +633,7 @@ class SparsePattern:
         """
         if query.dim() != 4 or query.size(1) != self.num_heads:
             raise ValueError(
-                f"SparsePattern.attend: query must be [batch, {self.num_heads}, queries, head size] "
+                f"SparsePattern.attend: query must be [batch, {self.num_heads}, queries, head_dim] "
                 f"(got shape {tuple(query.shape)})"
             )
         lens_of_heads = kv_lens is not None and kv_lens.dim() == 2

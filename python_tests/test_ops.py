@@ -133,9 +133,9 @@ def test_wrong_uses_are_named() -> None:
     with pytest.raises(ValueError, match=r"mask must have 1 or num_heads = 4 heads \(got 2\)"):
         ops.csr_attention(query, key, value, mask_of(2, 6, 8))
     for wrong in (query[0], query[:, :2]):
-        with pytest.raises(ValueError, match=r"query must be \[batch, 4, queries, head size\]"):
+        with pytest.raises(ValueError, match=r"query must be \[batch, 4, queries, head_dim\]"):
             ops.csr_attention(wrong, key, value, pattern())
-    with pytest.raises(ValueError, match=r"query must be \[batch, 4, queries, head size\]"):
+    with pytest.raises(ValueError, match=r"query must be \[batch, 4, queries, head_dim\]"):
         ops.csr_attention(query[0], key, value, mask_of(4, 6, 8))
     with pytest.raises(RuntimeError, match=r"dropout_p must lie in 0..1 \(got 1.5\)"):
         ops.prior_attention(query, key, value, dropout_p=1.5)

@@ -294,9 +294,7 @@ def test_attend_with_a_length_for_every_key_head(groups: int, heads: int, key_he
 
 def test_attend_names_another_number_of_heads() -> None:
     query, key, value = random_inputs(1, 4, 4, 6, 8)
-    with pytest.raises(
-        ValueError, match=r"query must be \[batch, 2, queries, head size\] \(got shape \(1, 4, 6, 5\)\)"
-    ):
+    with pytest.raises(ValueError, match=r"query must be \[batch, 2, queries, head_dim\] \(got shape \(1, 4, 6, 5\)\)"):
         SparsePattern.from_mask(random_mask(2, 6, 8)).attend(query, key, value)
 
 

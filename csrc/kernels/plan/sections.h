@@ -1,5 +1,5 @@
 // What a plan consists of: the one table of its sections, from which fall out where each starts, how large the plan is,
-// what kernels see of it (plan.h) and what Python does (fiak_ext._C.plan_sections).
+// what kernels see of it (plan.h) and what Python does (fiak_ext._C.read_plan).
 //
 // A section is an array of numbers of one size. Whether a plan has it, and in which form, is decided by the pattern's
 // sizes alone, so that a plan's size is known without its content. Sections start at multiples of 64 bytes:

@@ -72,7 +72,7 @@ struct RowPass {
 
 /// Whether dot products multiply pairs of bfloat16 numbers.
 template <DType kType, bool kGaussian>
-constexpr bool kMultipliesPairs = kHasPairs&& kType == DType::kBFloat16 && !kGaussian;
+constexpr bool kMultipliesVnni = kHasVnni&& kType == DType::kBFloat16 && !kGaussian;
 
 /// A query row as dots() reads it: vectors * kParts vectors.
 template <DType kType, bool kGaussian>
@@ -80,7 +80,7 @@ static void prepare_query(const char* row, int64_t size, float* query) {
   using Reader = RowReader<kType>;
   for (int64_t d = 0; d < size; d += Reader::kNumbers, row += Reader::kBytes, query += Reader::kParts * kLanes) {
     const Vec x = Reader{smaller(Reader::kNumbers, size - d)}.last(row);
-    store(query, kMultipliesPairs<kType, kGaussian> ? x : Reader::template part<0>(x));
+    store(query, kMultipliesVnni<kType, kGaussian> ? x : Reader::template part<0>(x));
     if (Reader::kParts == 2) store(query + kLanes, Reader::template part<Reader::kParts - 1>(x));
   }
 }
@@ -95,9 +95,9 @@ FIAK_INLINE Vec row_product(const float* query, const char* row, const RowReader
     const char* p = row + v * Reader::kBytes;
     const Vec y = v + 1 < kVectors ? reader.vector(p) : reader.last(p);
     const float* q = query + v * Reader::kParts * kLanes;
-    if constexpr (kMultipliesPairs<kType, kGaussian>) {
+    if constexpr (kMultipliesVnni<kType, kGaussian>) {
 #if defined(FIAK_ISA_AVX512_BF16)
-      sum = fmadd_pairs(load(q), y, sum);
+      sum = fmadd_vnni(load(q), y, sum);
 #endif
     } else {
       const auto add_part = [&](Vec x, Vec k) __attribute__((always_inline)) {

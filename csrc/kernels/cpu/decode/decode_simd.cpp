@@ -179,10 +179,10 @@ FIAK_INLINE void combine(float* row, const float* other, int64_t sum_floats) {
 }
 
 /// The weights of a segment's entries, which are all of the support.
-enum class RunWeights { kOnes, kWeights, kLogs };
+enum class SegmentWeights { kOnes, kWeights, kLogs };
 
 /// scores *= scale in [0, count); the largest with their weights, ignoring NaN.
-template <RunWeights kWeights>
+template <SegmentWeights kWeights>
 static float scale_scores(float* scores, const float* weights, int64_t count, float scale) {
   const Vec factor = broadcast(scale);
   Vec maxima = broadcast(-kInfinity);
@@ -190,26 +190,26 @@ static float scale_scores(float* scores, const float* weights, int64_t count, fl
     const int64_t n = smaller(kLanes, count - i);
     Vec s = mul(load(scores + i), factor);
     store(scores + i, s);
-    if constexpr (kWeights == RunWeights::kWeights) s = add_log2(s, load_first(weights + i, n));
-    if constexpr (kWeights == RunWeights::kLogs) s = add(s, exponent_of_log(load_first(weights + i, n)));
+    if constexpr (kWeights == SegmentWeights::kWeights) s = add_log2(s, load_first(weights + i, n));
+    if constexpr (kWeights == SegmentWeights::kLogs) s = add(s, exponent_of_log(load_first(weights + i, n)));
     maxima = keep_max(first_lanes(n), s, maxima);
   }
   return reduce_max(maxima);
 }
 
 /// scores = 2^(scores + log2 w - maximum) in [0, count); their sum.
-template <RunWeights kWeights>
+template <SegmentWeights kWeights>
 static float weigh_scores(float* scores, const float* weights, int64_t count, float maximum) {
   const Vec shift = broadcast(maximum == -kInfinity ? 0.0f : maximum);  // without a finite score: 2^-inf = 0
   Vec sums = zero();
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = smaller(kLanes, count - i);
     Vec exponent = sub(zero(), shift), w = zero();
-    if constexpr (kWeights != RunWeights::kOnes) w = load_first(weights + i, n);
-    if constexpr (kWeights == RunWeights::kWeights) exponent = exponent_minus(w, shift);
-    if constexpr (kWeights == RunWeights::kLogs) exponent = sub(exponent_of_log(w), shift);
+    if constexpr (kWeights != SegmentWeights::kOnes) w = load_first(weights + i, n);
+    if constexpr (kWeights == SegmentWeights::kWeights) exponent = exponent_minus(w, shift);
+    if constexpr (kWeights == SegmentWeights::kLogs) exponent = sub(exponent_of_log(w), shift);
     Vec e = exp2_below_128(add(load(scores + i), exponent));
-    if constexpr (kWeights == RunWeights::kWeights) e = mul(e, weight_factor(w));
+    if constexpr (kWeights == SegmentWeights::kWeights) e = mul(e, weight_factor(w));
     e = keep(first_lanes(n), e);
     sums = add(sums, e);
     store(scores + i, e);
@@ -480,7 +480,7 @@ class Decoder {
       loops_.weighted_sum[vectors - 1](weights, values, pass, sums + from, pass.first ? fetched : PickedRows{});
     });
   }
-  template <RunWeights kWeights>
+  template <SegmentWeights kWeights>
   void exponentiate(const KeySegment& segment, float* scores, float* state) const {
     const auto scale = static_cast<float>(args_.scale * kLog2E);
     raise_maximum(state, scale_scores<kWeights>(scores, segment.weights, segment.count, scale), sum_floats_);
@@ -490,11 +490,11 @@ class Decoder {
   void weigh(const QueryRow& row, const KeySegment& segment, float* scores, float* state) const {
     if (segment.count == 0) return;
     if (segment.weights == nullptr) {
-      exponentiate<RunWeights::kOnes>(segment, scores, state);
+      exponentiate<SegmentWeights::kOnes>(segment, scores, state);
     } else if (args_.log_prior) {
-      exponentiate<RunWeights::kLogs>(segment, scores, state);
+      exponentiate<SegmentWeights::kLogs>(segment, scores, state);
     } else {
-      exponentiate<RunWeights::kWeights>(segment, scores, state);
+      exponentiate<SegmentWeights::kWeights>(segment, scores, state);
     }
     state_of(state).any = 1.0f;
     if (!dropout_.active()) return;

@@ -131,7 +131,7 @@ struct Wave {
 };
 
 /// The operands and products of a backward pass, by vectors of multiply-adds.
-template <bool kPairs>
+template <bool kVnni>
 class VectorGrads {
  public:
   static constexpr int64_t kKeys = 48;   // what ranges of keys are multiples of
@@ -145,11 +145,11 @@ class VectorGrads {
         grad_output_(grad_output),
         queries_(queries),
         width_(keys),
-        depth_(units<kPairs>(args.head_dim)),
-        value_depth_(units<kPairs>(args.value_dim)),
+        depth_(units<kVnni>(args.head_dim)),
+        value_depth_(units<kVnni>(args.value_dim)),
         row_size_(padded(args.head_dim)),
         value_dim_(padded(args.value_dim)) {}
-  int64_t wave_units() const { return units<kPairs>(queries_) * width_; }
+  int64_t wave_units() const { return units<kVnni>(queries_) * width_; }
 
   /// Keys and values of a head.
   struct Keys {
@@ -168,11 +168,11 @@ class VectorGrads {
   __attribute__((always_inline)) void load_keys(int64_t b, int64_t key_head, int64_t keys, int64_t, Keys& x) const {
     ThreadArena scratch;
     float* rows = scratch.floats(tile_rows(keys) * larger(row_size_, value_dim_));
-    x.key_columns = load_columns<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_dim, rows, x.memory[0]);
+    x.key_columns = load_columns<kVnni>(args_.key, args_.dtype, b, key_head, keys, args_.head_dim, rows, x.memory[0]);
     x.value_columns =
-        load_columns<kPairs>(args_.value, args_.dtype, b, key_head, keys, args_.value_dim, rows, x.memory[1]);
-    x.key = load_depth<kPairs>(args_.key, args_.dtype, b, key_head, keys, args_.head_dim, x.memory[2]);
-    x.finite = all_finite<kPairs>(x.key, units<kPairs>(keys), row_size_);
+        load_columns<kVnni>(args_.value, args_.dtype, b, key_head, keys, args_.value_dim, rows, x.memory[1]);
+    x.key = load_depth<kVnni>(args_.key, args_.dtype, b, key_head, keys, args_.head_dim, x.memory[2]);
+    x.finite = all_finite<kVnni>(x.key, units<kVnni>(keys), row_size_);
   }
 
   /// The queries of a task, and their scores and dA in rows of the wave's keys.
@@ -188,10 +188,10 @@ class VectorGrads {
     x.query = arena.floats(kGradRows * padded(depth_));
     x.grad_output = arena.floats(kGradRows * padded(value_depth_));
     // Numbers are computed where the wave keeps them, pairs on the side.
-    x.scores = kPairs ? arena.floats(kGradRows * width_) : attention + row * width_;
-    x.products = kPairs ? arena.floats(kGradRows * width_) : grad_scores + row * width_;
-    load_block<kPairs>(args_.query, args_.dtype, b, h, first, count, args_.head_dim, 1.0f, x.query);
-    load_block<kPairs>(grad_output_, args_.dtype, b, h, first, count, args_.value_dim, 1.0f, x.grad_output);
+    x.scores = kVnni ? arena.floats(kGradRows * width_) : attention + row * width_;
+    x.products = kVnni ? arena.floats(kGradRows * width_) : grad_scores + row * width_;
+    load_block<kVnni>(args_.query, args_.dtype, b, h, first, count, args_.head_dim, 1.0f, x.query);
+    load_block<kVnni>(grad_output_, args_.dtype, b, h, first, count, args_.value_dim, 1.0f, x.grad_output);
     return x;
   }
   /// Scores and dA of `seen` keys from `key` on, in columns from `at` on; row r sees none beyond r + `diagonal`.
@@ -200,12 +200,12 @@ class VectorGrads {
     const auto span = [&](const Columns& all) {
       return Columns{all.data + key / kTileWidth * all.panel_stride, all.row_stride, all.panel_stride};
     };
-    matrix_product<false, kPairs>(StridedRows{task.query, padded(depth_), 1}, span(keys.key_columns),
-                                  tile_rows(task.count), padded(seen), depth_, task.scores + at, width_, diagonal,
-                                  factor);
-    matrix_product<false, kPairs>(StridedRows{task.grad_output, padded(value_depth_), 1}, span(keys.value_columns),
-                                  tile_rows(task.count), padded(seen), value_depth_, task.products + at, width_,
-                                  diagonal);
+    matrix_product<false, kVnni>(StridedRows{task.query, padded(depth_), 1}, span(keys.key_columns),
+                                 tile_rows(task.count), padded(seen), depth_, task.scores + at, width_, diagonal,
+                                 factor);
+    matrix_product<false, kVnni>(StridedRows{task.grad_output, padded(value_depth_), 1}, span(keys.value_columns),
+                                 tile_rows(task.count), padded(seen), value_depth_, task.products + at, width_,
+                                 diagonal);
   }
   __attribute__((always_inline)) void wait() const {}
   /// Keeps P and dS in columns [begin, end) of a task for the wave, where the task's queries stand from `row` on, and
@@ -213,7 +213,7 @@ class VectorGrads {
   __attribute__((always_inline)) void keep_grads(const Task& task, int64_t row, int64_t begin, int64_t end,
                                                  float* wave_attention, float* wave_grads) const {
 #if defined(FIAK_ISA_AVX512_BF16)
-    if constexpr (kPairs) {
+    if constexpr (kVnni) {
       float *scores = task.scores, *products = task.products;
       if (task.count % 2 != 0) {
         std::memset(scores + task.count * width_ + begin, 0, (end - begin) * sizeof(float));
@@ -223,15 +223,15 @@ class VectorGrads {
         float *attention = wave_attention + (row + r) / 2 * width_, *grad = wave_grads + (row + r) / 2 * width_;
         float *p = scores + r * width_, *ds = products + r * width_;
         for (int64_t j = begin; j < end; j += kLanes) {
-          store(attention + j, pairs_of(load(p + j), load(p + width_ + j)));
-          store(grad + j, pairs_of(load(ds + j), load(ds + width_ + j)));
+          store(attention + j, vnni_of(load(p + j), load(p + width_ + j)));
+          store(grad + j, vnni_of(load(ds + j), load(ds + width_ + j)));
         }
       }
       for (int64_t r = 0; r < task.count; ++r) {
         float* ds = products + r * width_ + begin;
         for (int64_t j = 0; j < end - begin; j += 2 * kLanes) {
           const Vec high = j + kLanes < end - begin ? load(ds + j + kLanes) : zero();
-          store(ds + j / 2, pairs_in_order(load(ds + j), high));
+          store(ds + j / 2, vnni_in_order(load(ds + j), high));
         }
       }
     }
@@ -241,9 +241,9 @@ class VectorGrads {
   /// sums += dS keys, of `seen` keys from `key` on, whose dS stand from column `at` on.
   __attribute__((always_inline)) void add_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
                                                int64_t at, float* sums) const {
-    const Panel rows{keys.key.row(units<kPairs>(key)), keys.key.stride};
-    guarded_product<true, kPairs>(keys.finite, task.products + at, width_, 1, rows, tile_rows(task.count), row_size_,
-                                  units<kPairs>(seen), sums, row_size_);
+    const Panel rows{keys.key.row(units<kVnni>(key)), keys.key.stride};
+    guarded_product<true, kVnni>(keys.finite, task.products + at, width_, 1, rows, tile_rows(task.count), row_size_,
+                                 units<kVnni>(seen), sums, row_size_);
   }
 
   /// Rows of a wave's queries, along which dK and dV sum up.
@@ -265,21 +265,21 @@ class VectorGrads {
   /// on.
   __attribute__((always_inline)) void add_queries(const Queries& x, const float* wave_numbers, int64_t from, int64_t to,
                                                   int64_t at, int64_t key, int64_t keys, float* sums) const {
-    const int64_t n = units<kPairs>(from), depth = units<kPairs>(smaller(to, x.count)) - n;
-    guarded_product<true, kPairs>(x.finite, wave_numbers + n * width_ + at, 1, width_, {x.rows.row(n), x.rows.stride},
-                                  tile_rows(keys), x.size, depth, sums + key * x.size, x.size);
+    const int64_t n = units<kVnni>(from), depth = units<kVnni>(smaller(to, x.count)) - n;
+    guarded_product<true, kVnni>(x.finite, wave_numbers + n * width_ + at, 1, width_, {x.rows.row(n), x.rows.stride},
+                                 tile_rows(keys), x.size, depth, sums + key * x.size, x.size);
   }
   /// sums[0, keys) += dS over the wave's queries [from, to), of which there are `count` in all.
   __attribute__((always_inline)) void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t count,
                                                  int64_t at, int64_t keys, float* sums) const {
-    for (int64_t k = units<kPairs>(from); k < units<kPairs>(smaller(to, count)); ++k) {
+    for (int64_t k = units<kVnni>(from); k < units<kVnni>(smaller(to, count)); ++k) {
       for (int64_t j = 0; j < padded(keys); j += kLanes) {
         Vec sum = load(sums + j);
         const Vec x = load(wave_grads + k * width_ + at + j);
 #if defined(FIAK_ISA_AVX512_BF16)
-        if constexpr (kPairs) sum = add(add(sum, even_bfloat16(x)), odd_bfloat16(x));
+        if constexpr (kVnni) sum = add(add(sum, even_bfloat16(x)), odd_bfloat16(x));
 #endif
-        if constexpr (!kPairs) sum = add(sum, x);
+        if constexpr (!kVnni) sum = add(sum, x);
         store(sums + j, sum);
       }
     }
@@ -293,10 +293,10 @@ class VectorGrads {
   __attribute__((always_inline)) Queries load_rows(const Input& x, int64_t size, int64_t b, int64_t h, int64_t first,
                                                    int64_t count, float* target) const {
     Queries rows;
-    rows.rows = load_depth<kPairs>(from_row(x, args_.dtype, first), args_.dtype, b, h, count, size, target);
+    rows.rows = load_depth<kVnni>(from_row(x, args_.dtype, first), args_.dtype, b, h, count, size, target);
     rows.count = count;
     rows.size = padded(size);
-    rows.finite = all_finite<kPairs>(rows.rows, units<kPairs>(count), rows.size);
+    rows.finite = all_finite<kVnni>(rows.rows, units<kVnni>(count), rows.size);
     return rows;
   }
 
@@ -795,7 +795,7 @@ FIAK_INLINE void dense_backward_blocks(const AttentionArgs& args, int64_t thread
 }
 /// How the backward pass of all heads is cut among the threads that share them.
 FIAK_INLINE void dense_backward_blocks(const AttentionArgs& args, int64_t threads, BlockCounts& blocks) {
-  dense_backward_blocks<VectorGrads<kHasPairs>::kKeys>(args, threads, blocks);
+  dense_backward_blocks<VectorGrads<kHasVnni>::kKeys>(args, threads, blocks);
 #if defined(FIAK_ISA_AMX_BF16)
   dense_backward_blocks<TileGrads::kKeys>(args, threads, blocks);
 #endif

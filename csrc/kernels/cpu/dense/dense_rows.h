@@ -26,53 +26,53 @@ FIAK_INLINE int64_t block_keys(int64_t keys, int64_t multiple) {
   return ((keys + count - 1) / count + multiple - 1) / multiple * multiple;
 }
 
-// Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
+// Operands of products, in units of 32 bits: numbers, or with kVnni two bfloat16 numbers that follow each other along
 // the depth.
 
-template <bool kPairs>
+template <bool kVnni>
 constexpr int64_t units(int64_t numbers) {
-  return kPairs ? (numbers + 1) / 2 : numbers;
+  return kVnni ? (numbers + 1) / 2 : numbers;
 }
 
 /// Loads rows [begin, begin + count) of x times `factor` (1 for pairs), whole vectors wide, and zero rows up to whole
 /// tiles. Pairs lie along the row.
-template <bool kPairs>
+template <bool kVnni>
 static void load_block(const Input& x, DType dtype, int64_t b, int64_t h, int64_t begin, int64_t count, int64_t size,
                        float factor, float* target) {
-  const int64_t stride = padded(units<kPairs>(size));
+  const int64_t stride = padded(units<kVnni>(size));
   for (int64_t i = 0; i < count; ++i) {
     const char* row = row_address(x, dtype, b, h, begin + i);
 #if defined(FIAK_ISA_AVX512_BF16)
-    for (int64_t d = 0; kPairs && d < size; d += 2 * kLanes) {
-      store(target + i * stride + d / 2, load_pairs_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
+    for (int64_t d = 0; kVnni && d < size; d += 2 * kLanes) {
+      store(target + i * stride + d / 2, load_vnni_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
     }
 #endif
-    if (!kPairs) load_row(row, dtype, size, factor, target + i * stride);
+    if (!kVnni) load_row(row, dtype, size, factor, target + i * stride);
   }
   for (int64_t i = count * stride; i < tile_rows(count) * stride; i += kLanes) store(target + i, zero());
 }
 
 /// The transpose of rows [0, count): the depth runs along the rows. `rows` holds tile_rows(count) * padded(units(size))
 /// units, `target` units(size) * tile_columns(count).
-template <bool kPairs>
+template <bool kVnni>
 static Columns load_columns(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size, float* rows,
                             float* target) {
   const char* first = row_address(x, dtype, b, h, 0);
-  Panel panel{rows, padded(units<kPairs>(size))};
+  Panel panel{rows, padded(units<kVnni>(size))};
   if (dtype == DType::kFloat32) {
     panel = {reinterpret_cast<const float*>(first), x.row_stride};
-  } else if (kPairs && size % 2 == 0 && x.row_stride % 2 == 0) {
+  } else if (kVnni && size % 2 == 0 && x.row_stride % 2 == 0) {
     panel = {reinterpret_cast<const float*>(first), x.row_stride / 2};
   } else {
-    load_block<kPairs>(x, dtype, b, h, 0, count, size, 1.0f, rows);
+    load_block<kVnni>(x, dtype, b, h, 0, count, size, 1.0f, rows);
   }
-  return transpose(panel, count, units<kPairs>(size), target);
+  return transpose(panel, count, units<kVnni>(size), target);
 }
 
 /// Rows [0, count) along which the result runs: the depth runs across them. `target` holds units(count) * padded(size).
-template <bool kPairs>
+template <bool kVnni>
 static Panel load_depth(const Input& x, DType dtype, int64_t b, int64_t h, int64_t count, int64_t size, float* target) {
-  if constexpr (!kPairs) return make_panel(x, dtype, b, h, count, size, target);
+  if constexpr (!kVnni) return make_panel(x, dtype, b, h, count, size, target);
 #if defined(FIAK_ISA_AVX512_BF16)
   const int64_t stride = padded(size);
   for (int64_t n = 0; n < count; n += 2) {
@@ -80,7 +80,7 @@ static Panel load_depth(const Input& x, DType dtype, int64_t b, int64_t h, int64
     const char* second = n + 1 < count ? row_address(x, dtype, b, h, n + 1) : first;
     for (int64_t d = 0; d < size; d += kLanes) {
       const int64_t width = smaller(kLanes, size - d);
-      const Vec pairs = load_pairs_of(first + 2 * d, second + 2 * d, width);
+      const Vec pairs = load_vnni_of(first + 2 * d, second + 2 * d, width);
       store(target + n / 2 * stride + d, n + 1 < count ? pairs : low_half(pairs));
     }
   }
@@ -89,7 +89,7 @@ static Panel load_depth(const Input& x, DType dtype, int64_t b, int64_t h, int64
 }
 
 /// Whether every number is finite.
-template <bool kPairs>
+template <bool kVnni>
 static bool all_finite(const Panel& rows, int64_t count, int64_t size) {
   Vec difference = zero();  // x - x is NaN for NaN and infinity
   for (int64_t n = 0; n < count; ++n) {
@@ -97,7 +97,7 @@ static bool all_finite(const Panel& rows, int64_t count, int64_t size) {
       const Vec x = load(rows.row(n) + d);
       difference = add(difference, sub(x, x));
 #if defined(FIAK_ISA_AVX512_BF16)
-      if constexpr (kPairs) difference = add(difference, sub(even_bfloat16(x), even_bfloat16(x)));
+      if constexpr (kVnni) difference = add(difference, sub(even_bfloat16(x), even_bfloat16(x)));
 #endif
     }
   }
@@ -105,15 +105,15 @@ static bool all_finite(const Panel& rows, int64_t count, int64_t size) {
 }
 
 /// out (+)= a b, where numbers of b that are not finite do not pass factors of 0 in a.
-template <bool kAdd, bool kPairs>
+template <bool kAdd, bool kVnni>
 static void guarded_product(bool finite, const float* a, int64_t a_row, int64_t a_column, const Panel& b, int64_t rows,
                             int64_t columns, int64_t depth, float* out, int64_t out_row) {
   if (finite) {
-    matrix_product<kAdd, kPairs>(StridedRows{a, a_row, a_column}, columns_of(b), rows, columns, depth, out, out_row);
+    matrix_product<kAdd, kVnni>(StridedRows{a, a_row, a_column}, columns_of(b), rows, columns, depth, out, out_row);
     return;
   }
   for (int64_t r = 0; r < rows && !kAdd; ++r) std::memset(out + r * out_row, 0, columns * sizeof(float));
-  product_of_nonzeros<kPairs>(a, a_row, a_column, b, rows, columns, depth, out, out_row);
+  product_of_nonzeros<kVnni>(a, a_row, a_column, b, rows, columns, depth, out, out_row);
 }
 
 // The support of a row of weights, from some key on, for keys j to j + n - 1, n <= kLanes:
@@ -249,7 +249,7 @@ static bool is_empty(const Support& support, int64_t count) {
 
 /// scores[0, count) = 2^(scores + log2 w - shift), times `dropout_factors` where given, as numbers or pairs; 0 beyond,
 /// up to padded(count of the block). Returns the sum before `dropout_factors`.
-template <bool kPairs, class Support>
+template <bool kVnni, class Support>
 static float weigh_row(float* scores, const Support& support, int64_t count, int64_t columns, float shift,
                        const float* dropout_factors) {
   const Vec s = broadcast(shift);
@@ -262,22 +262,22 @@ static float weigh_row(float* scores, const Support& support, int64_t count, int
     if (dropout_factors != nullptr) e = mul(e, load(dropout_factors + j));
     return e;
   };
-  if constexpr (!kPairs) {
+  if constexpr (!kVnni) {
     for_vectors(
         count, [&](int64_t j, int64_t n) __attribute__((always_inline)) { store(scores + j, weigh(j, n)); });
     for (int64_t j = padded(count); j < columns; j += kLanes) store(scores + j, zero());
   }
 #if defined(FIAK_ISA_AVX512_BF16)
-  if constexpr (kPairs) {  // in place: a vector of pairs comes from the two vectors of scores that start twice as far
+  if constexpr (kVnni) {  // in place: a vector of pairs comes from the two vectors of scores that start twice as far
     int64_t j = 0;
     for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
       const Vec low = weigh(j, kLanes);
-      store(scores + j / 2, pairs_in_order(low, weigh(j + kLanes, kLanes)));
+      store(scores + j / 2, vnni_in_order(low, weigh(j + kLanes, kLanes)));
     }
     if (j < count) {
       const Vec low = count - j >= kLanes ? weigh(j, kLanes) : weigh(j, count - j);
       const Vec high = count - j > kLanes ? weigh(j + kLanes, count - j - kLanes) : zero();
-      store(scores + j / 2, pairs_in_order(low, high));
+      store(scores + j / 2, vnni_in_order(low, high));
       j += 2 * kLanes;
     }
     for (; j < columns; j += 2 * kLanes) store(scores + j / 2, zero());
@@ -326,7 +326,7 @@ struct KeySpan {
 constexpr int64_t kMaxSpans = kBlockKeys / 16;
 
 /// The products of a head, by vectors of multiply-adds.
-template <bool kPairs>
+template <bool kVnni>
 class VectorProducts {
  public:
   static constexpr int64_t kRows = kBlockRows;      // queries of a step, at most
@@ -339,17 +339,17 @@ class VectorProducts {
       : args_(args),
         at_(at),
         width_(width),
-        depth_(units<kPairs>(args.head_dim)),
+        depth_(units<kVnni>(args.head_dim)),
         value_dim_(padded(args.value_dim)),
         query_(scratch.floats(kBlockRows * padded(depth_))) {
     const int64_t b = at.b, key_head = at.h / shared_heads(args), all_keys = keys_of(args, b);
     float* rows = scratch.floats(tile_rows(keys) * padded(args.head_dim));
-    key_ = load_columns<kPairs>(args.key, args.dtype, b, key_head, keys, args.head_dim, rows,
-                                scratch.floats(depth_ * tile_columns(keys)));
+    key_ = load_columns<kVnni>(args.key, args.dtype, b, key_head, keys, args.head_dim, rows,
+                               scratch.floats(depth_ * tile_columns(keys)));
     // All of the element's values decide, so that no split among threads changes a bit.
-    value_ = load_depth<kPairs>(args.value, args.dtype, b, key_head, all_keys, args.value_dim,
-                                scratch.floats(units<kPairs>(all_keys) * value_dim_));
-    finite_ = all_finite<kPairs>(value_, units<kPairs>(all_keys), value_dim_);
+    value_ = load_depth<kVnni>(args.value, args.dtype, b, key_head, all_keys, args.value_dim,
+                               scratch.floats(units<kVnni>(all_keys) * value_dim_));
+    finite_ = all_finite<kVnni>(value_, units<kVnni>(all_keys), value_dim_);
   }
   __attribute__((always_inline)) int64_t step_rows() const { return kRows; }
   /// Called while there is nothing to multiply.
@@ -358,20 +358,20 @@ class VectorProducts {
   __attribute__((always_inline)) bool serves() const { return true; }
 
   __attribute__((always_inline)) void load_queries(int64_t first, int64_t rows) {
-    load_block<kPairs>(args_.query, args_.dtype, at_.b, at_.h, first, rows, args_.head_dim, 1.0f, query_);
+    load_block<kVnni>(args_.query, args_.dtype, at_.b, at_.h, first, rows, args_.head_dim, 1.0f, query_);
   }
   /// The scores of a span, from `scores` on in rows of `width`.
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float factor,
                                                     float* scores) const {
     const Columns block{key_.data + span.from / kTileWidth * key_.panel_stride, key_.row_stride, key_.panel_stride};
-    matrix_product<false, kPairs>(StridedRows{query_, padded(depth_), 1}, block, tile_rows(rows), padded(span.keys),
-                                  depth_, scores + span.at, width_, diagonal - span.from, factor);
+    matrix_product<false, kVnni>(StridedRows{query_, padded(depth_), 1}, block, tile_rows(rows), padded(span.keys),
+                                 depth_, scores + span.at, width_, diagonal - span.from, factor);
   }
   /// Row i's scores of a span become weights; returns their sum.
   template <class Support>
   __attribute__((always_inline)) float weigh(int64_t i, const KeySpan& span, float* scores, const Support& support,
                                              int64_t count, float, float shift, const float* dropout_factors) const {
-    return weigh_row<kPairs>(scores + i * width_ + span.at, support, count, padded(span.keys), shift, dropout_factors);
+    return weigh_row<kVnni>(scores + i * width_ + span.at, support, count, padded(span.keys), shift, dropout_factors);
   }
   /// sums (+)= weights values; row i sees the keys below ends[i].
   __attribute__((always_inline)) void add_values(const KeySpan* spans, int64_t count, int64_t rows, const int64_t* ends,
@@ -379,14 +379,14 @@ class VectorProducts {
     constexpr int64_t kTallRows = kTileRows * kTileVectors;  // rows that see about the same keys
     for (int64_t k = 0; k < count; ++k) {
       const KeySpan& span = spans[k];
-      const Panel rows_of_span{value_.row(units<kPairs>(span.from)), value_.stride};
-      const auto product = add || k > 0 ? guarded_product<true, kPairs> : guarded_product<false, kPairs>;
+      const Panel rows_of_span{value_.row(units<kVnni>(span.from)), value_.stride};
+      const auto product = add || k > 0 ? guarded_product<true, kVnni> : guarded_product<false, kVnni>;
       for (int64_t i = 0; i < rows; i += kTallRows) {
         const int64_t size = smaller(kTallRows, rows - i);
         int64_t most = span.from;
         for (int64_t r = i; r < i + size; ++r) most = larger(most, ends[r]);
         product(finite_, scores + i * width_ + span.at, width_, 1, rows_of_span, tile_rows(size), value_dim_,
-                units<kPairs>(smaller(span.keys, most - span.from)), sums + i * value_dim_, value_dim_);
+                units<kVnni>(smaller(span.keys, most - span.from)), sums + i * value_dim_, value_dim_);
       }
     }
   }
@@ -615,11 +615,11 @@ FIAK_INLINE void dense_forward_blocks(const AttentionArgs& args, bool serves, Bl
     blocks.add(serves ? size : 0, kLanes);
   }
 #if defined(FIAK_ISA_AMX_BF16)
-  const int64_t step = TileProducts::step_rows(args, smaller(larger(1, block_keys(keys, kChunk)), keys));
+  const int64_t step = TileProducts::step_rows(args, smaller(larger(1, block_keys(keys, kTileDepth)), keys));
   blocks.add(serves ? step : 0);
   blocks.add(queries, step);
-  blocks.add(keys, kChunk);
-  blocks.add(serves ? args.head_dim : 0, kChunk);
+  blocks.add(keys, kTileDepth);
+  blocks.add(serves ? args.head_dim : 0, kTileDepth);
 #endif
 }
 

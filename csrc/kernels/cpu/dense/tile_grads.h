@@ -18,10 +18,10 @@ static void pack_columns(const RowAddresses& row, int64_t count, int64_t size, i
 /// What VectorGrads is, by tiles.
 class TileGrads {
  public:
-  static constexpr int64_t kKeys = kChunk;
+  static constexpr int64_t kKeys = kTileDepth;
   static constexpr bool kScaled = false;
   using Multiplier = Tiles;
-  static_assert(kGradRows == kChunk);
+  static_assert(kGradRows == kTileDepth);
 
   /// Whether no factor of 0 would meet an infinite or NaN number of the key head's.
   __attribute__((always_inline)) static bool serves(const AttentionArgs& args, const Input& grad_output, int64_t b,
@@ -30,8 +30,8 @@ class TileGrads {
     const auto check = [&](const Input& x, int64_t h, int64_t count, int64_t size) {
       const RowAddresses row(x, {b, h}, 0);
       for (int64_t n = 0; n < count; ++n) {
-        for (int64_t d = 0; d < size; d += kChunk) {
-          finite(load_pairs_in_order(row(n) + 2 * d, smaller(kChunk, size - d)));
+        for (int64_t d = 0; d < size; d += kTileDepth) {
+          finite(load_vnni_in_order(row(n) + 2 * d, smaller(kTileDepth, size - d)));
         }
       }
     };
@@ -101,14 +101,14 @@ class TileGrads {
   __attribute__((always_inline)) void wait() const { keep_awake(); }
   __attribute__((always_inline)) void keep_grads(const Task& task, int64_t row, int64_t begin, int64_t end,
                                                  float* wave_attention, float* wave_grads) const {
-    const int64_t column = tile_units(queries_), first = begin / kTileSide * column + row / kChunk * kTileUnits;
+    const int64_t column = tile_units(queries_), first = begin / kTileSide * column + row / kTileDepth * kTileUnits;
     const auto keep = [&](const float* numbers, float* target) {
       for (int64_t r = 0; r < kGradRows; r += 2) {
         const float* p = numbers + r * width_;
         float* to = target + first + r / 2 * kTileSide;
         for (int64_t j = begin; j < end; j += kTileSide, to += column) {
           const Vec low = r < task.count ? load(p + j) : zero();
-          store(to, pairs_of(low, r + 1 < task.count ? load(p + width_ + j) : zero()));
+          store(to, vnni_of(low, r + 1 < task.count ? load(p + width_ + j) : zero()));
         }
       }
     };
@@ -117,14 +117,14 @@ class TileGrads {
     for (int64_t r = 0; r < task.count; ++r) {
       const float* ds = task.products + r * width_;
       float* to = grads_at(task, begin) + r / kTileSide * tile_units(width_) + r % kTileSide * kTileSide;
-      for (int64_t j = begin; j < end; j += kChunk, to += kTileUnits) {
-        store(to, pairs_in_order(load(ds + j), load(ds + j + kLanes)));
+      for (int64_t j = begin; j < end; j += kTileDepth, to += kTileUnits) {
+        store(to, vnni_in_order(load(ds + j), load(ds + j + kLanes)));
       }
     }
   }
   __attribute__((always_inline)) void add_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
                                                int64_t at, float* sums) const {
-    const float *left = grads_at(task, at), *right = keys.key_depth + key / kChunk * kTileUnits;
+    const float *left = grads_at(task, at), *right = keys.key_depth + key / kTileDepth * kTileUnits;
     const int64_t row = padded(args_.head_dim);
     for_tiles(
         sides(task.count), sides(args_.head_dim), [&](auto tiles, int64_t r, int64_t c) __attribute__((always_inline)) {
@@ -150,7 +150,7 @@ class TileGrads {
   }
   __attribute__((always_inline)) void add_queries(const Queries& x, const float* wave_numbers, int64_t from, int64_t to,
                                                   int64_t at, int64_t key, int64_t keys, float* sums) const {
-    const int64_t units = tile_units(queries_), first = from / kChunk * kTileUnits;
+    const int64_t units = tile_units(queries_), first = from / kTileDepth * kTileUnits;
     const int64_t next_key = sides(x.size) * kTileUnits;  // from a column of the sums to the next
     const float* right = wave_numbers + at / kTileSide * units + first;
     sums += key / kTileSide * next_key;
@@ -158,14 +158,14 @@ class TileGrads {
         sides(x.size), sides(keys), [&](auto tile_sums, int64_t r, int64_t c) __attribute__((always_inline)) {
           float* target = sums + c * next_key + r * kTileUnits;
           tile_sums.load(target, kTileSide, kTileUnits, next_key);
-          tile_sums.add(x.columns + r * units + first, units, right + c * units, units, (to - from) / kChunk);
+          tile_sums.add(x.columns + r * units + first, units, right + c * units, units, (to - from) / kTileDepth);
           tile_sums.store(target, kTileSide, kTileUnits, next_key);
         });
   }
   __attribute__((always_inline)) void add_scores(const float* wave_grads, int64_t from, int64_t to, int64_t, int64_t at,
                                                  int64_t keys, float* sums) const {
     for (int64_t c = 0; c < sides(keys); ++c) {
-      const float* pairs = wave_grads + (at / kTileSide + c) * tile_units(queries_) + from / kChunk * kTileUnits;
+      const float* pairs = wave_grads + (at / kTileSide + c) * tile_units(queries_) + from / kTileDepth * kTileUnits;
       Vec sum = load(sums + c * kTileSide);
       for (int64_t k = 0; k < (to - from) / 2; ++k) {
         const Vec x = load(pairs + k * kTileSide);
@@ -192,7 +192,7 @@ class TileGrads {
 
  private:
   __attribute__((always_inline)) float* grads_at(const Task& task, int64_t at) const {
-    return task.grads + at / kChunk * kTileUnits;
+    return task.grads + at / kTileDepth * kTileUnits;
   }
   __attribute__((always_inline)) Queries load_columns_of(const Input& x, int64_t size, HeadPlace at, int64_t first,
                                                          int64_t count, ScratchArena& arena) const {

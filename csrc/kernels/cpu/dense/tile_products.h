@@ -18,7 +18,7 @@ struct RowAddresses {
 class TileProducts {
  public:
   static constexpr int64_t kRows = 2 * kTileSide;
-  static constexpr int64_t kSpanKeys = kChunk;
+  static constexpr int64_t kSpanKeys = kTileDepth;
   static constexpr int64_t kL1Operands = 50 * 1024;  // bytes
   static constexpr int64_t kAwakePairs = 1600;       // whose exponentials take some 700 cycles
   static constexpr bool kCutsRows = false;
@@ -93,17 +93,17 @@ class TileProducts {
       return e;
     };
     int64_t j = 0;
-    for (; j + kChunk <= count; j += kChunk, target += kTileUnits) {
+    for (; j + kTileDepth <= count; j += kTileDepth, target += kTileUnits) {
       const Vec first = weight(j, kLanes);
-      store(target, pairs_in_order(first, weight(j + kLanes, kLanes)));
+      store(target, vnni_in_order(first, weight(j + kLanes, kLanes)));
     }
     if (j < count) {
       const Vec first = weight(j, smaller(kLanes, count - j));
-      store(target, pairs_in_order(first, count - j > kLanes ? weight(j + kLanes, count - j - kLanes) : zero()));
-      j += kChunk;
+      store(target, vnni_in_order(first, count - j > kLanes ? weight(j + kLanes, count - j - kLanes) : zero()));
+      j += kTileDepth;
       target += kTileUnits;
     }
-    for (; j < span.keys; j += kChunk, target += kTileUnits) store(target, zero());
+    for (; j < span.keys; j += kTileDepth, target += kTileUnits) store(target, zero());
     if (i * span.keys / kAwakePairs != (i + 1) * span.keys / kAwakePairs) keep_awake();
     return reduce_add(sums);
   }

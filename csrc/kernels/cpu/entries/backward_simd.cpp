@@ -22,10 +22,10 @@ class CsrBackward {
         grads_(grads),
         gaussian_(args.score == Score::kGaussian),
         dropout_(make_dropout(args.dropout_p, args.seed)),
-        head_chunks_(row_chunks(columns_with(query_extra(args), args.head_dim, kStorage), kStorage, kSamples)),
-        value_chunks_(row_chunks(args.value_dim, kStorage, kSamples)),
-        head_floats_(sum_vectors(head_chunks_, kStorage) * kLanes),
-        value_floats_(sum_vectors(value_chunks_, kStorage) * kLanes),
+        head_vectors_(row_vectors(columns_with(query_extra(args), args.head_dim, kStorage), kStorage, kSamples)),
+        value_vectors_(row_vectors(args.value_dim, kStorage, kSamples)),
+        head_floats_(sum_vectors(head_vectors_, kStorage) * kLanes),
+        value_floats_(sum_vectors(value_vectors_, kStorage) * kLanes),
         chunks_(wave_slices(args.plan.num_queries, backward_row_bytes(args, kStorage, kSamples))),
         slices_(wave_slices(args.keys, backward_row_bytes(args, kStorage, kSamples))) {
     const PlanView& plan = args.plan;
@@ -128,7 +128,7 @@ class CsrBackward {
     int64_t* column_cursors;         // [keys]: the first entry of a column that no chunk has had yet
     int64_t* row_cursors;            // [queries of a chunk]: the first entry of a row that no block has had yet
     RowSegment* segments;            // [keys of a block]: of the columns
-    float* pairs;                    // P and dS, side by side, of the columns' segments
+    float* p_and_ds;                 // P and dS, side by side, of the columns' segments
   };
 
   /// A row's shift and factor, a group each.
@@ -144,10 +144,10 @@ class CsrBackward {
       return bundle_panel(reinterpret_cast<char*>(arena.floats(bundle_panel_floats(rows, chunks))), rows, chunks);
     };
     KeyHeadState x;
-    x.key = panel(args_.keys, head_chunks_);
-    x.value = panel(args_.keys, value_chunks_);
-    x.query = panel(chunk_rows_, head_chunks_);
-    x.grad_output = panel(chunk_rows_, value_chunks_);
+    x.key = panel(args_.keys, head_vectors_);
+    x.value = panel(args_.keys, value_vectors_);
+    x.query = panel(chunk_rows_, head_vectors_);
+    x.grad_output = panel(chunk_rows_, value_vectors_);
     x.grad_key = arena.floats((args_.keys + kMaxSamples) * head_floats_);
     x.grad_value = arena.floats((args_.keys + kMaxSamples) * value_floats_);
     x.grad_query = arena.floats((chunk_rows_ + kMaxSamples) * head_floats_);
@@ -157,7 +157,7 @@ class CsrBackward {
     x.column_cursors = reinterpret_cast<int64_t*>(arena.floats(args_.keys * 2));
     x.row_cursors = reinterpret_cast<int64_t*>(arena.floats(chunk_rows_ * 2));
     x.segments = reinterpret_cast<RowSegment*>(arena.floats(slices_.size * kSegmentFloats));
-    x.pairs = arena.floats(2 * most_floats_);
+    x.p_and_ds = arena.floats(2 * most_floats_);
     return x;
   }
 
@@ -203,7 +203,7 @@ class CsrBackward {
       const auto column = static_cast<uint32_t>(j - wave.key);
       x.segments[column] = {index, column, static_cast<uint32_t>(count), place};
       if (count % kQuad != 0) {  // what stands behind a column's last entry
-        float* last = x.pairs + place + offset_of_pair<kSamples>(count / kQuad * kQuad, 0);
+        float* last = x.p_and_ds + place + offset_of_two<kSamples>(count / kQuad * kQuad, 0);
         store_lanes(last, broadcast_quads<kSamples>(0));
         store_lanes(last + kQuadFloats, broadcast_quads<kSamples>(0));
       }
@@ -416,20 +416,20 @@ class CsrBackward {
         const int64_t first = search_below(plan.rows + places.begin, places.end - places.begin, wave.row);
         done = count_below(plan.rows + places.begin + first, places.end - places.begin - first, row);
       }
-      places[j - wave.key] = static_cast<uint32_t>(segment.place + offset_of_pair<kSamples>(done, 0));
+      places[j - wave.key] = static_cast<uint32_t>(segment.place + offset_of_two<kSamples>(done, 0));
     }
   }
 
   /// Where an entry of a column goes; its next one goes behind it.
   __attribute__((always_inline)) static uint32_t take_place(uint32_t& next) {
     const uint32_t place = next;
-    next = place + 2 + (place & 2) * 2 * (kSamples - 1);  // offset_of_pair
+    next = place + 2 + (place & 2) * 2 * (kSamples - 1);  // offset_of_two
     return place;
   }
   /// Leaves P and dS of an entry, whose first samples' are at p and ds, where its column's next entry stands.
   __attribute__((always_inline)) static void leave(const KeyHeadState& x, uint32_t& next, const float* p,
                                                    const float* ds) {
-    float* target = x.pairs + take_place(next);
+    float* target = x.p_and_ds + take_place(next);
 #pragma GCC unroll 4
     for (int e = 0; e < kSamples; ++e) {
       target[e * kQuad] = p[e * kQuad];
@@ -441,7 +441,7 @@ class CsrBackward {
                                                         int64_t first_index, const float* p, const float* ds) {
     float* targets[kQuad];
 #pragma GCC unroll 4
-    for (int k = 0; k < kQuad; ++k) targets[k] = x.pairs + take_place(places[index[k] - first_index]);
+    for (int k = 0; k < kQuad; ++k) targets[k] = x.p_and_ds + take_place(places[index[k] - first_index]);
 #pragma GCC unroll 4
     for (int e = 0; e < kSamples; ++e) {
       store_side_by_side(p + e * kQuad, ds + e * kQuad, targets, e * kQuad);
@@ -517,7 +517,7 @@ class CsrBackward {
   }
 
   /// Keeps the entries of a segment for which keep(k), with their indices at `free_index`, which moves on, and their
-  /// numbers: move(to, from, e) moves those of an element's entry, or clears them if `from` is negative.
+  /// numbers: move(to, from, e) moves those of a sample's entry, or clears them if `from` is negative.
   template <class Keep, class Move>
   static void take_out(RowSegment& segment, uint16_t*& free_index, Keep&& keep, Move&& move) {
     uint16_t* index = free_index;
@@ -557,14 +557,14 @@ class CsrBackward {
                             x.segments[begin].place / 2;
       auto* free_index = reinterpret_cast<uint16_t*>(scratch.floats((pairs / kSamples + kIndexPadding + 1) / 2));
       for (int64_t j = begin; j < end; ++j) {
-        float* pair = x.pairs + x.segments[j].place;
-        const auto inside = [&](int64_t k) { return pair[offset_of_pair<kSamples>(k, 0)] != kOutside; };
+        float* pair = x.p_and_ds + x.segments[j].place;
+        const auto inside = [&](int64_t k) { return pair[offset_of_two<kSamples>(k, 0)] != kOutside; };
         int64_t k = 0;
         while (k < x.segments[j].count && inside(k)) ++k;
         if (k == x.segments[j].count) continue;
         take_out(x.segments[j], free_index, inside, [&](int64_t to, int64_t from, int e) {
           for (int64_t i = 0; i < 2; ++i) {
-            pair[offset_of_pair<kSamples>(to, e) + i] = from < 0 ? 0.0f : pair[offset_of_pair<kSamples>(from, e) + i];
+            pair[offset_of_two<kSamples>(to, e) + i] = from < 0 ? 0.0f : pair[offset_of_two<kSamples>(from, e) + i];
           }
         });
       }
@@ -573,16 +573,16 @@ class CsrBackward {
       SumsTask sum{};
       sum.begin = x.segments + begin;
       sum.end = x.segments + end;
-      sum.weights = x.pairs;
+      sum.weights = x.p_and_ds;
       sum.sums = sums + wave.key * stride;
       sum.sums_stride = stride;
       return sum;
     };
     if (grads_.grad_value.data != nullptr) {
-      weighted_sums<kStorage, kSamples, Weights::kFirstOfPairs>(task(x.grad_value, value_floats_), x.grad_output, row);
+      weighted_sums<kStorage, kSamples, Weights::kFirstOfTwo>(task(x.grad_value, value_floats_), x.grad_output, row);
     }
     if (grads_.grad_key.data != nullptr) {
-      weighted_sums<kStorage, kSamples, Weights::kSecondOfPairs>(task(x.grad_key, head_floats_), x.query, row);
+      weighted_sums<kStorage, kSamples, Weights::kSecondOfTwo>(task(x.grad_key, head_floats_), x.query, row);
     }
   }
 
@@ -635,7 +635,7 @@ class CsrBackward {
   const BackwardArgs& grads_;
   const bool gaussian_;
   const Dropout dropout_;
-  const int64_t head_chunks_, value_chunks_, head_floats_, value_floats_;
+  const int64_t head_vectors_, value_vectors_, head_floats_, value_floats_;
   const KeySlices chunks_, slices_;  // of queries and of keys
   int64_t chunk_rows_ = 0, most_floats_ = 0;
 };
@@ -693,12 +693,12 @@ void backward(const CsrArgs& args, const BackwardArgs& grads, const KeyHeads& ke
 template <Storage kStorage, int kSamples>
 void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
   const Extra extra = args.score == Score::kGaussian ? Extra::kOne : Extra::kNone;
-  const int64_t head_chunks = row_chunks(columns_with(extra, args.head_dim, kStorage), kStorage, kSamples);
-  const int64_t value_chunks = row_chunks(args.value_dim, kStorage, kSamples);
+  const int64_t head_vectors = row_vectors(columns_with(extra, args.head_dim, kStorage), kStorage, kSamples);
+  const int64_t value_vectors = row_vectors(args.value_dim, kStorage, kSamples);
   const int64_t row_bytes = backward_row_bytes(args, kStorage, kSamples);
-  for (const int64_t chunks : {head_chunks, value_chunks}) {
+  for (const int64_t chunks : {head_vectors, value_vectors}) {
     blocks.add(chunks);
-    blocks.add(chunks, kMaxChunks);
+    blocks.add(chunks, kMaxVectors);
   }
   const KeySlices keys(args.keys, row_bytes);
   blocks.add(keys.count);
@@ -727,7 +727,7 @@ int64_t bundled_samples(const CsrArgs& args, Storage storage) {
   if (args.plan.columns == nullptr) return 1;                              // rows take samples one by one
   const int64_t per_group = args.batch / larger(1, args.groups());
   for (int samples = kMaxSamples; samples > 1; samples /= 2) {
-    const int64_t chunks = row_chunks(larger(args.head_dim, args.value_dim), storage, samples);
+    const int64_t chunks = row_vectors(larger(args.head_dim, args.value_dim), storage, samples);
     if (per_group >= samples && smaller(args.keys, 200) * chunks * kVectorBytes <= kBundleBytes) return samples;
   }
   return 1;

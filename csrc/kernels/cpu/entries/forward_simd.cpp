@@ -136,10 +136,11 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Sample
   const bool gaussian = args.score == Score::kGaussian;
   const Extra query_extra = gaussian ? Extra::kOne : Extra::kNone;
   const Extra key_extra = gaussian ? Extra::kHalfSquare : Extra::kNone;
-  const int64_t head_chunks = row_chunks(columns_with(query_extra, args.head_dim, kStorage), kStorage, kSamples);
-  const int64_t value_chunks = row_chunks(args.value_dim, kStorage, kSamples);
-  const int64_t sum_floats = sum_vectors(value_chunks, kStorage) * kLanes;
-  const KeySlices slices = split ? KeySlices(keys, larger(head_chunks, value_chunks) * kVectorBytes) : KeySlices(keys);
+  const int64_t head_vectors = row_vectors(columns_with(query_extra, args.head_dim, kStorage), kStorage, kSamples);
+  const int64_t value_vectors = row_vectors(args.value_dim, kStorage, kSamples);
+  const int64_t sum_floats = sum_vectors(value_vectors, kStorage) * kLanes;
+  const KeySlices slices =
+      split ? KeySlices(keys, larger(head_vectors, value_vectors) * kVectorBytes) : KeySlices(keys);
   using Segments = RowSegments<kSamples>;
   constexpr int64_t kQuadFloats = kQuad * kSamples;
   const int64_t row_floats = most_segment_floats<kSamples>(slices.count, longest);
@@ -168,8 +169,8 @@ void forward_rows(const CsrArgs& args, const ForwardResult& result, const Sample
   const auto panel = [&](int64_t rows, int64_t chunks) {
     return bundle_panel(reinterpret_cast<char*>(scratch.floats(bundle_panel_floats(rows, chunks))), rows, chunks);
   };
-  const BundlePanel query = panel(chunk_rows, head_chunks), key = panel(keys, head_chunks);
-  const BundlePanel value = panel(keys, value_chunks);
+  const BundlePanel query = panel(chunk_rows, head_vectors), key = panel(keys, head_vectors);
+  const BundlePanel value = panel(keys, value_vectors);
   float* pack = scratch.floats(pack_scratch(larger(args.head_dim, args.value_dim)));
 
   pack_rows<kSamples>(args.key, args.dtype, bundle, key_head, 0, keys, args.head_dim, kStorage, key_extra, key, pack);

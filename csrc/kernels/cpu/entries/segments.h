@@ -24,7 +24,7 @@ FIAK_INLINE int64_t most_grad_pass_rows(int64_t rows, int64_t row_floats) {
   return larger(1, smaller(rows, kScoreBuffer / 2 / row_floats));
 }
 
-/// Which batch elements share a pattern, and how they are bundled: those of a group in order, as many bundles of
+/// Which samples share a pattern, and how they are bundled: those of a group in order, as many bundles of
 /// `samples` as they fill, then one by one.
 struct SampleBundles {
   int64_t groups, samples, per_group, full, count;
@@ -60,7 +60,7 @@ struct KeySlices {
   int64_t end(int64_t slice) const { return smaller(keys, (slice + 1) * size); }
 };
 
-/// weights[0, count) of a group's entries, for every element, 0 behind them.
+/// weights[0, count) of a quad's entries, for every sample, 0 behind them.
 template <int kSamples>
 FIAK_INLINE Quads<kSamples> entry_quads(const float* weights, int64_t count) {
   alignas(64) float group[kQuad * kSamples];
@@ -78,8 +78,8 @@ FIAK_INLINE Extra query_extra(const CsrArgs& args) {
 /// Bytes of the wider packed rows of backward.
 FIAK_INLINE int64_t backward_row_bytes(const CsrArgs& args, Storage storage, int64_t samples) {
   const auto bundled = static_cast<int>(samples);
-  return larger(row_chunks(columns_with(query_extra(args), args.head_dim, storage), storage, bundled),
-                row_chunks(args.value_dim, storage, bundled)) *
+  return larger(row_vectors(columns_with(query_extra(args), args.head_dim, storage), storage, bundled),
+                row_vectors(args.value_dim, storage, bundled)) *
          kVectorBytes;
 }
 

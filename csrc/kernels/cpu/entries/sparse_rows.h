@@ -2,13 +2,13 @@
 // with one row, and their weighted sum. Forward and backward, by rows and by columns, all consist of these.
 //
 // The kernels go through segments: the entries of one row of a pattern whose packed rows lie in one block. Four entries
-// are a group, which is what an index load brings and what the loops take at once: with some 60 entries a row, larger
+// are a quad, which is what an index load brings and what the loops take at once: with some 60 entries a row, larger
 // steps would waste much of each row's last one. Scores, or whatever belongs to a pattern's entries, lie in memory as
-// groups of E elements: entry k of element e of a segment at offset_of_entry<E>(k, e) from where the segment has its
+// quads of E samples: entry k of sample e of a segment at offset_of_entry<E>(k, e) from where the segment has its
 // place. Places are whole vectors apart, so that what is done to every number alike goes by vectors.
 //
 // Cost for float32 with AVX-512: D/16 multiply-adds, as many loads and a decoded index a pair and loop; 8 shuffles and
-// 5 additions for 4 dot products of one element, 7 and 4 for 8 of two, 6 and 3 for 16 of four.
+// 5 additions for 4 dot products of one sample, 7 and 4 for 8 of two, 6 and 3 for 16 of four.
 #pragma once
 
 #include "kernels/cpu/entries/bundle.h"
@@ -26,10 +26,10 @@ template <int kSamples>
 FIAK_INLINE int64_t offset_of_entry(int64_t k, int64_t e) {
   return (k / kQuad * kSamples + e) * kQuad + k % kQuad;
 }
-/// Where two numbers of an entry stand side by side: those of two entries, of every element, then those of the group's
+/// Where two numbers of an entry stand side by side: those of two entries, of every sample, then those of the quad's
 /// other two.
 template <int kSamples>
-FIAK_INLINE int64_t offset_of_pair(int64_t k, int64_t e) {
+FIAK_INLINE int64_t offset_of_two(int64_t k, int64_t e) {
   return ((k / 2) * kSamples + e) * kQuad + k % 2 * 2;
 }
 /// Floats of a segment of `count` entries.
@@ -68,7 +68,7 @@ FIAK_INLINE int64_t row_offset(uint64_t four) {
   return offset;
 }
 
-/// use(four indices, how many of them are of the segment, the group's number) for every group of a segment.
+/// use(four indices, how many of them are of the segment, the quad's number) for every quad of a segment.
 template <class Use>
 FIAK_INLINE void for_quads(const RowSegment& segment, Use&& use) {
   const uint16_t* index = segment.index;  // which no store can change
@@ -80,7 +80,7 @@ FIAK_INLINE void for_quads(const RowSegment& segment, Use&& use) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Fetching ahead
 
-/// Rows that are wanted soon, of up to two operands of each element. A segment fetches one of each: many at once would
+/// Rows that are wanted soon, of up to two operands of each sample. A segment fetches one of each: many at once would
 /// fill the buffers that loads wait in.
 class RowsAhead {
  public:
@@ -120,18 +120,18 @@ struct DotsTask {
   float* out;         // where place 0 is
   float scale, fill;  // `fill` stands behind a segment's last entry
   bool first, last;   // of the parts
-  float* maxima;      // [rows] groups, or null: running maxima, ignoring NaN, in the lanes that found them
+  float* maxima;      // [rows] quads, or null: running maxima, ignoring NaN, in the lanes that found them
   RowsAhead* ahead;   // or null
 };
 
-template <Storage kStorage, int kChunks>
+template <Storage kStorage, int kVectors>
 FIAK_INLINE Vec row_products(const Vec* x, const char* row) {
 #if defined(FIAK_ISA_AVX512_BF16)
   if constexpr (kStorage == Storage::kBFloat16) {
     Vec sum = zero();
 #pragma GCC unroll 8
-    for (int c = 0; c < kChunks; ++c) {
-      sum = fmadd_pairs(x[c], load(reinterpret_cast<const float*>(row + c * kVectorBytes)), sum);
+    for (int c = 0; c < kVectors; ++c) {
+      sum = fmadd_vnni(x[c], load(reinterpret_cast<const float*>(row + c * kVectorBytes)), sum);
     }
     return sum;
   }
@@ -139,23 +139,23 @@ FIAK_INLINE Vec row_products(const Vec* x, const char* row) {
   const auto* y = reinterpret_cast<const float*>(row);
   Vec sum = mul(x[0], load(y));
 #pragma GCC unroll 8
-  for (int c = 1; c < kChunks; ++c) sum = fmadd(x[c], load(y + c * kLanes), sum);
+  for (int c = 1; c < kVectors; ++c) sum = fmadd(x[c], load(y + c * kLanes), sum);
   return sum;
 }
 
-/// The products of a group's rows, to be added up.
+/// The products of a quad's rows, to be added up.
 struct QuadProducts {
   Vec a, b, c, d;
 };
-template <Storage kStorage, int kChunks>
+template <Storage kStorage, int kVectors>
 FIAK_INLINE QuadProducts quad_products(const Vec* x, const char* panel, uint64_t four) {
-  constexpr int64_t kBytes = kChunks * kVectorBytes;
-  return {row_products<kStorage, kChunks>(x, panel + row_offset<0, kBytes>(four)),
-          row_products<kStorage, kChunks>(x, panel + row_offset<1, kBytes>(four)),
-          row_products<kStorage, kChunks>(x, panel + row_offset<2, kBytes>(four)),
-          row_products<kStorage, kChunks>(x, panel + row_offset<3, kBytes>(four))};
+  constexpr int64_t kBytes = kVectors * kVectorBytes;
+  return {row_products<kStorage, kVectors>(x, panel + row_offset<0, kBytes>(four)),
+          row_products<kStorage, kVectors>(x, panel + row_offset<1, kBytes>(four)),
+          row_products<kStorage, kVectors>(x, panel + row_offset<2, kBytes>(four)),
+          row_products<kStorage, kVectors>(x, panel + row_offset<3, kBytes>(four))};
 }
-/// The group of dot products.
+/// The quad of dot products.
 template <int kSamples>
 FIAK_INLINE Quads<kSamples> sum_products(const QuadProducts& p) {
   const Vec ab = add(unpack_low(p.a, p.b), unpack_high(p.a, p.b));
@@ -163,8 +163,8 @@ FIAK_INLINE Quads<kSamples> sum_products(const QuadProducts& p) {
   return add_quads<kSamples>(add(unpack_low_pairs(ab, cd), unpack_high_pairs(ab, cd)));
 }
 
-template <Storage kStorage, int kSamples, int kChunks>
-static void dots_pass(const DotsTask& shared) {
+template <Storage kStorage, int kSamples, int kVectors>
+static void dots_part(const DotsTask& shared) {
   const DotsTask task = shared;  // which no store can change
   constexpr bool kScaleRow = kStorage == Storage::kFloat32;
   const Vec row_scale = broadcast(task.scale);
@@ -172,10 +172,10 @@ static void dots_pass(const DotsTask& shared) {
   const auto scale = broadcast_quads<kSamples>(task.last ? task.scale : 1.0f);
   for (const RowSegment* segment = task.begin; segment < task.end; ++segment) {
     if (task.ahead != nullptr) task.ahead->fetch_one();
-    Vec x[kChunks];
+    Vec x[kVectors];
 #pragma GCC unroll 8
-    for (int c = 0; c < kChunks; ++c) {
-      x[c] = load(reinterpret_cast<const float*>(task.x + (segment->row * kChunks + c) * kVectorBytes));
+    for (int c = 0; c < kVectors; ++c) {
+      x[c] = load(reinterpret_cast<const float*>(task.x + (segment->row * kVectors + c) * kVectorBytes));
       if constexpr (kScaleRow) x[c] = mul(x[c], row_scale);
     }
     float* out = task.out + segment->place;
@@ -193,9 +193,9 @@ static void dots_pass(const DotsTask& shared) {
       store_lanes(target, dots);
     };
     const auto products_of = [&](uint64_t four) __attribute__((always_inline)) {
-      return quad_products<kStorage, kChunks>(x, task.panel, four);
+      return quad_products<kStorage, kVectors>(x, task.panel, four);
     };
-    // With registers to spare, a group is added up after the next one's products: the additions, which wait for each
+    // With registers to spare, a quad is added up after the next one's products: the additions, which wait for each
     // other, then take no room in the scheduler before they can start.
     if constexpr (kLanes == 16) {
       const uint16_t* index = segment->index;
@@ -227,7 +227,7 @@ static void dots_pass(const DotsTask& shared) {
 
 /// What stands at a segment's place: its weights; its weights in bfloat16, in half the room; or two numbers for each
 /// entry, of which one is the weight.
-enum class Weights { kAlone, kRounded, kFirstOfPairs, kSecondOfPairs };
+enum class Weights { kAlone, kRounded, kFirstOfTwo, kSecondOfTwo };
 
 /// sums[row] += sum_i weights[i] panel[index[i]] over the entries i of the segments, one part of the vectors. Behind a
 /// segment's last entry weights are 0.
@@ -240,64 +240,64 @@ struct SumsTask {
   RowsAhead* ahead;  // or null
 };
 
-template <Storage kStorage, int kChunks>
+template <Storage kStorage, int kVectors>
 FIAK_INLINE void add_weighted(Vec weight, const char* row, Vec* sums) {
 #pragma GCC unroll 8
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < kVectors; ++c) {
     sums[c] = fmadd(weight, load(reinterpret_cast<const float*>(row + c * kVectorBytes)), sums[c]);
   }
 }
 
-/// Adds a group of weighted rows.
-template <Storage kStorage, int kSamples, int kChunks, int kSets, Weights kWeights, class Sums>
+/// Adds a quad of weighted rows.
+template <Storage kStorage, int kSamples, int kVectors, int kSets, Weights kWeights, class Sums>
 FIAK_INLINE void add_quad(const float* weights, const char* panel, uint64_t four, Sums& sums) {
-  constexpr int64_t kBytes = kChunks * kVectorBytes;
+  constexpr int64_t kBytes = kVectors * kVectorBytes;
   const char *a = panel + row_offset<0, kBytes>(four), *b = panel + row_offset<1, kBytes>(four);
   const char *c = panel + row_offset<2, kBytes>(four), *d = panel + row_offset<3, kBytes>(four);
 #if defined(FIAK_ISA_AVX512_BF16)
   if constexpr (kWeights == Weights::kRounded) {
-    add_weighted_pair<kChunks>(spread_rounded_pair<kSamples, 0>(weights), a, b, sums[0]);
-    add_weighted_pair<kChunks>(spread_rounded_pair<kSamples, 1>(weights), c, d, sums[kSets - 1]);
+    add_weighted_pair<kVectors>(spread_rounded_pair<kSamples, 0>(weights), a, b, sums[0]);
+    add_weighted_pair<kVectors>(spread_rounded_pair<kSamples, 1>(weights), c, d, sums[kSets - 1]);
     return;
   }
 #endif
   constexpr bool kAlone = kWeights == Weights::kAlone;
   // Entries 0 to 3, or 0 and 1, and 2 and 3.
-  const Vec group = spread_quads<kSamples>(weights);
-  const Vec others = kAlone ? group : spread_quads<kSamples>(weights + kQuad * kSamples);
+  const Vec quad = spread_quads<kSamples>(weights);
+  const Vec others = kAlone ? quad : spread_quads<kSamples>(weights + kQuad * kSamples);
 #if defined(FIAK_ISA_AVX512_BF16)
   if constexpr (kStorage == Storage::kBFloat16) {
-    const Vec all = kAlone                               ? group
-                    : kWeights == Weights::kFirstOfPairs ? even_lanes(group, others)
-                                                         : odd_lanes(group, others);
+    const Vec all = kAlone                             ? quad
+                    : kWeights == Weights::kFirstOfTwo ? even_lanes(quad, others)
+                                                       : odd_lanes(quad, others);
     const HalfVec halves = round_to_bfloat16(all);
-    add_weighted_pair<kChunks>(spread_pair<0>(halves), a, b, sums[0]);
-    add_weighted_pair<kChunks>(spread_pair<1>(halves), c, d, sums[kSets - 1]);
+    add_weighted_pair<kVectors>(spread_pair<0>(halves), a, b, sums[0]);
+    add_weighted_pair<kVectors>(spread_pair<1>(halves), c, d, sums[kSets - 1]);
     return;
   }
 #endif
   constexpr int kLane[] = {0x00, 0x55, 0xaa, 0xff};
-  constexpr int kSecond = kWeights == Weights::kSecondOfPairs ? 1 : 0;
-  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 0 : kSecond]>(group), a, sums[0]);
-  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 1 : 2 + kSecond]>(group), b, sums[1 % kSets]);
-  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 2 : kSecond]>(others), c, sums[2 % kSets]);
-  add_weighted<kStorage, kChunks>(permute_lanes<kLane[kAlone ? 3 : 2 + kSecond]>(others), d, sums[3 % kSets]);
+  constexpr int kSecond = kWeights == Weights::kSecondOfTwo ? 1 : 0;
+  add_weighted<kStorage, kVectors>(permute_lanes<kLane[kAlone ? 0 : kSecond]>(quad), a, sums[0]);
+  add_weighted<kStorage, kVectors>(permute_lanes<kLane[kAlone ? 1 : 2 + kSecond]>(quad), b, sums[1 % kSets]);
+  add_weighted<kStorage, kVectors>(permute_lanes<kLane[kAlone ? 2 : kSecond]>(others), c, sums[2 % kSets]);
+  add_weighted<kStorage, kVectors>(permute_lanes<kLane[kAlone ? 3 : 2 + kSecond]>(others), d, sums[3 % kSets]);
 }
 
-template <Storage kStorage, int kSamples, Weights kWeights, int kChunks>
-static void sums_pass(const SumsTask& shared) {
+template <Storage kStorage, int kSamples, Weights kWeights, int kVectors>
+static void sums_part(const SumsTask& shared) {
   const SumsTask task = shared;  // which no store can change
-  constexpr int kVectors = kChunks * lane_numbers(kStorage);
+  constexpr int kSumVectors = kVectors * lane_numbers(kStorage);
   // Several sets of sums hide the latency of the multiply-add, where the registers allow.
   constexpr int kRegisters = kLanes == 16 ? 16 : 12;
-  constexpr int kSets = kVectors == 1 ? 4 : kVectors * 2 <= kRegisters ? 2 : 1;
+  constexpr int kSets = kSumVectors == 1 ? 4 : kSumVectors * 2 <= kRegisters ? 2 : 1;
   for (const RowSegment* segment = task.begin; segment < task.end; ++segment) {
     if (task.ahead != nullptr) task.ahead->fetch_one();
-    Vec sums[kSets][kVectors];
+    Vec sums[kSets][kSumVectors];
 #pragma GCC unroll 4
     for (int set = 0; set < kSets; ++set) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kVectors; ++c) sums[set][c] = zero();
+      for (int c = 0; c < kSumVectors; ++c) sums[set][c] = zero();
     }
     const float* weights = task.weights + segment->place;
     for_quads(
@@ -306,11 +306,11 @@ static void sums_pass(const SumsTask& shared) {
           constexpr int64_t kStep = kWeights == Weights::kAlone     ? kNumbers
                                     : kWeights == Weights::kRounded ? kNumbers / 2
                                                                     : 2 * kNumbers;
-          add_quad<kStorage, kSamples, kChunks, kSets, kWeights>(weights + i * kStep, task.panel, four, sums);
+          add_quad<kStorage, kSamples, kVectors, kSets, kWeights>(weights + i * kStep, task.panel, four, sums);
         });
     float* target = task.sums + segment->row * task.sums_stride;
 #pragma GCC unroll 16
-    for (int c = 0; c < kVectors; ++c) {
+    for (int c = 0; c < kSumVectors; ++c) {
       Vec sum = sums[0][c];
       if constexpr (kSets > 1) sum = add(sum, sums[1][c]);
       if constexpr (kSets > 2) sum = add(sum, add(sums[2][c], sums[3][c]));
@@ -323,33 +323,33 @@ static void sums_pass(const SumsTask& shared) {
 // The passes by the number of vectors in a part
 
 template <Storage kStorage, int kSamples>
-FIAK_INLINE void run_dots(const DotsTask& task, int64_t chunks) {
-  constexpr void (*kPasses[kMaxChunks])(const DotsTask&) = {
-      dots_pass<kStorage, kSamples, 1>, dots_pass<kStorage, kSamples, 2>, dots_pass<kStorage, kSamples, 3>,
-      dots_pass<kStorage, kSamples, 4>, dots_pass<kStorage, kSamples, 5>, dots_pass<kStorage, kSamples, 6>,
-      dots_pass<kStorage, kSamples, 7>, dots_pass<kStorage, kSamples, 8>};
-  kPasses[chunks - 1](task);
+FIAK_INLINE void run_dots(const DotsTask& task, int64_t vectors) {
+  constexpr void (*kPasses[kMaxVectors])(const DotsTask&) = {
+      dots_part<kStorage, kSamples, 1>, dots_part<kStorage, kSamples, 2>, dots_part<kStorage, kSamples, 3>,
+      dots_part<kStorage, kSamples, 4>, dots_part<kStorage, kSamples, 5>, dots_part<kStorage, kSamples, 6>,
+      dots_part<kStorage, kSamples, 7>, dots_part<kStorage, kSamples, 8>};
+  kPasses[vectors - 1](task);
 }
 
 template <Storage kStorage, int kSamples, Weights kWeights>
-FIAK_INLINE void run_sums(const SumsTask& task, int64_t chunks) {
-  constexpr void (*kPasses[kMaxChunks])(const SumsTask&) = {
-      sums_pass<kStorage, kSamples, kWeights, 1>, sums_pass<kStorage, kSamples, kWeights, 2>,
-      sums_pass<kStorage, kSamples, kWeights, 3>, sums_pass<kStorage, kSamples, kWeights, 4>,
-      sums_pass<kStorage, kSamples, kWeights, 5>, sums_pass<kStorage, kSamples, kWeights, 6>,
-      sums_pass<kStorage, kSamples, kWeights, 7>, sums_pass<kStorage, kSamples, kWeights, 8>};
-  kPasses[chunks - 1](task);
+FIAK_INLINE void run_sums(const SumsTask& task, int64_t vectors) {
+  constexpr void (*kPasses[kMaxVectors])(const SumsTask&) = {
+      sums_part<kStorage, kSamples, kWeights, 1>, sums_part<kStorage, kSamples, kWeights, 2>,
+      sums_part<kStorage, kSamples, kWeights, 3>, sums_part<kStorage, kSamples, kWeights, 4>,
+      sums_part<kStorage, kSamples, kWeights, 5>, sums_part<kStorage, kSamples, kWeights, 6>,
+      sums_part<kStorage, kSamples, kWeights, 7>, sums_part<kStorage, kSamples, kWeights, 8>};
+  kPasses[vectors - 1](task);
 }
 
 /// Dot products of rows of x with rows of `panel`, from its row `first` on, in all parts.
 template <Storage kStorage, int kSamples>
 FIAK_INLINE void dots(DotsTask task, const BundlePanel& x, const BundlePanel& panel, int64_t first) {
   for (int64_t part = 0; part < x.parts(); ++part) {
-    task.x = x.vector(0, part * kMaxChunks);
-    task.panel = panel.vector(first, part * kMaxChunks);
+    task.x = x.vector(0, part * kMaxVectors);
+    task.panel = panel.vector(first, part * kMaxVectors);
     task.first = part == 0;
     task.last = part + 1 == x.parts();
-    run_dots<kStorage, kSamples>(task, x.part_chunks(part));
+    run_dots<kStorage, kSamples>(task, x.part_vectors(part));
   }
 }
 
@@ -358,9 +358,9 @@ template <Storage kStorage, int kSamples, Weights kWeights = Weights::kAlone>
 FIAK_INLINE void weighted_sums(SumsTask task, const BundlePanel& panel, int64_t first) {
   float* sums = task.sums;
   for (int64_t part = 0; part < panel.parts(); ++part) {
-    task.panel = panel.vector(first, part * kMaxChunks);
-    task.sums = sums + part * kMaxChunks * lane_numbers(kStorage) * kLanes;
-    run_sums<kStorage, kSamples, kWeights>(task, panel.part_chunks(part));
+    task.panel = panel.vector(first, part * kMaxVectors);
+    task.sums = sums + part * kMaxVectors * lane_numbers(kStorage) * kLanes;
+    run_sums<kStorage, kSamples, kWeights>(task, panel.part_vectors(part));
   }
 }
 

@@ -17,10 +17,10 @@ namespace fiak::cpu::FIAK_ISA {
 
 constexpr int64_t kTileSide = 16;
 constexpr int64_t kTileUnits = kTileSide * kTileSide;
-constexpr int64_t kChunk = 2 * kTileSide;
+constexpr int64_t kTileDepth = 2 * kTileSide;
 
 constexpr int64_t sides(int64_t size) { return (size + kTileSide - 1) / kTileSide; }
-constexpr int64_t chunks(int64_t depth) { return (depth + kChunk - 1) / kChunk; }
+constexpr int64_t chunks(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 /// Units of a row or column of tiles.
 constexpr int64_t tile_units(int64_t depth) { return chunks(depth) * kTileUnits; }
 
@@ -148,9 +148,9 @@ FIAK_INLINE void for_tiles(int64_t rows, int64_t columns, Use&& use) {
 class ChunkLoad {
  public:
   __attribute__((always_inline)) ChunkLoad(int64_t c, int64_t size)
-      : offset_(2 * c * kChunk), numbers_(smaller(kChunk, size - c * kChunk)) {}
+      : offset_(2 * c * kTileDepth), numbers_(smaller(kTileDepth, size - c * kTileDepth)) {}
   __attribute__((always_inline)) Vec operator()(const char* row) const {
-    return load_pairs_in_order(row + offset_, numbers_);
+    return load_vnni_in_order(row + offset_, numbers_);
   }
 
  private:
@@ -211,15 +211,15 @@ class FiniteCheck {
 template <class Row>
 FIAK_INLINE bool pack_depth(Row&& row, int64_t count, int64_t size, int64_t room, float* target) {
   FiniteCheck finite;
-  for (int64_t j = 0; j < chunks(count) * kChunk; j += 2) {
-    float* to = target + j / kChunk * kTileUnits + j % kChunk / 2 * kTileSide;
+  for (int64_t j = 0; j < chunks(count) * kTileDepth; j += 2) {
+    float* to = target + j / kTileDepth * kTileUnits + j % kTileDepth / 2 * kTileSide;
     for (int64_t d = 0; d < size; d += kLanes, to += tile_units(room)) {
       const int64_t width = smaller(kLanes, size - d);
       Vec x = zero();
       if (j + 1 < count) {
-        x = load_pairs_of(row(j) + 2 * d, row(j + 1) + 2 * d, width);
+        x = load_vnni_of(row(j) + 2 * d, row(j + 1) + 2 * d, width);
       } else if (j < count) {
-        x = low_half(load_pairs_of(row(j) + 2 * d, row(j) + 2 * d, width));
+        x = low_half(load_vnni_of(row(j) + 2 * d, row(j) + 2 * d, width));
       }
       finite(x);
       store(to, x);

@@ -192,29 +192,29 @@ FIAK_INLINE void transpose_square(Vec (&rows)[kLanes]) {
 // A vector of pairs has two bfloat16 numbers in each lane, the first in the lower half.
 
 /// c + a b in each lane: the sum of both products, in float32; subnormal numbers count as 0.
-FIAK_INLINE Vec fmadd_pairs(Vec a, Vec b, Vec c) {
+FIAK_INLINE Vec fmadd_vnni(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 /// The numbers of `low`, then those of `high`, side by side as 16 pairs, rounded to nearest even.
-FIAK_INLINE Vec pairs_in_order(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
+FIAK_INLINE Vec vnni_in_order(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
 /// Pair i is number i and number 16 + i of `halves`.
-FIAK_INLINE Vec pair_halves(__m512i halves) {
+FIAK_INLINE Vec vnni_halves(__m512i halves) {
   alignas(64) static constexpr uint16_t kOrder[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
 }
 /// Pair i is lane i of `first` and of `second`.
-FIAK_INLINE Vec pairs_of(Vec first, Vec second) {
-  return pair_halves(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+FIAK_INLINE Vec vnni_of(Vec first, Vec second) {
+  return vnni_halves(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
 }
 /// Pair i is element i of each row, for i < n; 0 in the other lanes, whose memory is not touched.
-FIAK_INLINE Vec load_pairs_of(const void* first, const void* second, int64_t n) {
+FIAK_INLINE Vec load_vnni_of(const void* first, const void* second, int64_t n) {
   const Mask lanes = first_lanes(n);
   const __m512i low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, first));
-  return pair_halves(_mm512_inserti64x4(low, _mm256_maskz_loadu_epi16(lanes, second), 1));
+  return vnni_halves(_mm512_inserti64x4(low, _mm256_maskz_loadu_epi16(lanes, second), 1));
 }
 /// n <= 2 kLanes bfloat16 numbers as pairs in order, 0 beyond.
-FIAK_INLINE Vec load_pairs_in_order(const void* p, int64_t n) {
+FIAK_INLINE Vec load_vnni_in_order(const void* p, int64_t n) {
   const auto kept = static_cast<__mmask32>((uint64_t{1} << n) - 1);
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(kept, p));
 }

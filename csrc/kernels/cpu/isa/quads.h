@@ -8,8 +8,8 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
-constexpr int kQuad = 4;                // lanes of one element side by side
-constexpr int kQuads = kLanes / kQuad;  // blocks of a vector
+constexpr int kQuad = 4;                // lanes of one sample side by side
+constexpr int kQuads = kLanes / kQuad;  // quads of a vector
 constexpr int kMaxSamples = kQuads < 4 ? kQuads : 4;
 constexpr int64_t kVectorBytes = kLanes * 4;
 
@@ -41,7 +41,7 @@ FIAK_INLINE __m512 permute_quads(__m512 x) {
 }
 #endif
 
-/// The vector of kQuad lanes for each element.
+/// The vector of kQuad lanes for each sample.
 template <int kSamples>
 struct QuadsOf {
 #if defined(FIAK_ISA_AVX512)
@@ -68,7 +68,7 @@ FIAK_INLINE Quads<kSamples> broadcast_quads(float x) {
   return x - Quads<kSamples>{};
 }
 
-/// The sums over a vector's blocks of each element.
+/// The sums over a vector's quads of each sample.
 template <int kSamples>
 FIAK_INLINE Quads<kSamples> add_quads(Vec x) {
   if constexpr (kSamples == kQuads) {
@@ -86,7 +86,7 @@ FIAK_INLINE Quads<kSamples> add_quads(Vec x) {
     }
   }
 }
-/// A group in all blocks of a vector, each with its element's.
+/// A quad in all quads of a vector, each with its sample's.
 template <int kSamples>
 FIAK_INLINE Vec spread_quads(const float* p) {
   if constexpr (kSamples == kQuads) {
@@ -100,7 +100,7 @@ FIAK_INLINE Vec spread_quads(const float* p) {
 #endif
   }
 }
-/// The sum of each block, or its largest number, in all of the block's lanes.
+/// The sum of each quad, or its largest number, in all of the quad's lanes.
 template <class Lanes>
 FIAK_INLINE Lanes sum_in_quads(Lanes x) {
   x = x + permute_quads<0xb1>(x);
@@ -111,7 +111,7 @@ FIAK_INLINE Lanes max_in_quads(Lanes x) {
   x = max_lanes(x, permute_quads<0xb1>(x));
   return max_lanes(x, permute_quads<0x4e>(x));
 }
-/// x in the first `count` lanes of every block, y in the others.
+/// x in the first `count` lanes of every quad, y in the others.
 FIAK_INLINE __m128 select_in_quads(__m128 x, __m128 y, int64_t count) {
   const __m128i number = _mm_setr_epi32(0, 1, 2, 3), counts = _mm_set1_epi32(static_cast<int32_t>(count));
   return _mm_blendv_ps(y, x, _mm_castsi128_ps(_mm_cmpgt_epi32(counts, number)));
@@ -147,7 +147,7 @@ FIAK_INLINE void store_side_by_side(const float* a, const float* b, float* const
 // ---------------------------------------------------------------------------------------------------------------------
 // Packed rows
 
-/// Vector v of the packed row of rows[0..elements), of whole vectors of float32 lanes.
+/// Vector v of the packed row of rows[0..samples), of whole vectors of float32 lanes.
 template <int kSamples>
 FIAK_INLINE Vec interleave(const float* const* rows, int64_t v) {
   constexpr int kTaken = kLanes / kSamples;
@@ -171,41 +171,41 @@ FIAK_INLINE Vec interleave(const float* const* rows, int64_t v) {
   }
 }
 
-/// Columns [t * kLanes, (t + 1) * kLanes) of each element, from a row of float32 sums: the inverse of interleave, where
-/// a vector of bfloat16 rows has become two, of the low and of the high half of every block.
+/// Columns [t * kLanes, (t + 1) * kLanes) of each sample, from a row of float32 sums: the inverse of interleave, where
+/// a vector of bfloat16 rows has become two, of the low and of the high half of every quad.
 template <Storage kStorage, int kSamples>
-FIAK_INLINE void separate(const float* sums, int64_t t, Vec* elements) {
+FIAK_INLINE void separate(const float* sums, int64_t t, Vec* samples) {
   if constexpr (kStorage == Storage::kFloat32 && kSamples == 1) {
-    elements[0] = load(sums + t * kLanes);
+    samples[0] = load(sums + t * kLanes);
     return;
   }
 #if defined(FIAK_ISA_AVX512)
-  if constexpr (kSamples == 4) {  // block e of four vectors
+  if constexpr (kSamples == 4) {  // quad e of four vectors
     const float* first = sums + 4 * t * kLanes;
     const Vec a = load(first), b = load(first + kLanes), c = load(first + 2 * kLanes), d = load(first + 3 * kLanes);
     const Vec ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
     const Vec ab_high = _mm512_shuffle_f32x4(a, b, 0xee), cd_high = _mm512_shuffle_f32x4(c, d, 0xee);
-    elements[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
-    elements[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
-    elements[2] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
-    elements[3] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
-  } else if constexpr (kSamples == 2) {  // every other block of two vectors; bfloat16's halves take turns
+    samples[0] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+    samples[1] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    samples[2] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
+    samples[3] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
+  } else if constexpr (kSamples == 2) {  // every other quad of two vectors; bfloat16's halves take turns
     const Vec a = load(sums + 2 * t * kLanes), b = load(sums + (2 * t + 1) * kLanes);
-    elements[0] = _mm512_shuffle_f32x4(a, b, 0x88);
-    elements[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    samples[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    samples[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
     if constexpr (kStorage == Storage::kFloat32) return;
-    for (int e = 0; e < 2; ++e) elements[e] = _mm512_shuffle_f32x4(elements[e], elements[e], 0xd8);
-  } else {  // two blocks of each half
+    for (int e = 0; e < 2; ++e) samples[e] = _mm512_shuffle_f32x4(samples[e], samples[e], 0xd8);
+  } else {  // two quads of each half
     const float* first = sums + t / 2 * 2 * kLanes + t % 2 * (kLanes / 2);
     const Vec halves =
         _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_load_ps(first)), _mm256_load_ps(first + kLanes), 1);
-    elements[0] = _mm512_shuffle_f32x4(halves, halves, 0xd8);
+    samples[0] = _mm512_shuffle_f32x4(halves, halves, 0xd8);
   }
 #else
   if constexpr (kSamples == 2) {
     const Vec a = load(sums + 2 * t * kLanes), b = load(sums + (2 * t + 1) * kLanes);
-    elements[0] = _mm256_permute2f128_ps(a, b, 0x20);
-    elements[1] = _mm256_permute2f128_ps(a, b, 0x31);
+    samples[0] = _mm256_permute2f128_ps(a, b, 0x20);
+    samples[1] = _mm256_permute2f128_ps(a, b, 0x31);
   }
 #endif
 }
@@ -235,34 +235,34 @@ class RoundedTotal {
   __m256 totals_ = _mm256_setzero_ps();
 };
 
-/// Of a vector in bfloat16, each block's entries 2 kPair and 2 kPair + 1 in all lanes of the block.
+/// Of a vector in bfloat16, each quad's entries 2 kPair and 2 kPair + 1 in all lanes of the quad.
 template <int kPair>
 FIAK_INLINE __m512i spread_pair(HalfVec halves) {
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
   return _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kPair)), _mm512_castsi256_si512(halves));
 }
 
-/// The same of a group at p.
+/// The same of a quad at p.
 template <int kSamples, int kPair>
 FIAK_INLINE __m512i spread_rounded_pair(const float* p) {
   if constexpr (kSamples == 1) {
-    int64_t group;
-    std::memcpy(&group, p, sizeof group);
-    return _mm512_castps_si512(permute_lanes<kPair * 0x55>(_mm512_castsi512_ps(_mm512_set1_epi64(group))));
+    int64_t quad;
+    std::memcpy(&quad, p, sizeof quad);
+    return _mm512_castps_si512(permute_lanes<kPair * 0x55>(_mm512_castsi512_ps(_mm512_set1_epi64(quad))));
   } else if constexpr (kSamples == 2) {
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 2, 2, 2, 2);
-    const __m128i group = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kPair)), _mm512_castsi128_si512(group));
+    const __m128i quad = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kPair)), _mm512_castsi128_si512(quad));
   } else {
     return spread_pair<kPair>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 }
 
-template <int kChunks>
+template <int kVectors>
 FIAK_INLINE void add_weighted_pair(__m512i weights, const char* row, const char* next, Vec* sums) {
   const auto w = reinterpret_cast<__m512bh>(weights);
 #pragma GCC unroll 8
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < kVectors; ++c) {
     const __m512i a = _mm512_loadu_si512(row + c * kVectorBytes), b = _mm512_loadu_si512(next + c * kVectorBytes);
     sums[2 * c] = _mm512_dpbf16_ps(sums[2 * c], w, reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(a, b)));
     sums[2 * c + 1] = _mm512_dpbf16_ps(sums[2 * c + 1], w, reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(a, b)));

@@ -147,9 +147,9 @@ struct Constant {
 };
 
 #if defined(FIAK_ISA_AVX512_BF16)
-constexpr bool kHasPairs = true;
+constexpr bool kHasVnni = true;
 #else
-constexpr bool kHasPairs = false;
+constexpr bool kHasVnni = false;
 #endif
 
 }  // namespace fiak::cpu::FIAK_ISA

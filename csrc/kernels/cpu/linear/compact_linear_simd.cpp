@@ -29,34 +29,34 @@ Input weight_of(const CompactLinearArgs& args) {
   return {args.weight, 0, args.head_dim * args.weight_stride, args.weight_stride};
 }
 
-// Operands of products, in units of 32 bits: numbers, or with kPairs two bfloat16 numbers that follow each other along
+// Operands of products, in units of 32 bits: numbers, or with kVnni two bfloat16 numbers that follow each other along
 // the depth.
 
-template <bool kPairs>
+template <bool kVnni>
 constexpr int64_t units(int64_t numbers) {
-  return kPairs ? (numbers + 1) / 2 : numbers;
+  return kVnni ? (numbers + 1) / 2 : numbers;
 }
 
 /// A row along which the depth runs: whole vectors.
-template <bool kPairs>
+template <bool kVnni>
 FIAK_INLINE void load_units(const char* row, DType dtype, int64_t size, float* target) {
-  if constexpr (!kPairs) return load_row(row, dtype, size, 1.0f, target);
+  if constexpr (!kVnni) return load_row(row, dtype, size, 1.0f, target);
 #if defined(FIAK_ISA_AVX512_BF16)
   for (int64_t d = 0; d < size; d += 2 * kLanes) {
-    store(target + d / 2, load_pairs_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
+    store(target + d / 2, load_vnni_in_order(row + 2 * d, smaller(2 * kLanes, size - d)));
   }
 #endif
 }
 
-/// Two rows across which the depth runs, or with kPairs == false only the first; `second` may be null.
-template <bool kPairs>
+/// Two rows across which the depth runs, or with kVnni == false only the first; `second` may be null.
+template <bool kVnni>
 FIAK_INLINE void load_across(const char* first, [[maybe_unused]] const char* second, DType dtype, int64_t size,
                              float* target) {
-  if constexpr (!kPairs) return load_row(first, dtype, size, 1.0f, target);
+  if constexpr (!kVnni) return load_row(first, dtype, size, 1.0f, target);
 #if defined(FIAK_ISA_AVX512_BF16)
   for (int64_t d = 0; d < size; d += kLanes) {
     const int64_t width = smaller(kLanes, size - d);
-    const Vec pairs = load_pairs_of(first + 2 * d, (second != nullptr ? second : first) + 2 * d, width);
+    const Vec pairs = load_vnni_of(first + 2 * d, (second != nullptr ? second : first) + 2 * d, width);
     store(target + d, second != nullptr ? pairs : low_half(pairs));
   }
 #endif
@@ -64,40 +64,40 @@ FIAK_INLINE void load_across(const char* first, [[maybe_unused]] const char* sec
 
 /// The transpose of the head's rows of the weight: the depth runs along in_features. `rows` holds head_dim rows of
 /// padded units.
-template <bool kPairs>
+template <bool kVnni>
 Columns weight_columns(const CompactLinearArgs& args, int64_t h, float* rows, float* target) {
-  if constexpr (!kPairs) {
+  if constexpr (!kVnni) {
     const Panel panel = make_panel(weight_of(args), args.dtype, 0, h, args.head_dim, args.in_features, rows);
     return transpose(panel, args.head_dim, args.in_features, target);
   }
-  const Panel panel{rows, padded(units<kPairs>(args.in_features))};
+  const Panel panel{rows, padded(units<kVnni>(args.in_features))};
   for (int64_t d = 0; d < args.head_dim; ++d) {
-    load_units<kPairs>(row_address(weight_of(args), args.dtype, 0, h, d), args.dtype, args.in_features,
-                       rows + d * panel.stride);
+    load_units<kVnni>(row_address(weight_of(args), args.dtype, 0, h, d), args.dtype, args.in_features,
+                      rows + d * panel.stride);
   }
-  return transpose(panel, args.head_dim, units<kPairs>(args.in_features), target);
+  return transpose(panel, args.head_dim, units<kVnni>(args.in_features), target);
 }
 
 /// The head's rows of the weight, with the depth across its rows: units(head_dim) rows.
-template <bool kPairs>
+template <bool kVnni>
 Panel weight_panel(const CompactLinearArgs& args, int64_t h, float* scratch) {
-  if constexpr (!kPairs) return make_panel(weight_of(args), args.dtype, 0, h, args.head_dim, args.in_features, scratch);
+  if constexpr (!kVnni) return make_panel(weight_of(args), args.dtype, 0, h, args.head_dim, args.in_features, scratch);
   const int64_t stride = padded(args.in_features);
   for (int64_t d = 0; d < args.head_dim; d += 2) {
     const char* row = row_address(weight_of(args), args.dtype, 0, h, d);
-    load_across<kPairs>(row, d + 1 < args.head_dim ? row + 2 * args.weight_stride : nullptr, args.dtype,
-                        args.in_features, scratch + d / 2 * stride);
+    load_across<kVnni>(row, d + 1 < args.head_dim ? row + 2 * args.weight_stride : nullptr, args.dtype,
+                       args.in_features, scratch + d / 2 * stride);
   }
   return {scratch, stride};
 }
 
 /// Gathers the kept rows [first, first + count) of the input, zero rows up to whole tiles: the depth runs along them.
-template <bool kPairs>
+template <bool kVnni>
 void gather(const CompactLinearArgs& args, int64_t b, const int64_t* keep, int64_t count, float* target) {
-  const int64_t stride = padded(units<kPairs>(args.in_features));
+  const int64_t stride = padded(units<kVnni>(args.in_features));
   for (int64_t i = 0; i < count; ++i) {
-    load_units<kPairs>(row_address(args.input, args.dtype, b, 0, keep[i]), args.dtype, args.in_features,
-                       target + i * stride);
+    load_units<kVnni>(row_address(args.input, args.dtype, b, 0, keep[i]), args.dtype, args.in_features,
+                      target + i * stride);
   }
   std::memset(target + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
 }
@@ -138,9 +138,9 @@ class TileProduct {
 #endif
 
 /// Makes pairs of rows 2 i and 2 i + 1 of [count, kTileRows] numbers, which bfloat16 holds; in place.
-template <bool kPairs>
+template <bool kVnni>
 void pair_rows(float* rows, int64_t count) {
-  if constexpr (!kPairs) return;
+  if constexpr (!kVnni) return;
   for (int64_t k = 0; k < count; k += 2) {
     for (int64_t r = 0; r < kTileRows; ++r) {
       const uint32_t low = float_to_bits(rows[k * kTileRows + r]) >> 16;
@@ -151,20 +151,20 @@ void pair_rows(float* rows, int64_t count) {
 }
 
 /// The same by vectors.
-template <bool kPairs>
+template <bool kVnni>
 class VectorProduct {
  public:
   static int64_t weight_floats(const CompactLinearArgs& args) {
-    return units<kPairs>(args.in_features) * tile_columns(args.head_dim);
+    return units<kVnni>(args.in_features) * tile_columns(args.head_dim);
   }
   VectorProduct(const CompactLinearArgs& args, ScratchArena& scratch)
       : args_(args),
-        depth_(units<kPairs>(args.in_features)),
+        depth_(units<kVnni>(args.in_features)),
         panel_(scratch.floats(args.head_dim * padded(args.in_features))),
         rows_(scratch.floats(kBlockRows * padded(depth_))) {}
 
   __attribute__((always_inline)) void pack_weight(int64_t h, float* weight) {
-    weight_columns<kPairs>(args_, h, panel_, weight);
+    weight_columns<kVnni>(args_, h, panel_, weight);
   }
   __attribute__((always_inline)) void multiply(int64_t b, const int64_t* keep, int64_t count, int64_t left,
                                                const float* weight, float* out, int64_t width) {
@@ -179,9 +179,9 @@ class VectorProduct {
       return matrix_product<false>(ScatteredRows{rows, args_.in_features * 4}, columns, tile_rows(count),
                                    padded(args_.head_dim), depth_, out, width);
     }
-    gather<kPairs>(args_, b, keep, count, rows_);
-    matrix_product<false, kPairs>(StridedRows{rows_, padded(depth_), 1}, columns, tile_rows(count),
-                                  padded(args_.head_dim), depth_, out, width);
+    gather<kVnni>(args_, b, keep, count, rows_);
+    matrix_product<false, kVnni>(StridedRows{rows_, padded(depth_), 1}, columns, tile_rows(count),
+                                 padded(args_.head_dim), depth_, out, width);
   }
 
  private:
@@ -262,11 +262,11 @@ void forward(const CompactLinearArgs& args, const Output& output, const Parallel
   });
 }
 
-template <bool kPairs>
+template <bool kVnni>
 void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
   const int64_t features = padded(args.in_features), head_dim = padded(args.head_dim);
   const int64_t element = element_size(args.dtype);
-  const int64_t depth = units<kPairs>(args.head_dim), stride = padded(depth);
+  const int64_t depth = units<kVnni>(args.head_dim), stride = padded(depth);
 
   if (grads.grad_input != nullptr) {
     parallel_range(parallel, args.batch, [&](int64_t begin, int64_t end) {
@@ -278,18 +278,18 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
       for (int64_t b = begin; b < end; ++b) {
         std::memset(sums, 0, args.rows * features * sizeof(float));
         for (int64_t h = 0; h < args.heads; ++h) {
-          const Columns weight = columns_of(weight_panel<kPairs>(args, h, weight_scratch));
+          const Columns weight = columns_of(weight_panel<kVnni>(args, h, weight_scratch));
           const int64_t* keep = args.keep + h * args.kept;
           const int64_t kept = kept_rows(args, h);
           for (int64_t first = 0; first < kept; first += kBlockRows) {
             const int64_t count = smaller(kBlockRows, kept - first);
             for (int64_t k = 0; k < count; ++k) {
-              load_units<kPairs>(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_dim,
-                                 grad_rows + k * stride);
+              load_units<kVnni>(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_dim,
+                                grad_rows + k * stride);
             }
             std::memset(grad_rows + count * stride, 0, (tile_rows(count) - count) * stride * sizeof(float));
-            matrix_product<false, kPairs>(StridedRows{grad_rows, stride, 1}, weight, tile_rows(count), features, depth,
-                                          product, features);
+            matrix_product<false, kVnni>(StridedRows{grad_rows, stride, 1}, weight, tile_rows(count), features, depth,
+                                         product, features);
             for (int64_t k = 0; k < count; ++k) {
               float* sum = sums + keep[first + k] * features;
               for (int64_t x = 0; x < features; x += kLanes) {
@@ -336,11 +336,11 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
           for (int64_t first = 0; first < kept; first += kBlockRows) {
             const int64_t count = smaller(kBlockRows, kept - first);
             const int64_t* keep = args.keep + h * args.kept + first;
-            constexpr int64_t kStep = kPairs ? 2 : 1;
+            constexpr int64_t kStep = kVnni ? 2 : 1;
             for (int64_t k = 0; k < count; k += kStep) {
               const auto row = [&](int64_t i) { return row_address(args.input, args.dtype, b, 0, keep[i]); };
-              load_across<kPairs>(row(k), kPairs && k + 1 < count ? row(k + 1) : nullptr, args.dtype, args.in_features,
-                                  rows + units<kPairs>(k) * features);
+              load_across<kVnni>(row(k), kVnni && k + 1 < count ? row(k + 1) : nullptr, args.dtype, args.in_features,
+                                 rows + units<kVnni>(k) * features);
             }
             for (int64_t k = 0; k < count; ++k) {
               load_row(row_address(grads.grad_output, args.dtype, b, h, first + k), args.dtype, args.head_dim, 1.0f,
@@ -350,9 +350,9 @@ void backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, co
                 bias[r] += static_cast<double>(grad_columns[k * kTileRows + r]);
               }
             }
-            pair_rows<kPairs>(grad_columns, count);
-            matrix_product<true, kPairs>(StridedRows{grad_columns, 1, kTileRows}, Columns{rows, features, kTileWidth},
-                                         kTileRows, features, units<kPairs>(count), sums, features);
+            pair_rows<kVnni>(grad_columns, count);
+            matrix_product<true, kVnni>(StridedRows{grad_columns, 1, kTileRows}, Columns{rows, features, kTileWidth},
+                                        kTileRows, features, units<kVnni>(count), sums, features);
             summed += count;
             if (summed >= kSumRows) add_up();
           }
@@ -381,12 +381,12 @@ void compact_linear_forward(const CompactLinearArgs& args, const Output& output,
 #if defined(FIAK_ISA_AMX_BF16)
   if (args.dtype == DType::kBFloat16) return forward<TileProduct>(args, output, parallel);
 #endif
-  if (kHasPairs && args.dtype == DType::kBFloat16) return forward<VectorProduct<kHasPairs>>(args, output, parallel);
+  if (kHasVnni && args.dtype == DType::kBFloat16) return forward<VectorProduct<kHasVnni>>(args, output, parallel);
   forward<VectorProduct<false>>(args, output, parallel);
 }
 
 void compact_linear_backward(const CompactLinearArgs& args, const CompactLinearGrads& grads, const Parallel& parallel) {
-  if (kHasPairs && args.dtype == DType::kBFloat16) return backward<kHasPairs>(args, grads, parallel);
+  if (kHasVnni && args.dtype == DType::kBFloat16) return backward<kHasVnni>(args, grads, parallel);
   backward<false>(args, grads, parallel);
 }
 
@@ -394,7 +394,7 @@ void compact_linear_blocks(const CompactLinearArgs& args, BlockCounts& blocks) {
 #if defined(FIAK_ISA_AMX_BF16)
   if (args.dtype == DType::kBFloat16) return count_blocks<TileProduct>(args, blocks);
 #endif
-  if (kHasPairs && args.dtype == DType::kBFloat16) return count_blocks<VectorProduct<kHasPairs>>(args, blocks);
+  if (kHasVnni && args.dtype == DType::kBFloat16) return count_blocks<VectorProduct<kHasVnni>>(args, blocks);
   count_blocks<VectorProduct<false>>(args, blocks);
 }
 

@@ -61,12 +61,12 @@ static Columns transpose(const Panel& rows, int64_t count, int64_t size, float* 
 }
 
 /// c + a b of numbers or of pairs.
-template <bool kPairs>
+template <bool kVnni>
 FIAK_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(FIAK_ISA_AVX512_BF16)
-  if constexpr (kPairs) return fmadd_pairs(a, b, c);
+  if constexpr (kVnni) return fmadd_vnni(a, b, c);
 #endif
-  static_assert(!kPairs || kHasPairs);
+  static_assert(!kVnni || kHasVnni);
   return fmadd(a, b, c);
 }
 
@@ -110,7 +110,7 @@ struct ScatteredRows {
   }
 };
 
-template <int kRows, int kVectors, bool kAdd, bool kPairs, class Rows>
+template <int kRows, int kVectors, bool kAdd, bool kVnni, class Rows>
 static void tile(const Rows& a, const float* b, int64_t b_row, int64_t depth, float factor, float* out,
                  int64_t out_row) {
   const auto rows = a.template first<kRows>();
@@ -128,7 +128,7 @@ static void tile(const Rows& a, const float* b, int64_t b_row, int64_t depth, fl
     for (int r = 0; r < kRows; ++r) {
       const Vec y = broadcast(rows.at(r, k));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<kPairs>(y, x[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<kVnni>(y, x[v], sums[r][v]);
     }
   }
   const Vec f = broadcast(factor);
@@ -147,7 +147,7 @@ constexpr int64_t kNoDiagonal = int64_t{1} << 62;
 ///
 /// Every element is one chain of multiply-adds in the order of the depth, wherever a tile starts: cutting the rows,
 /// the columns or, with kAdd, the depth differently changes no bit.
-template <bool kAdd, bool kPairs = false, class Rows>
+template <bool kAdd, bool kVnni = false, class Rows>
 static void matrix_product(const Rows& a, const Columns& b, int64_t rows, int64_t columns, int64_t depth, float* out,
                            int64_t out_row, int64_t diagonal = kNoDiagonal, float factor = 1.0f) {
   // Narrow results take taller tiles where they can: a tile of few sums would wait for their adds.
@@ -168,7 +168,7 @@ static void matrix_product(const Rows& a, const Columns& b, int64_t rows, int64_
       const bool tall =
           Rows::kMaxRows >= kTall && wanted == vectors && (rows - r >= kTall || (rows - r) % (kTall / wanted) == 0);
       const auto run = [&](auto height, auto width) {
-        tile<height.value, width.value, kAdd, kPairs>(from, panel, b.row_stride, depth, factor, to, out_row);
+        tile<height.value, width.value, kAdd, kVnni>(from, panel, b.row_stride, depth, factor, to, out_row);
       };
       r += tall ? kTall / wanted : kTileRows;
       if (wanted == 3) run(Constant<kTileRows>(), Constant<kTileVectors>());
@@ -185,14 +185,14 @@ static void matrix_product(const Rows& a, const Columns& b, int64_t rows, int64_
 
 /// out[rows, columns] += a b as above, without the terms whose factor in a is 0 (either number of a pair): for rows of
 /// b that are not finite, which such a factor must not let through. Bit for bit the same where they are finite.
-template <bool kPairs = false>
+template <bool kVnni = false>
 static void product_of_nonzeros(const float* a, int64_t a_row, int64_t a_column, const Panel& b, int64_t rows,
                                 int64_t columns, int64_t depth, float* out, int64_t out_row) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < depth; ++k) {
       const float y = a[r * a_row + k * a_column];
       uint32_t bits = float_to_bits(y);
-      if constexpr (kPairs) {
+      if constexpr (kVnni) {
         bits = ((bits & 0x7fffu) != 0 ? 0xffffu : 0) | ((bits & 0x7fff0000u) != 0 ? 0xffff0000u : 0);
       } else {
         bits = y != 0 ? ~uint32_t{0} : 0;
@@ -201,7 +201,7 @@ static void product_of_nonzeros(const float* a, int64_t a_row, int64_t a_column,
       const Vec mask = broadcast(bits_to_float(bits));
       for (int64_t c = 0; c < columns; c += kLanes) {
         float* to = out + r * out_row + c;
-        store(to, multiply_add<kPairs>(broadcast(y), both(mask, load(b.row(k) + c)), load(to)));
+        store(to, multiply_add<kVnni>(broadcast(y), both(mask, load(b.row(k) + c)), load(to)));
       }
     }
   }
