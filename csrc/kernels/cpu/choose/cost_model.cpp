@@ -118,7 +118,7 @@ constexpr CsrRates kAmxBf16Rates = {
      /*dense_row=*/150.0},
 };
 
-/// Vectors of a row of `size` numbers, of all samples together (row_chunks in bundle.h).
+/// Vectors of a row of `size` numbers, of all samples together (row_vectors in bundle.h).
 int64_t row_vectors(int64_t size, int samples, const CsrRates& rates) {
   const int64_t blocks = rates.pairs ? (size + 7) / 8 : (size + 3) / 4;
   const int64_t of_vector = rates.lanes / 4;

@@ -56,7 +56,7 @@ class FamilyChoice {
     for (int i = 0; i < kFamilyCount; ++i) {
       const FamilyCosts& family = kFamilies[i];
       serves_[i] = args.plan.has(family.reads) && (family.takes_prior || args.prior == nullptr);
-      const Storage stored = i == kDense ? storage_of(args.dtype) : storage;
+      const Storage stored = i == kDense ? storage_of(kIsa, args.dtype) : storage;
       rates_[i] = &csr_rates(kIsa, stored == Storage::kBFloat16);
     }
     serves_[kEntries] = serves_[kEntriesSplit] = serves_[kEntries] && !by_rows && wanted_ != kRows;

@@ -7,7 +7,6 @@ namespace fiak::cpu::FIAK_ISA {
 namespace {
 
 constexpr int64_t kTaskRows = 8;  // the queries that a thread takes at once
-constexpr int64_t kBundleBytes = 52 * 1024;
 
 /// Backward segments in waves. A wave is a bundle, a few key heads, one query head of each, a chunk of its queries and
 /// a block of its keys. First the columns' segments are listed; then the rows compute P and dS, dQ and the weights'
@@ -725,24 +724,14 @@ void count_blocks(const CsrArgs& args, BlockCounts& blocks) {
 int64_t bundled_samples(const CsrArgs& args, Storage storage) {
   if (args.kv_lens != nullptr || args.query_offsets != nullptr) return 1;  // then samples differ
   if (args.plan.columns == nullptr) return 1;                              // rows take samples one by one
-  const int64_t per_group = args.batch / larger(1, args.groups());
-  for (int samples = kMaxSamples; samples > 1; samples /= 2) {
-    const int64_t chunks = row_vectors(larger(args.head_dim, args.value_dim), storage, samples);
-    if (per_group >= samples && smaller(args.keys, 200) * chunks * kVectorBytes <= kBundleBytes) return samples;
-  }
-  return 1;
+  return cpu::bundled_samples(args.batch / larger(1, args.groups()), args.keys, larger(args.head_dim, args.value_dim),
+                              storage, kLanes);
 }
 
-Storage entries_storage([[maybe_unused]] const CsrArgs& args) {
-#if defined(FIAK_ISA_AVX512_BF16)
-  if (args.dtype != DType::kBFloat16) return Storage::kFloat32;
-  // bfloat16 rows that fill half a register or less are faster as float32, which takes no more of it.
-  const bool half =
-      larger(args.head_dim, args.value_dim) * 2 * bundled_samples(args, Storage::kBFloat16) * 2 <= kVectorBytes;
-  return half ? Storage::kFloat32 : Storage::kBFloat16;
-#else
-  return Storage::kFloat32;
-#endif
+Storage entries_storage(const CsrArgs& args) {
+  const Storage storage = storage_of(kIsa, args.dtype);
+  const auto samples = static_cast<int>(bundled_samples(args, storage));
+  return cpu::entries_storage(storage, larger(args.head_dim, args.value_dim), samples, kLanes);
 }
 
 bool entries_leave_backward(const CsrArgs& args, const BackwardArgs& grads, Storage storage) {

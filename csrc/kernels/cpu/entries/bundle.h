@@ -13,18 +13,9 @@ namespace fiak::cpu::FIAK_ISA {
 
 constexpr int kMaxVectors = 8;  // vectors of a row that one pass of a kernel handles: what fits into registers
 
-#if defined(FIAK_ISA_AVX512_BF16)
-FIAK_INLINE Storage storage_of(DType dtype) {
-  return dtype == DType::kBFloat16 ? Storage::kBFloat16 : Storage::kFloat32;
-}
-#else
-FIAK_INLINE Storage storage_of(DType) { return Storage::kFloat32; }
-#endif
-
 /// Vectors of a packed row.
 FIAK_INLINE int64_t row_vectors(int64_t size, Storage storage, int samples) {
-  const int64_t blocks = (size + kQuad * lane_numbers(storage) - 1) / (kQuad * lane_numbers(storage));
-  return (blocks * samples + kQuads - 1) / kQuads;
+  return cpu::row_vectors(size, storage, samples, kLanes);
 }
 
 /// Up to four samples whose rows are packed together.

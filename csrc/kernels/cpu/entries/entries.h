@@ -19,7 +19,7 @@ struct BundleRows {
 
 /// How samples are bundled, and stored while they are.
 Storage entries_storage(const CsrArgs& args);
-/// How many samples to bundle: as many as keep the rows of about 200 keys in the L1 cache.
+/// How many samples to bundle (packing.h).
 int64_t bundled_samples(const CsrArgs& args, Storage storage);
 
 /// Forward of these rows, with all keys at once or, where `split`, in slices that fit into the L1 cache.

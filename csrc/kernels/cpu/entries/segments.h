@@ -9,10 +9,8 @@
 
 namespace fiak::cpu::FIAK_ISA {
 
-constexpr int64_t kScoreBuffer = 64 * 1024;      // floats of scores between the passes, which stay in the L2 cache
-constexpr int64_t kWholePanelBytes = 64 * 1024;  // up to this a head's packed rows are one slice
-constexpr int64_t kSliceBytes = 40 * 1024;       // of packed rows, to fit into the L1 cache
-constexpr int64_t kMinSlice = 96;                // keys: short segments cost more than they save
+constexpr int64_t kScoreBuffer = 64 * 1024;  // floats of scores between the passes, which stay in the L2 cache
+constexpr int64_t kMinSlice = 96;            // keys: short segments cost more than they save
 
 /// Of `rows` rows whose scores take `row_floats` each, those of a pass.
 FIAK_INLINE int64_t most_pass_rows(int64_t rows, int64_t row_floats) {

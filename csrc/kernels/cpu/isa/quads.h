@@ -4,18 +4,14 @@
 //   AVX-512, two samples:  | sample 0, quad 0 | sample 1, quad 0 | sample 0, quad 1 | sample 1, quad 1 |
 #pragma once
 
+#include "kernels/cpu/entries/packing.h"
 #include "kernels/cpu/isa/vec.h"
 
 namespace fiak::cpu::FIAK_ISA {
 
-constexpr int kQuad = 4;                // lanes of one sample side by side
-constexpr int kQuads = kLanes / kQuad;  // quads of a vector
-constexpr int kMaxSamples = kQuads < 4 ? kQuads : 4;
+constexpr int kQuads = kLanes / kQuad;  // of a vector
+constexpr int kMaxSamples = kQuads;
 constexpr int64_t kVectorBytes = kLanes * 4;
-
-/// How packed rows are stored: float32, or bfloat16 where the instruction set multiplies that.
-enum class Storage { kFloat32, kBFloat16 };
-constexpr int lane_numbers(Storage storage) { return storage == Storage::kFloat32 ? 1 : 2; }
 
 FIAK_INLINE __m128 load_lanes(const float* p, __m128) { return _mm_loadu_ps(p); }
 FIAK_INLINE __m256 load_lanes(const float* p, __m256) { return _mm256_loadu_ps(p); }
