@@ -210,8 +210,17 @@ TEST_P(CsrAttention, BackwardOfFewEntriesWalksNoEmptyTiles) {
 FIAK_FOR_ALL_KERNELS(CsrAttention);
 
 double forward_cost(cpu::Family family, const cpu::CsrHead& head, const cpu::CsrRates& rates) {
-  return cpu::kFamilies[family].forward(head, rates);
+  return cpu::csr_cost(cpu::kFamilies[family].forward(head), rates.forward);
 }
+double backward_cost(cpu::Family family, const cpu::CsrHead& head, const cpu::CsrRates& rates) {
+  return cpu::csr_cost(cpu::kFamilies[family].backward(head), rates.backward);
+}
+
+/// Instruction sets, with how they store the rows of the dtype that they are for.
+constexpr std::pair<cpu::Isa, cpu::Storage> kStored[] = {{cpu::Isa::kAvx2, cpu::Storage::kFloat32},
+                                                         {cpu::Isa::kAvx512, cpu::Storage::kFloat32},
+                                                         {cpu::Isa::kAvx512Bf16, cpu::Storage::kBFloat16},
+                                                         {cpu::Isa::kAmxBf16, cpu::Storage::kBFloat16}};
 
 TEST(CsrFamilies, RefusesUnknownNames) {
   setenv("FIAK_CSR_KERNEL", "fast", 1);
@@ -229,11 +238,13 @@ TEST(CsrFamilies, TakesTheDenseKernelForFullHeadsOnly) {
   const auto entries = [](const cpu::CsrHead& head, const cpu::CsrRates& rates) {
     return std::min(forward_cost(cpu::kEntries, head, rates), forward_cost(cpu::kEntriesSplit, head, rates));
   };
-  const auto check = [&](const cpu::CsrRates& rates, double few) {
+  for (const auto& [isa, storage] : kStored) {
+    const cpu::CsrRates& rates = cpu::csr_rates(isa, isa, storage);
+    const double few = isa == cpu::Isa::kAmxBf16 ? 0.002 : 0.1;  // tiles are cheaper still
     for (const int64_t size : {16, 48, 64, 128}) {
       for (const int64_t length : {197, 1024, 4096}) {
         const auto pairs = static_cast<double>(length * length);
-        const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1};
+        const cpu::CsrHead full{length, length, pairs, pairs / (24 * 16), size, size, 1, storage, cpu::lanes_of(isa)};
         cpu::CsrHead sparse = full;
         sparse.nnz *= few;
         EXPECT_LT(forward_cost(cpu::kDense, full, rates), entries(full, rates)) << size << " " << length;
@@ -241,28 +252,21 @@ TEST(CsrFamilies, TakesTheDenseKernelForFullHeadsOnly) {
       }
     }
     // One query of a long context: transposing its keys would cost more than its products.
-    const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / 16, 64, 64, 1};
+    const cpu::CsrHead decode{1, 16384, 16384, 16384.0 / 16, 64, 64, 1, storage, cpu::lanes_of(isa)};
     EXPECT_GT(forward_cost(cpu::kDense, decode, rates), entries(decode, rates));
-  };
-  check(cpu::csr_rates(cpu::Isa::kAvx2, false), 0.1);
-  check(cpu::csr_rates(cpu::Isa::kAvx512, false), 0.1);
-  check(cpu::csr_rates(cpu::Isa::kAvx512Bf16, true), 0.1);
-  check(cpu::csr_rates(cpu::Isa::kAmxBf16, true), 0.002);  // tiles are cheaper still
+  }
 }
 
 TEST(CsrFamilies, TakesTheDenseKernelBackwardForFullHeadsOnly) {
-  for (const auto& [isa, pairs] : {std::pair(cpu::Isa::kAvx2, false),
-                                   {cpu::Isa::kAvx512, false},
-                                   {cpu::Isa::kAvx512Bf16, true},
-                                   {cpu::Isa::kAmxBf16, true}}) {
-    const cpu::CsrRates& rates = cpu::csr_rates(isa, pairs);
+  for (const auto& [isa, storage] : kStored) {
+    const cpu::CsrRates& rates = cpu::csr_rates(isa, isa, storage);
+    const int lanes = cpu::lanes_of(isa);
     for (const int64_t size : {16, 48, 64, 128}) {
       for (const int64_t length : {197, 1024, 4096}) {
         const auto all = static_cast<double>(length * length);
-        const auto dense_saves = [&](double kept, double tiles) {
-          const cpu::CsrHead head{length, length, kept * all, tiles * all / (24 * 16), size, size, 1};
-          return cpu::kFamilies[cpu::kDense].backward(head, rates) <
-                 cpu::kFamilies[cpu::kEntries].backward(head, rates);
+        const auto dense_saves = [&, stored = storage](double kept, double tiles) {
+          const cpu::CsrHead head{length, length, kept * all, tiles * all / (24 * 16), size, size, 1, stored, lanes};
+          return backward_cost(cpu::kDense, head, rates) < backward_cost(cpu::kEntries, head, rates);
         };
         const std::string what = std::string(cpu::isa_name(isa)) + " " + std::to_string(size);
         EXPECT_TRUE(dense_saves(1, 1)) << what << " " << length;
@@ -274,10 +278,12 @@ TEST(CsrFamilies, TakesTheDenseKernelBackwardForFullHeadsOnly) {
 }
 
 TEST(CsrFamilies, SplitsTheKeysOfLongSegmentsOnly) {
-  for (const auto& rates : {cpu::csr_rates(cpu::Isa::kAvx2, false), cpu::csr_rates(cpu::Isa::kAvx512, false)}) {
-    const auto saved = [&](int64_t keys, double density) {
-      const double nnz = static_cast<double>(keys * keys) * density;
-      const cpu::CsrHead head{keys, keys, nnz, static_cast<double>(keys * keys) / (24 * 16), 64, 64, 1};
+  for (const auto& [isa, storage] : kStored) {
+    if (storage != cpu::Storage::kFloat32) continue;
+    const cpu::CsrRates& rates = cpu::csr_rates(isa, isa, storage);
+    const auto saved = [&, isa = isa, storage = storage](int64_t keys, double density) {
+      const auto pairs = static_cast<double>(keys * keys);
+      const cpu::CsrHead head{keys, keys, density * pairs, pairs / (24 * 16), 64, 64, 1, storage, cpu::lanes_of(isa)};
       return forward_cost(cpu::kEntries, head, rates) - forward_cost(cpu::kEntriesSplit, head, rates);
     };
     EXPECT_EQ(saved(128, 0.9), 0);  // 32 KB of rows are one slice

@@ -7,6 +7,7 @@
 #include "kernels/cpu/choose/cost_model.h"
 #include "kernels/cpu/decode/decode.h"
 #include "kernels/cpu/dense/csr_dense.h"
+#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/entries/segments.h"
 #include "kernels/cpu/isa/list.h"
 #include "kernels/cpu/rows/rows.h"
@@ -52,12 +53,12 @@ class FamilyChoice {
  public:
   /// For bundles of `samples` samples in `storage`. Where `by_rows`, the families over entries serve nothing.
   FamilyChoice(const CsrArgs& args, Storage storage, int64_t samples, bool by_rows)
-      : args_(args), samples_(static_cast<int>(samples)), wanted_(selected_family()) {
+      : args_(args), storage_(storage), samples_(static_cast<int>(samples)), wanted_(selected_family()) {
+    const Isa machine = machine_isa();
     for (int i = 0; i < kFamilyCount; ++i) {
       const FamilyCosts& family = kFamilies[i];
       serves_[i] = args.plan.has(family.reads) && (family.takes_prior || args.prior == nullptr);
-      const Storage stored = i == kDense ? storage_of(kIsa, args.dtype) : storage;
-      rates_[i] = &csr_rates(kIsa, stored == Storage::kBFloat16);
+      rates_[i] = &csr_rates(kIsa, machine, i == kDense ? storage_of(kIsa, args.dtype) : storage);
     }
     serves_[kEntries] = serves_[kEntriesSplit] = serves_[kEntries] && !by_rows && wanted_ != kRows;
     serves_[kRows] = !serves_[kEntries];
@@ -69,13 +70,13 @@ class FamilyChoice {
     const auto nnz = static_cast<double>(plan.first_entry(head + 1) - plan.first_entry(head));
     const double share = static_cast<double>(args_.queries) / static_cast<double>(larger(1, plan.num_queries));
     const double tiles = serves_[kDense] ? share * static_cast<double>(plan.tiles[head]) : 0.0;
-    return {args_.queries, args_.keys, share * nnz, tiles, args_.head_dim, args_.value_dim, samples_};
+    return {args_.queries, args_.keys, share * nnz, tiles, args_.head_dim, args_.value_dim, samples_, storage_, kLanes};
   }
   double forward_cost(int family, const CsrHead& head) const {
-    return kFamilies[family].forward(head, *rates_[family]);
+    return csr_cost(kFamilies[family].forward(head), rates_[family]->forward);
   }
   double backward_cost(int family, const CsrHead& head) const {
-    return kFamilies[family].backward(head, *rates_[family]);
+    return csr_cost(kFamilies[family].backward(head), rates_[family]->backward);
   }
   /// The family with the least cost(family), or the one that FIAK_CSR_KERNEL names.
   template <class Cost>
@@ -96,6 +97,7 @@ class FamilyChoice {
 
  private:
   const CsrArgs& args_;
+  Storage storage_;
   int samples_, wanted_;
   bool serves_[kFamilyCount];
   const CsrRates* rates_[kFamilyCount];
