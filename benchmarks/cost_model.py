@@ -1,11 +1,12 @@
-"""Measures and fits the constants of csrc/kernels/cpu/choose/cost_model.cpp, which picks ``csr_attention``'s kernels.
+"""Measures and fits what ``csr_attention``'s kernels on the CPU cost, by which csrc/kernels/cpu/choose picks them.
 
 ``python -m benchmarks.cost_model --json avx512.json`` times all kernels, forced by ``FIAK_CSR_KERNEL``, over the case
 table's uniform masks and writes what it finds. Run it for each of ``--dtype float32``, ``--dtype bfloat16`` (where
 there is AMX also with ``FIAK_CPU_ISA=avx512_bf16``) and ``FIAK_CPU_ISA=avx2``, and with ``--backward`` for the
-backward pass; ``--fit avx512.json`` prints the constants, in nanoseconds, and how far the model is off, without
-decoding, which has a kernel of its own. While measuring it prints how the choice compares with the best of the kernels
-and with dense SDPA.
+backward pass. ``--fit avx512.json ...`` finds the rates, in nanoseconds, for which the library's counts
+(``fiak_ext._C.csr_counts``) predict these times best, without decoding, which has a kernel of its own; it prints them,
+and how far the model is off, and with ``--write`` puts them into rates.h. While measuring it prints how the choice
+compares with the best of the kernels and with dense SDPA.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -21,35 +23,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Case, load_cases
 from benchmarks.report import to_json
 from benchmarks.timing import timed
-from fiak_ext import SparsePattern, which_kernel
+from fiak_ext import _C, SparsePattern, which_kernel
 
 DENSITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-ENTRIES = (
-    "entry, 1 element",
-    "entry, 2 elements",
-    "entry, 4 elements",
-    "entry_vector",
-    "far_vector",
-    "run",
-    "packed_vector",
-)
-DENSE = ("pair", "pair_multiply", "dense_row", "number")
-ENTRIES_GRADS = tuple(name for name in ENTRIES if name != "far_vector")
-# By whether backward; dense is last.
+# By whether backward.
 KERNELS = {False: ("entries", "entries_split", "dense"), True: ("entries", "dense")}
-# Nanoseconds to copy a vector, or a number, of K and V, fitted once on a Zen 5 core and held since: the case table,
-# where every key has many queries, hardly tells these costs from those of a row, and they decide where there are few.
-COPIES = {
-    "avx2": {"entries": 2.5, "dense": 0.43},
-    "avx512": {"entries": 5.2, "dense": 0.41},
-    "avx512_bf16": {"entries": 5.0, "dense": 0.21},
-    "amx_bf16": {"entries": 5.0, "dense": 0.25},  # measured on a Xeon
-}
+RATES = Path(__file__).parents[1] / "csrc/kernels/cpu/choose/rates.h"
+# A part of rates.h: a line that says which rates these are and where they are from, and they.
+PART = re.compile(r"(// (\w+), (forward|backward), (entries|dense): )(.*)(\n[ {]*)([\w.+-]+(?:, [\w.+-]+)*)")
+HELD = ("packed_vector", "number")  # not fitted; see rates.h
 
 
 def uniform_masks(case: Case) -> list[tuple[float, Tensor]]:
@@ -62,7 +49,7 @@ def uniform_masks(case: Case) -> list[tuple[float, Tensor]]:
 
 def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list[dict[str, Any]]:
     """Median seconds of the kernels, their choice and dense SDPA, interleaved, on one thread."""
-    kernels = KERNELS[backward]
+    kernels, cpu = KERNELS[backward], _C.cpu_capabilities()
     query, key, value = (
         torch.randn(case.batch, rows, heads, size).to(dtype).transpose(1, 2).requires_grad_(backward)
         for rows, heads, size in (
@@ -101,19 +88,18 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
             for name in sorted(calls, reverse=index % 2 == 1):  # what comes before a call leaves the caches different
                 times[name].append(calls[name]())
         del os.environ["FIAK_CSR_KERNEL"]
-        rows = mask.numel() // mask.shape[-1]
-        tiles = max_pool2d(mask[:, None].float(), (24, 16), ceil_mode=True)
+        header = _C.read_plan(pattern.plan[: _C.PLAN_HEADER_BYTES].numpy().tobytes())
+        start, size, number = header["sections"]["tiles"]
         results.append(
             {
                 "case": case.name,
                 "backward": backward,
                 "dtype": str(dtype).removeprefix("torch."),
                 "isa": which_kernel("csr_attention", dtype).split("/")[1],
+                **{name: cpu[name] for name in ("machine_isa", "model")},
                 "density": density,
-                "nnz": int(mask.sum()),
-                "tiles": int(tiles.sum()),
-                # As plan_layout has it (csrc/kernels/plan/plan.h).
-                "has_bits": rows * ((mask.shape[-1] + 63) // 64 * 8) <= 2 * (rows + int(mask.sum())),
+                "nnz": header["nnz"],
+                "tiles": int(pattern.plan[start : start + size * number].view(torch.int64).sum()),
                 **{name: statistics.median(found) for name, found in times.items()},
             }
         )
@@ -129,96 +115,87 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, backward: bool) -> list
     return results
 
 
-def features(case: Case, result: dict[str, Any]) -> dict[str, list[float]]:
-    """What a call of each kernel counts of ENTRIES or of DENSE, as csrc/kernels/cpu/choose/cost_model.cpp does."""
-    avx2, pairs = result["isa"] == "avx2", result["isa"].endswith("bf16") and result["dtype"] == "bfloat16"
-    lanes, in_vector = (8, 2) if avx2 else (16, 4)
-
-    def vectors(size: int, elements: int) -> int:
-        blocks = -(-size // (8 if pairs else 4))
-        return -(-blocks * elements // in_vector)
-
-    def padded(size: int) -> int:
-        return -(-size // lanes) * lanes
-
-    nnz, pairs_of_tiles = result["nnz"], result["tiles"] * 384
-    elements = 2 if avx2 else 4
-    widest = max(case.head_dim, case.value_dim)
-    while elements > 1 and (
-        case.batch < elements or min(case.keys, 200) * vectors(widest, elements) * lanes * 4 > 52 * 1024
-    ):
-        elements //= 2
-    key_vectors, value_vectors = vectors(case.head_dim, elements), vectors(case.value_dim, elements)
-    of_bundle = key_vectors + value_vectors
-    packed_bytes = vectors(widest, elements) * lanes * 4  # of a row
-    row_bytes = case.keys * packed_bytes
-    rows, columns = case.query_heads * case.queries, case.query_heads * case.keys
-    bundles = case.batch / elements
-    used_bytes = row_bytes * min(1.0, pairs_of_tiles / (rows * case.keys))
-
-    def entries(runs: int) -> list[float]:
-        row_runs = rows * min(runs, nnz / rows)
-        entries = nnz + row_runs * 1.5  # a run's last group of four is half full
-        counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
-        far = 1 - 40 * 1024 / used_bytes if runs == 1 and used_bytes > 40 * 1024 else 0.0
-        counts += [entries * of_bundle, entries * of_bundle * far, row_runs, columns * of_bundle]
-        return [bundles * x for x in counts]
-
-    def entries_grads() -> list[float]:
-        row_runs = rows * max(1, -(-row_bytes // (40 * 1024)))
-        column_runs = columns * max(1, -(-case.queries * packed_bytes // (40 * 1024)))
-        runs = min(row_runs, nnz) + min(column_runs, nnz)
-        entries = nnz + runs * 0.75
-        counts = [entries if elements == e else 0.0 for e in (1, 2, 4)]
-        counts += [entries * (3 * key_vectors + 2 * value_vectors), runs, (rows + columns) * of_bundle]
-        return [bundles * x for x in counts]
-
-    def dense(numbers: int, copied: int) -> list[float]:
-        return [case.batch * x for x in (pairs_of_tiles, pairs_of_tiles * numbers, rows, columns * copied)]
-
-    if result["backward"]:
-        products = case.head_dim + 2 * padded(case.head_dim) + case.value_dim + padded(case.value_dim)
-        return {"entries": entries_grads(), "dense": dense(products, case.head_dim + case.value_dim)}
-    numbers = case.head_dim + padded(case.value_dim)
-    return {
-        "entries": entries(1),
-        "entries_split": entries(1 if row_bytes <= 64 * 1024 else -(-row_bytes // (40 * 1024))),
-        "dense": dense(numbers, numbers),
-    }
+def counts(case: Case, result: dict[str, Any], family: str) -> tuple[str, dict[str, float]]:
+    """Which rates of rates.h are those of a call of a kernel family, and what it counts of each."""
+    return _C.csr_counts(
+        family=family,
+        batch=case.batch,
+        heads=case.query_heads,
+        **{name: getattr(case, name) for name in ("queries", "keys", "head_dim", "value_dim")},
+        **{name: result[name] for name in ("backward", "isa", "machine_isa", "dtype", "nnz", "tiles")},
+    )
 
 
-def fit(results: list[dict[str, Any]]) -> None:
-    """Least squares of the relative error, without negative costs; what decides, similar times, counts most."""
+def fit(results: list[dict[str, Any]], text: str) -> str:
+    """The text of rates.h with those rates fitted that there are results of; prints these."""
     cases = {case.name: case for case in load_cases()}
-    backward = results[0]["backward"]
-    of_entries = KERNELS[backward][:-1]
-    for kernels, names in ((of_entries, ENTRIES_GRADS if backward else ENTRIES), (("dense",), DENSE)):
-        used = [r for r in results if r["nnz"] and (kernels != ("dense",) or r["has_bits"])]
-        used = [r for r in used if not cases[r["case"]].is_decoding]
-        # The clock drifts: SDPA, which takes the same time for all densities of a case, tells by how much.
-        usual = {r["case"]: statistics.median(o["sdpa"] for o in results if o["case"] == r["case"]) for r in used}
-        runs = [(r, kernel) for r in used if 0.8 < r["sdpa"] / usual[r["case"]] < 1.25 for kernel in kernels]
-        counts = torch.tensor([features(cases[r["case"]], r)[kernel] for r, kernel in runs]).double()
-        times = torch.tensor([r[kernel] * usual[r["case"]] / r["sdpa"] for r, kernel in runs]).double() * 1e9
-        scaled = counts / times[:, None]
-        ratios = torch.tensor([min(r[kernel] for kernel in of_entries) / r["dense"] for r, _ in runs]).double()
-        weights = torch.where((ratios - 1).abs() < 0.5, 1.0, 0.2)[:, None].double()
-        copies = names.index("number" if kernels == ("dense",) else "packed_vector")
-        held = scaled[:, copies, None] * COPIES[used[0]["isa"]][kernels[0]]
-        kept = [i for i in range(len(names)) if i != copies and scaled[:, i].any()]
-        while True:
-            solution = torch.linalg.lstsq(scaled[:, kept] * weights, (1 - held) * weights).solution[:, 0]
-            if solution.min() >= 0:
-                break
-            kept.pop(int(solution.argmin()))
-        print(" and ".join(kernels), {names[i]: round(float(x), 4) for i, x in zip(kept, solution, strict=True)})
-        predicted = scaled[:, kept] @ solution + held[:, 0]
-        errors = (predicted - 1).abs()
-        print(f"  off by {errors.median():.1%} (median), {errors.max():.1%} (most)")
-        for name in dict.fromkeys(r["case"] for r in used):
-            for kernel in kernels:
-                of_case = predicted[[i for i, (r, k) in enumerate(runs) if r["case"] == name and k == kernel]]
-                print(f"  {name:16} {kernel:7} model / time", " ".join(f"{float(x):.2f}" for x in of_case))
+    # The clock drifts: SDPA, which takes the same time for all densities of a case, tells by how much.
+    sdpa: dict[tuple[Any, ...], list[float]] = {}
+    for r in results:
+        sdpa.setdefault(_call(r), []).append(r["sdpa"])
+    runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], str, dict[str, float]]]] = {}
+    for r in results:
+        case, drift = cases[r["case"]], r["sdpa"] / statistics.median(sdpa[_call(r)])
+        if not r["nnz"] or case.is_decoding or not 0.8 < drift < 1.25:
+            continue
+        families = KERNELS[r["backward"]]
+        steady = r | {family: r[family] / drift * 1e9 for family in families}
+        dense_rates, _ = counts(case, r, "dense")
+        for family in families:
+            rates, counted = counts(case, r, family)
+            # Dense needs bits; and rows of bfloat16 that are packed as float32 do not measure what float32 costs.
+            if rates == dense_rates and (family != "dense" or r["tiles"]):
+                part = rates, "backward" if r["backward"] else "forward", family.removesuffix("_split")
+                runs.setdefault(part, []).append((steady, family, counted))
+
+    def replace(match: re.Match[str]) -> str:
+        head, *part, source, between, numbers = match.groups()
+        if part_runs := runs.get((part[0], part[1], part[2])):
+            print(head.strip("/: "))
+            source, numbers = _fit_part(part_runs, numbers.split(", "))
+        return head + source + between + numbers
+
+    return PART.sub(replace, text)
+
+
+def _call(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What SDPA's time depends on."""
+    return tuple(result[name] for name in ("model", "isa", "dtype", "backward", "case"))
+
+
+def _fit_part(runs: list[tuple[dict[str, Any], str, dict[str, float]]], numbers: list[str]) -> tuple[str, str]:
+    """Where the rates are from, and the numbers, with those replaced that the runs count.
+
+    Least squares of the relative error, without negative rates; what decides, similar times, counts most.
+    """
+    names = list(runs[0][2])
+    pair = names.index("pair")
+    names = names[pair:] if runs[0][1] == "dense" else names[:pair]
+    times = torch.tensor([r[family] for r, family, _ in runs]).double()
+    scaled = torch.tensor([[counted[name] for name in names] for _, _, counted in runs]).double() / times[:, None]
+    ratios = [min(r[name] for name in KERNELS[r["backward"]][:-1]) / r["dense"] for r, _, _ in runs]
+    weights = torch.tensor([1.0 if abs(ratio - 1) < 0.5 else 0.2 for ratio in ratios]).double()[:, None]
+    rates = torch.tensor([float(number) for number in numbers]).double()
+    fitted = [i for i, name in enumerate(names) if name not in HELD and scaled[:, i].any()]
+    rates[fitted] = 0
+    rest, kept = 1 - scaled @ rates, list(fitted)
+    while True:
+        solution = torch.linalg.lstsq(scaled[:, kept] * weights, rest[:, None] * weights).solution[:, 0]
+        if solution.min() >= 0:
+            break
+        kept.pop(int(solution.argmin()))
+    rates[kept] = solution
+    numbers = [f"{float(rates[i]):.4g}" if i in fitted else number for i, number in enumerate(numbers)]
+    print(" ", ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True)))
+    predicted = scaled @ rates
+    errors = (predicted - 1).abs()
+    print(f"  off by {errors.median():.1%} (median), {errors.max():.1%} (most)")
+    for case, family in dict.fromkeys((r["case"], family) for r, family, _ in runs):
+        of_case = [x for (r, f, _), x in zip(runs, predicted.tolist(), strict=True) if (r["case"], f) == (case, family)]
+        print(f"  {case:16} {family:13} model / time", " ".join(f"{x:.2f}" for x in of_case))
+    others = [name for i, name in enumerate(names) if i not in fitted and name not in HELD and rates[i]]
+    source = f"one core of {' and '.join(dict.fromkeys(r['model'] for r, _, _ in runs))}"
+    return source + (f", but for {' and '.join(others)}" if others else ""), ", ".join(numbers)
 
 
 def main() -> None:
@@ -228,12 +205,14 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="the backward pass instead of the forward pass")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="where to write the measurements; added to what is there")
-    parser.add_argument(
-        "--fit", type=Path, nargs="+", help="measurements to fit, of one dtype, instruction set and direction"
-    )
+    parser.add_argument("--fit", type=Path, nargs="+", help="measurements to fit")
+    parser.add_argument("--write", action="store_true", help="what --fit finds into rates.h")
     arguments = parser.parse_args()
     if arguments.fit:
-        return fit([result for path in arguments.fit for result in json.loads(path.read_text())])
+        text = fit([result for path in arguments.fit for result in json.loads(path.read_text())], RATES.read_text())
+        if arguments.write:
+            RATES.write_text(text)
+        return
     torch.set_num_threads(1)
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     for case in load_cases():
@@ -241,7 +220,6 @@ def main() -> None:
             results += measure(case, getattr(torch, arguments.dtype), arguments.rounds, arguments.backward)
             if arguments.json:
                 arguments.json.write_text(to_json(results))
-    return None
 
 
 if __name__ == "__main__":

@@ -15,3 +15,24 @@ PLAN_HEADER_BYTES: int
 
 def read_plan(plan: bytes) -> dict[str, Any]:
     """What a plan's first PLAN_HEADER_BYTES bytes say: sizes, and sections by name."""
+
+def csr_counts(
+    *,
+    family: str,
+    backward: bool,
+    isa: str,
+    machine_isa: str,
+    dtype: str,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    nnz: float,
+    tiles: float,
+    head_dim: int,
+    value_dim: int,
+) -> tuple[str, dict[str, float]]:
+    """What the cost model counts of a csr_attention call whose samples share a pattern, with heads that are alike, on
+    the CPU's kernels of a family (see FIAK_CSR_KERNEL) for an instruction set, on a machine whose best one is
+    machine_isa: the name of the rates that it costs these counts by, and name -> count. nnz and tiles are those of
+    all heads; tiles is 0 where the plan has none."""

@@ -1,6 +1,7 @@
 """The benchmarks compare what they say: equal outputs, masks of the asked density, every contestant timed."""
 
 import json
+import re
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, models, peers, report, timm_models
+from benchmarks import compare, cost_model, models, peers, report, timm_models
 from benchmarks.attention import Effort, contestants
 from benchmarks.cases import (
     MASK_KINDS,
@@ -25,7 +26,7 @@ from benchmarks.cases import (
 from benchmarks.memory import peak_bytes
 from benchmarks.report import break_even, markdown, plot, to_json
 from benchmarks.timing import quartiles, times_of_rounds
-from fiak_ext import PriorAttention, SparsePattern
+from fiak_ext import _C, PriorAttention, SparsePattern
 
 SMALL = Case("small", 2, 4, 4, 17, 17, 8, 8, is_causal=False, recorded="vit_fashion_n197")
 SMALL_CAUSAL = Case("small_causal", 2, 4, 4, 17, 17, 8, 8, is_causal=True, recorded="lm_kjv_n128")
@@ -426,3 +427,101 @@ def test_the_dense_prior_takes_an_eighth_of_the_memory_of_sdpa_with_a_bias() -> 
     needed = 48e6  # output and gradients
     op, sdpa = (peak_bytes(name, 1) for name in ("prior_attention", "sdpa float bias"))
     assert needed < op < sdpa / 8
+
+
+# ---------------------------------------------------------------- the cost model
+
+
+def test_the_library_counts_bundles_of_samples_and_single_ones() -> None:
+    call: dict[str, Any] = {
+        "family": "entries",
+        "isa": "avx512",
+        "machine_isa": "avx512",
+        "dtype": "float32",
+        "nnz": 60,
+        "tiles": 0,
+    }
+    call |= {"heads": 2, "queries": 10, "keys": 7, "head_dim": 8, "value_dim": 16}
+    rates, counts = _C.csr_counts(backward=False, batch=9, **call)
+    entries = 60 + 1.5 * 20  # every row is a segment, whose last group of four is half full
+    vectors = 2 * (2 + 4) + 1 + 1  # of two bundles of four samples, and of the one that is left
+    expected = {
+        "entry_1": entries,
+        "entry_4": 2 * entries,
+        "entry_vector": vectors * entries,
+        "segment": 3 * 20,
+        "packed_vector": vectors * 14,
+    }
+    assert (rates, {name: count for name, count in counts.items() if count}) == ("avx512", expected)
+    call |= {"family": "dense", "tiles": 4}
+    rates, counts = _C.csr_counts(backward=True, batch=9, **call)
+    pairs, products = 9 * 4 * 24 * 16, 8 + 2 * 16 + 16 + 16
+    expected = {"pair": pairs, "pair_multiply": pairs * products, "dense_row": 9 * 20, "number": 9 * 14 * 24}
+    assert (rates, {name: count for name, count in counts.items() if count}) == ("avx512", expected)
+
+
+def test_rates_are_by_instruction_set_machine_and_storage() -> None:
+    def rates(family: str, isa: str, machine_isa: str, dtype: str, size: int) -> str:
+        call: dict[str, Any] = {"batch": 1, "heads": 1, "queries": 9, "keys": 9, "head_dim": size, "value_dim": size}
+        call |= {"family": family, "isa": isa, "machine_isa": machine_isa, "dtype": dtype}
+        return _C.csr_counts(backward=False, nnz=9, tiles=1, **call)[0]
+
+    assert rates("entries", "avx2", "amx_bf16", "bfloat16", 64) == "avx2"
+    assert rates("entries", "avx512", "avx512_bf16", "float32", 64) == "avx512"
+    assert rates("entries", "avx512", "amx_bf16", "float32", 64) == "xeon"
+    assert rates("entries", "avx512_bf16", "amx_bf16", "bfloat16", 64) == "avx512_bf16"
+    assert rates("entries", "amx_bf16", "amx_bf16", "bfloat16", 64) == "amx_bf16"
+    assert rates("entries", "amx_bf16", "amx_bf16", "bfloat16", 16) == "xeon"  # packed as float32
+    assert rates("dense", "amx_bf16", "amx_bf16", "bfloat16", 16) == "amx_bf16"
+    with pytest.raises(ValueError, match="family must be one of entries, entries_split, dense, rows"):
+        rates("fast", "avx2", "avx2", "float32", 64)
+    with pytest.raises(ValueError, match="isa must have vectors"):
+        rates("entries", "scalar", "avx2", "float32", 64)
+
+
+def test_made_up_times_give_back_the_rates_that_they_are_of() -> None:
+    """What no time is of stays as it is."""
+
+    def rates_of(text: str) -> dict[tuple[str, ...], list[float]]:
+        return {part[1:4]: [float(rate) for rate in part[6].split(", ")] for part in cost_model.PART.findall(text)}
+
+    text = cost_model.RATES.read_text()
+    known = rates_of(text)
+    assert len(known) == 5 * 2 * 2
+    results = []
+    for isa, dtype, backward in (("avx512_bf16", "bfloat16", False), ("avx2", "float32", True)):
+        for case, density in product(load_cases(), cost_model.DENSITIES):
+            nnz = int(density * int(case.eligible().sum())) * case.query_heads
+            tiles = min(-(-case.queries // 24) * -(-case.keys // 16) * case.query_heads, nnz) if density > 0.1 else 0
+            result: dict[str, Any] = {
+                "case": case.name,
+                "backward": backward,
+                "dtype": dtype,
+                "isa": isa,
+                "machine_isa": isa,
+            }
+            result |= {"model": "CPU", "nnz": nnz, "tiles": tiles, "sdpa": 0.95 + density / 10}  # the clock drifts
+            for family in cost_model.KERNELS[backward]:
+                name, counts = cost_model.counts(case, result, family)
+                direction = "backward" if backward else "forward"
+                rates = known[name, direction, "entries"] + known[name, direction, "dense"]
+                cost = sum(rate * count for rate, count in zip(rates, counts.values(), strict=True))
+                result[family] = cost * 1e-9 * result["sdpa"]
+            results.append(result)
+    # All but the last of a part, which is held.
+    wrong = cost_model.PART.sub(lambda part: "".join(part.group(1, 5, 6)) + re.sub(r"[\d.]+,", "9,", part[7]), text)
+    fitted = cost_model.fit(results, wrong)
+    expected = rates_of(wrong)
+    expected |= {part: known[part] for part in product(["avx512_bf16"], ["forward"], ["entries", "dense"])}
+    expected |= {part: known[part] for part in product(["avx2"], ["backward"], ["entries", "dense"])}
+    for absent in (2, 4):  # no bundles of four samples, and no far vectors backward
+        expected["avx2", "backward", "entries"][absent] = 9
+    assert rates_of(fitted) == expected
+    changed = [now for now, before in zip(fitted.splitlines(), wrong.splitlines(), strict=True) if now != before]
+    assert changed[::2] == [
+        "  // avx2, backward, entries: one core of CPU, but for entry_4 and far_vector",
+        "  // avx2, backward, dense: one core of CPU",
+        "  // avx512_bf16, forward, entries: one core of CPU",
+        "  // avx512_bf16, forward, dense: one core of CPU",
+    ]
+    assert len(changed) == 8

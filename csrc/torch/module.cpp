@@ -2,6 +2,7 @@
 // that it can be imported, and asked which torch the library was built for, next to any torch.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <stdexcept>
@@ -12,7 +13,9 @@
 #include <cpuid.h>
 #endif
 
+#include "kernels/cpu/choose/cost_model.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/entries/packing.h"
 #include "kernels/plan/plan.h"
 
 namespace py = pybind11;
@@ -71,15 +74,63 @@ py::dict cpu_capabilities() {
   return capabilities;
 }
 
-std::string kernel_isa(const std::string& dtype) {
+fiak::DType dtype_of(const std::string& op, const std::string& dtype) {
   constexpr std::pair<const char*, fiak::DType> kDTypes[] = {{"float64", fiak::DType::kFloat64},
                                                              {"float32", fiak::DType::kFloat32},
                                                              {"bfloat16", fiak::DType::kBFloat16},
                                                              {"float16", fiak::DType::kFloat16}};
   for (const auto& [name, value] : kDTypes) {
-    if (dtype == name) return fiak::cpu::isa_name(fiak::cpu::kernel_isa(value));
+    if (dtype == name) return value;
   }
-  throw std::invalid_argument("kernel_isa: dtype must be float64, float32, bfloat16 or float16 (got " + dtype + ")");
+  throw std::invalid_argument(op + ": dtype must be float64, float32, bfloat16 or float16 (got " + dtype + ")");
+}
+
+std::string kernel_isa(const std::string& dtype) {
+  return fiak::cpu::isa_name(fiak::cpu::kernel_isa(dtype_of("kernel_isa", dtype)));
+}
+
+/// The place of a name in a list.
+template <size_t kCount, class Item, class Name>
+int place_of(const std::string& what, const std::string& wanted, const Item (&list)[kCount], Name&& name_of) {
+  std::string names;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (wanted == name_of(list[i])) return static_cast<int>(i);
+    names += (i == 0 ? "" : ", ") + std::string(name_of(list[i]));
+  }
+  throw std::invalid_argument("csr_counts: " + what + " must be one of " + names + " (got " + wanted + ")");
+}
+
+py::tuple csr_counts(const std::string& family, bool backward, const std::string& isa, const std::string& machine_isa,
+                     const std::string& dtype, int64_t batch, int64_t heads, int64_t queries, int64_t keys, double nnz,
+                     double tiles, int64_t head_dim, int64_t value_dim) {
+  using namespace fiak::cpu;
+  if (std::min({batch, heads, queries, keys, head_dim, value_dim}) < 1)
+    throw std::invalid_argument("csr_counts: batch, heads, queries, keys, head_dim and value_dim must be positive");
+  const auto isa_of = [](const std::string& what, const std::string& name) {
+    return static_cast<Isa>(place_of(what, name, kIsaNames, [](const char* known) { return known; }));
+  };
+  const int wanted = place_of("family", family, kFamilies, [](const FamilyCosts& known) { return known.name; });
+  const Isa on = isa_of("isa", isa);
+  if (on == Isa::kScalar) throw std::invalid_argument("csr_counts: isa must have vectors (got scalar)");
+  const int lanes = lanes_of(on);
+  const int64_t widest = std::max(head_dim, value_dim);
+  const Storage dense = storage_of(on, dtype_of("csr_counts", dtype));
+  const Storage entries = entries_storage(dense, widest, bundled_samples(batch, keys, widest, dense, lanes), lanes);
+  const int samples = bundled_samples(batch, keys, widest, entries, lanes);
+  const auto count = backward ? kFamilies[wanted].backward : kFamilies[wanted].forward;
+  const auto all = static_cast<double>(heads);
+  CsrHead head{queries, keys, nnz / all, tiles / all, head_dim, value_dim, samples, entries, lanes};
+  const CsrCounts bundle = count(head);
+  head.samples = 1;
+  const CsrCounts single = count(head);
+  const auto bundles = static_cast<double>(heads * (batch / samples));
+  const auto singles = static_cast<double>(heads * (batch % samples));
+  py::dict counts;
+#define FIAK_ADD(name) counts[#name] = bundles * bundle.name + singles * single.name;
+  FIAK_FOR_COUNTS(FIAK_ADD)
+#undef FIAK_ADD
+  const Storage storage = wanted == kDense ? dense : entries;
+  return py::make_tuple(csr_rates(on, isa_of("machine_isa", machine_isa), storage).name, counts);
 }
 
 py::dict read_plan(const py::bytes& bytes) {
@@ -124,4 +175,11 @@ PYBIND11_MODULE(_C, module) {
       "name -> (start in bytes, bytes of a number, numbers).");
   module.def("kernel_isa", &kernel_isa, py::arg("dtype"),
              "The instruction set of the kernels that a call with this dtype ('float32', ...) runs on.");
+  module.def("csr_counts", &csr_counts, py::kw_only(), py::arg("family"), py::arg("backward"), py::arg("isa"),
+             py::arg("machine_isa"), py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("queries"),
+             py::arg("keys"), py::arg("nnz"), py::arg("tiles"), py::arg("head_dim"), py::arg("value_dim"),
+             "What the cost model counts of a csr_attention call whose samples share a pattern, with heads that are "
+             "alike, on the CPU's kernels of a family (see FIAK_CSR_KERNEL) for an instruction set, on a machine whose "
+             "best one is machine_isa: the name of the rates that it costs these counts by, and name -> count. nnz and "
+             "tiles are those of all heads; tiles is 0 where the plan has none.");
 }
