@@ -32,7 +32,7 @@ from fiak_ext import _C, SparsePattern, which_kernel
 
 DENSITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 # By whether backward.
-KERNELS = {False: ("entries", "entries_split", "dense"), True: ("entries", "dense")}
+KERNELS = {False: ("entries", "entries_sliced", "dense"), True: ("entries", "dense")}
 RATES = Path(__file__).parents[1] / "csrc/kernels/cpu/choose/rates.h"
 # A part of rates.h: a line that says which rates these are and where they are from, and they.
 PART = re.compile(r"(// (\w+), (forward|backward), (entries|dense): )(.*)(\n[ {]*)([\w.+-]+(?:, [\w.+-]+)*)")

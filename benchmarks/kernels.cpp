@@ -346,7 +346,7 @@ void prior_attention(benchmark::State& state, const Case& c, const Variant& vari
   const cpu::Kernels& kernels = select(variant);
   kernels.prior_forward(args, operands.forward(), kOneThread);
   BackwardArgs grads = operands.backward();
-  grads.grad_weight = grad_prior.data();
+  grads.grad_prior = grad_prior.data();
   Work work = attention_work(c, operands, variant.backward, c.batch * c.query_heads * c.eligible());
   work.bytes += (variant.backward ? 2 : 1) * static_cast<int64_t>(prior.size()) * 4;
   if (c.is_decoding()) work.memory_bytes = work.bytes;

@@ -473,7 +473,7 @@ def test_rates_are_by_instruction_set_machine_and_storage() -> None:
     assert rates("entries", "amx_bf16", "amx_bf16", "bfloat16", 64) == "amx_bf16"
     assert rates("entries", "amx_bf16", "amx_bf16", "bfloat16", 16) == "xeon"  # packed as float32
     assert rates("dense", "amx_bf16", "amx_bf16", "bfloat16", 16) == "amx_bf16"
-    with pytest.raises(ValueError, match="family must be one of entries, entries_split, dense, rows"):
+    with pytest.raises(ValueError, match="family must be one of entries, entries_sliced, dense, rows"):
         rates("fast", "avx2", "avx2", "float32", 64)
     with pytest.raises(ValueError, match="isa must have vectors"):
         rates("entries", "scalar", "avx2", "float32", 64)

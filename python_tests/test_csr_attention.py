@@ -23,7 +23,7 @@ class TestCsrAttention(AttentionSuite):
     op = "csr_attention"
     cases = CSR_CASES
     large_cases = LARGE_CSR_CASES
-    kernels = ("entries", "entries_split", "dense", "rows")
+    kernels = ("entries", "entries_sliced", "dense", "rows")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return csr_attention_forward(query, key, value, *csr_of(mask), **options)

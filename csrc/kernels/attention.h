@@ -68,7 +68,7 @@ struct BackwardArgs {
   Input grad_output, output;
   const void* logsumexp = nullptr;
   Output grad_query, grad_key, grad_value;
-  void* grad_weight = nullptr;  ///< contiguous, in the prior's own shape or [nnz]; null: not wanted
+  void* grad_prior = nullptr;  ///< contiguous, in the prior's own shape or [nnz]; null: not wanted
 };
 
 }  // namespace fiak

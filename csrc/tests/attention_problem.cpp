@@ -114,10 +114,10 @@ void scale_weight_gradients(const Problem& problem, Results& actual, Results& ex
         }
         for (int64_t j = 0; j < weight.columns; ++j) {
           const double w = weight.at(g, h, n, j) > 0 ? weight.at(g, h, n, j) : least;
-          const bool left = w < kLeast && std::isinf(actual.grad_weight.at(g, h, n, j));
+          const bool left = w < kLeast && std::isinf(actual.grad_prior.at(g, h, n, j));
           for (Results* results : {&actual, &exact, &yardstick}) {
-            const double x = results->grad_weight.at(g, h, n, j);
-            results->grad_weight.set(g, h, n, j, left ? 0 : x * w);
+            const double x = results->grad_prior.at(g, h, n, j);
+            results->grad_prior.set(g, h, n, j, left ? 0 : x * w);
           }
         }
       }
@@ -129,7 +129,7 @@ void expect_all_close(const Results& actual, const Results& exact, const Results
   for (const auto& [member, name] :
        {std::pair(&Results::output, "output"), std::pair(&Results::logsumexp, "logsumexp"),
         std::pair(&Results::grad_query, "grad_query"), std::pair(&Results::grad_key, "grad_key"),
-        std::pair(&Results::grad_value, "grad_value"), std::pair(&Results::grad_weight, "grad_weight")}) {
+        std::pair(&Results::grad_value, "grad_value"), std::pair(&Results::grad_prior, "grad_prior")}) {
     expect_close(actual.*member, exact.*member, yardstick.*member, name + std::string(" of ") + what);
     (actual.*member).expect_gaps_untouched(name + std::string(" of ") + what);
   }
@@ -141,7 +141,7 @@ void expect_all_identical(const Results& actual, const Results& expected, unsign
   if (wanted & kGradQuery) expect_identical(actual.grad_query, expected.grad_query, "grad_query of " + what);
   if (wanted & kGradKey) expect_identical(actual.grad_key, expected.grad_key, "grad_key of " + what);
   if (wanted & kGradValue) expect_identical(actual.grad_value, expected.grad_value, "grad_value of " + what);
-  if (wanted & kGradWeight) expect_identical(actual.grad_weight, expected.grad_weight, "grad_weight of " + what);
+  if (wanted & kGradPrior) expect_identical(actual.grad_prior, expected.grad_prior, "grad_prior of " + what);
 }
 
 /// The largest finite number of a head.
@@ -211,7 +211,7 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
   results.grad_query = Tensor(dtype, args.batch, args.query_heads, args.queries, args.head_dim, true, 1);
   results.grad_key = Tensor(dtype, args.batch, args.key_heads, args.keys, args.head_dim, false, 2);
   results.grad_value = Tensor(dtype, args.batch, args.key_heads, args.keys, args.value_dim, true, 0);
-  results.grad_weight = Tensor(weight_dtype(dtype), weight.batch, weight.heads, weight.rows, weight.columns);
+  results.grad_prior = Tensor(weight_dtype(dtype), weight.batch, weight.heads, weight.rows, weight.columns);
   BackwardArgs grads;
   grads.grad_output = grad.input();
   grads.output = results.output.input();
@@ -219,7 +219,7 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
   if (wanted & kGradQuery) grads.grad_query = results.grad_query.output();
   if (wanted & kGradKey) grads.grad_key = results.grad_key.output();
   if (wanted & kGradValue) grads.grad_value = results.grad_value.output();
-  if (wanted & kGradWeight && has_weight) grads.grad_weight = results.grad_weight.data();
+  if (wanted & kGradPrior && has_weight) grads.grad_prior = results.grad_prior.data();
   with_args(dtype, [&](const auto& a) {
     if constexpr (std::is_same_v<decltype(a), const CsrArgs&>) {
       kernels.csr_backward(a, grads, parallel);
@@ -227,7 +227,7 @@ void Problem::backward(const cpu::Kernels& kernels, const Parallel& parallel, Re
       kernels.prior_backward(a, grads, parallel);
     }
   });
-  for (const Tensor* result : {&results.grad_query, &results.grad_key, &results.grad_value, &results.grad_weight}) {
+  for (const Tensor* result : {&results.grad_query, &results.grad_key, &results.grad_value, &results.grad_prior}) {
     record_bits(*result);
   }
 }
@@ -278,7 +278,7 @@ std::vector<std::vector<unsigned char>> Problem::bytes(const cpu::Kernels& kerne
   backward(kernels, threads(1), results);
   std::vector<std::vector<unsigned char>> all;
   for (const Tensor* result : {&results.output, &results.logsumexp, &results.grad_query, &results.grad_key,
-                               &results.grad_value, &results.grad_weight}) {
+                               &results.grad_value, &results.grad_prior}) {
     all.push_back(result->bytes());
   }
   return all;

@@ -11,12 +11,12 @@
 namespace fiak::tests {
 
 struct Results {
-  Tensor output, logsumexp;                              // logsumexp as [batch, heads, queries, 1]
-  Tensor grad_query, grad_key, grad_value, grad_weight;  // grad_weight as [groups, heads, rows, keys] or [1, 1, 1, nnz]
+  Tensor output, logsumexp;                             // logsumexp as [batch, heads, queries, 1]
+  Tensor grad_query, grad_key, grad_value, grad_prior;  // grad_prior as [groups, heads, rows, keys] or [1, 1, 1, nnz]
 };
 
 /// Which results of backward are wanted.
-enum Wanted : unsigned { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradWeight = 8, kAllGrads = 15 };
+enum Wanted : unsigned { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradPrior = 8, kAllGrads = 15 };
 
 /// One call. Operands are float64 numbers that `dtype` holds exactly, so that every kernel gets the same ones.
 struct Problem {

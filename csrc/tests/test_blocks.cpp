@@ -303,7 +303,7 @@ TEST_P(AllBlocks, CsrAttentionMatchesScalarFloat64AtEveryPairOfNeighbours) {
   Random random(70 + static_cast<uint64_t>(isa()));
   const auto check = [&](const Problem& problem, int64_t count) {
     const Reference reference = reference_of(problem);
-    for (const char* kernel : {"entries", "entries_split", "dense"}) {
+    for (const char* kernel : {"entries", "entries_sliced", "dense"}) {
       setenv("FIAK_CSR_KERNEL", kernel, 1);
       matches(reference, problem, count, problem.describe() + " " + kernel);
       unsetenv("FIAK_CSR_KERNEL");

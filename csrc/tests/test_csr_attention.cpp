@@ -15,7 +15,7 @@ class CsrAttention : public KernelTest {
   /// The check with each kernel wherever it can run, and with their choice.
   template <class Check>
   void with_each_kernel(Check&& check) {
-    for (const char* kernel : {"entries", "entries_split", "dense", "rows", "auto"}) {
+    for (const char* kernel : {"entries", "entries_sliced", "dense", "rows", "auto"}) {
       setenv("FIAK_CSR_KERNEL", kernel, 1);
       SCOPED_TRACE(kernel);
       check();
@@ -161,14 +161,14 @@ TEST_P(CsrAttention, OfLongRowsAndColumns) {
     Results actual = problem.forward(kernels(), dtype(), threads(2));
     problem.backward(kernels(), threads(2), actual);
     for (const auto member : {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key,
-                              &Results::grad_value, &Results::grad_weight}) {
+                              &Results::grad_value, &Results::grad_prior}) {
       expect_close(actual.*member, exact.*member, yardstick.*member, problem.describe());
     }
     for (const int64_t count : {1, 3, 16}) {
       Results several = problem.forward(kernels(), dtype(), threads(count));
       problem.backward(kernels(), threads(count), several);
       for (const auto member : {&Results::output, &Results::logsumexp, &Results::grad_query, &Results::grad_key,
-                                &Results::grad_value, &Results::grad_weight}) {
+                                &Results::grad_value, &Results::grad_prior}) {
         expect_identical(several.*member, actual.*member, problem.describe() + " on " + std::to_string(count));
       }
     }
@@ -236,7 +236,7 @@ TEST(CsrFamilies, RefusesUnknownNames) {
 
 TEST(CsrFamilies, TakesTheDenseKernelForFullHeadsOnly) {
   const auto entries = [](const cpu::CsrHead& head, const cpu::CsrRates& rates) {
-    return std::min(forward_cost(cpu::kEntries, head, rates), forward_cost(cpu::kEntriesSplit, head, rates));
+    return std::min(forward_cost(cpu::kEntries, head, rates), forward_cost(cpu::kEntriesSliced, head, rates));
   };
   for (const auto& [isa, storage] : kStored) {
     const cpu::CsrRates& rates = cpu::csr_rates(isa, isa, storage);
@@ -284,7 +284,7 @@ TEST(CsrFamilies, SplitsTheKeysOfLongSegmentsOnly) {
     const auto saved = [&, isa = isa, storage = storage](int64_t keys, double density) {
       const auto pairs = static_cast<double>(keys * keys);
       const cpu::CsrHead head{keys, keys, density * pairs, pairs / (24 * 16), 64, 64, 1, storage, cpu::lanes_of(isa)};
-      return forward_cost(cpu::kEntries, head, rates) - forward_cost(cpu::kEntriesSplit, head, rates);
+      return forward_cost(cpu::kEntries, head, rates) - forward_cost(cpu::kEntriesSliced, head, rates);
     };
     EXPECT_EQ(saved(128, 0.9), 0);  // 32 KB of rows are one slice
     EXPECT_GT(saved(2048, 0.9), 0);
@@ -328,9 +328,9 @@ TEST(CsrAttentionFloat64, EqualsPriorAttentionOfTheDenseWeights) {
     if (csr.has_weight) {
       for (int64_t row = 0; row < pattern.heads * pattern.queries; ++row) {
         for (int64_t entry = pattern.crow[row]; entry < pattern.crow[row + 1]; ++entry) {
-          ASSERT_NEAR(sparse.grad_weight.at(0, 0, 0, entry),
-                      dense.grad_weight.at(row / args.queries / args.query_heads, row / args.queries % args.query_heads,
-                                           row % args.queries, pattern.col[entry]),
+          ASSERT_NEAR(sparse.grad_prior.at(0, 0, 0, entry),
+                      dense.grad_prior.at(row / args.queries / args.query_heads, row / args.queries % args.query_heads,
+                                          row % args.queries, pattern.col[entry]),
                       1e-12);
         }
       }

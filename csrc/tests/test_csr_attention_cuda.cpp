@@ -166,7 +166,7 @@ TEST_P(CsrAttentionCuda, OfLongRowsAndColumns) {
     problem.backward(scalar(), threads(1), yardstick, wanted);
     problem.backward(kernels(), threads(1), grads, wanted);
     expect_close(actual.output, exact.output, yardstick.output, "output of " + problem.describe());
-    for (const auto member : {&Results::grad_query, &Results::grad_key, &Results::grad_value, &Results::grad_weight}) {
+    for (const auto member : {&Results::grad_query, &Results::grad_key, &Results::grad_value, &Results::grad_prior}) {
       expect_close(grads.*member, exact.*member, yardstick.*member, problem.describe());
     }
   };
@@ -174,7 +174,7 @@ TEST_P(CsrAttentionCuda, OfLongRowsAndColumns) {
   properties.keys = 66000;
   Problem wide = csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 3, 66000, 0.01));
   wide.kv_lens = {65990};
-  check(wide, kGradQuery | kGradWeight);
+  check(wide, kGradQuery | kGradPrior);
   properties.keys = 70;
   check(csr_problem(random, properties, std::make_shared<Pattern>(random, 1, 3, 66000, 0.01)), kAllGrads);
   properties.queries = 80;

@@ -88,9 +88,9 @@ ForwardTensors run_forward(const Args& args, const at::Tensor& query, const at::
 template <class Args, class Kernel>
 void run_backward(const Args& args, const at::Tensor& grad_output, const at::Tensor& output,
                   const at::Tensor& logsumexp, const GradTensors& grads, Kernel&& kernel) {
-  const auto& [grad_query, grad_key, grad_value, grad_weight] = grads;
+  const auto& [grad_query, grad_key, grad_value, grad_prior] = grads;
   if (!has_pairs(args)) {
-    for (const at::Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_weight}) {
+    for (const at::Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_prior}) {
       if (grad->defined()) grad->zero_();
     }
     return;
@@ -104,7 +104,7 @@ void run_backward(const Args& args, const at::Tensor& grad_output, const at::Ten
   backward.grad_query = writable(grad_query);
   backward.grad_key = writable(grad_key);
   backward.grad_value = writable(grad_value);
-  backward.grad_weight = grad_weight.defined() ? grad_weight.mutable_data_ptr() : nullptr;
+  backward.grad_prior = grad_prior.defined() ? grad_prior.mutable_data_ptr() : nullptr;
   kernel(args, backward);
 }
 

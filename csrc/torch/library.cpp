@@ -82,7 +82,7 @@ TORCH_LIBRARY(fiak, m) {
   def("compact_kv_backward(Tensor? grad_key, Tensor? grad_value, Tensor keep, SymInt num_keys) -> (Tensor, Tensor)");
   def("compact_linear(Tensor input, Tensor weight, Tensor? bias, Tensor keep) -> Tensor");
   def("compact_linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor keep, bool[3] output_mask)"
-      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      " -> (Tensor grad_input, Tensor grad_prior, Tensor grad_bias)");
 }
 
 TORCH_LIBRARY_IMPL(fiak, CompositeExplicitAutograd, m) {

@@ -45,7 +45,7 @@ struct BackwardParams : AttentionParams {
   const float* logsumexp;  ///< [batch, query_heads, queries]
   float* delta;            ///< the same; the sums of grad_output * output, which the first kernel writes for the others
   Output grad_query, grad_key, grad_value;
-  float* grad_weight;  ///< in the weights' own shape
+  float* grad_prior;  ///< in the weights' own shape
 };
 
 /// The weights of prior_attention: w of [groups, heads, rows, keys], strides 0 where it is broadcast.
@@ -120,7 +120,7 @@ BackwardParams<Weights> backward_params(const AttentionArgs& args, const Weights
           grads.grad_query,
           grads.grad_key,
           grads.grad_value,
-          static_cast<float*>(grads.grad_weight)};
+          static_cast<float*>(grads.grad_prior)};
 }
 
 /// How many tiles it takes to cover a size.

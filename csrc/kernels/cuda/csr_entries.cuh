@@ -16,14 +16,14 @@
 //     T: f32, f16, bf16; D: 64, 128, 256, at least head_dim and value_dim; E: samples of a pattern group that a warp
 //     serves at once, 1 or 2; 1 with query_offsets
 //     grid: ceil(queries / kEntriesWarps) * query_heads * ceil(batch / E) blocks, or of keys and key_heads
-//   fiak_csr_entries_grad_prior_T_dD_eE(CsrBackwardParams)   grad_weight; a warp for each row of the pattern
+//   fiak_csr_entries_grad_prior_T_dD_eE(CsrBackwardParams)   grad_prior; a warp for each row of the pattern
 //     with any query_offsets; grid: ceil(weights.num_rows / kEntriesWarps)
 //   fiak_csr_delta_T(CsrBackwardParams)                       delta, which the others of backward read
 //     grid: ceil(batch * query_heads * queries / kDeltaWarps); block: 32 * kDeltaWarps
 //   block: 32 * kEntriesWarps but for delta; shared memory: 0; the first factor of each product runs fastest; both
 //   structs are described in attention_params.h
 //
-// Heads that CsrPattern::uses_tiles gives to the kernels over tiles are left out, but for grad_weight.
+// Heads that CsrPattern::uses_tiles gives to the kernels over tiles are left out, but for grad_prior.
 #pragma once
 
 #include "kernels/cuda/attention_tiles.cuh"
@@ -598,7 +598,7 @@ __device__ __forceinline__ void csr_entries_grad_prior(const CsrBackwardParams& 
         pairs.template gradients<true>(grads, key, weight, steps);
 #pragma unroll
         for (int e = 0; e < kSamples; ++e) sum += grads[e];
-        if (key >= 0) params.grad_weight[entry] = is_first ? sum : params.grad_weight[entry] + sum;
+        if (key >= 0) params.grad_prior[entry] = is_first ? sum : params.grad_prior[entry] + sum;
       });
     }
   }
@@ -702,7 +702,7 @@ void csr_entries_backward(Element element, const AttentionArgs& args, const CsrW
     if (has_heads && grads.grad_value.data != nullptr) {
       launch(csr_entries_grad_value_kernel(element, head, samples), key_blocks, params);
     }
-    if (grads.grad_weight != nullptr) {
+    if (grads.grad_prior != nullptr) {
       launch(csr_entries_grad_prior_kernel(element, head, samples), tiles_of(weights.num_rows, kEntriesWarps), params);
     }
   });

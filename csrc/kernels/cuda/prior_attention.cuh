@@ -193,7 +193,7 @@ __device__ __forceinline__ void grad_prior(const PriorBackwardParams& params) {
     }
   }
 
-  float* target = params.grad_weight + group_and_head * params.weights.rows * params.keys;
+  float* target = params.grad_prior + group_and_head * params.weights.rows * params.keys;
   if (!shares_rows) {
 #pragma unroll
     for (int t = 0; t < T::kTiles; ++t) {
@@ -299,7 +299,7 @@ void prior_backward(Element element, const PriorArgs& args, const int64_t* seed,
     }
     if (grads.grad_key.data != nullptr) launch(prior_grad_key_kernel(element, head), key_tiles, params);
     if (grads.grad_value.data != nullptr) launch(prior_grad_value_kernel(element, head), key_tiles, params);
-    if (grads.grad_weight != nullptr) {
+    if (grads.grad_prior != nullptr) {
       const int64_t rows = args.prior_groups * args.prior_heads * tiles_of(args.prior_rows, T::kOwn);
       launch(prior_grad_prior_kernel(element, head), rows * tiles_of(args.keys, T::kStreamed), params);
     }

@@ -102,7 +102,7 @@ double csr_cost(const CsrCounts& counts, const CsrCounts& rates) {
 
 const FamilyCosts kFamilies[kFamilyCount] = {
     {"entries", PlanSection::kColumns, true, count_entries_forward<false>, count_entries_backward},
-    {"entries_split", PlanSection::kColumns, true, count_entries_forward<true>, count_entries_backward},
+    {"entries_sliced", PlanSection::kColumns, true, count_entries_forward<true>, count_entries_backward},
     {"dense", PlanSection::kBits, false, count_dense_forward, count_dense_backward},
     {"rows", PlanSection::kRowOffsets, true, count_entries_forward<false>, count_entries_backward},
 };

@@ -53,8 +53,8 @@ const CsrRates& csr_rates(Isa isa, Isa machine, Storage storage);
 /// The nanoseconds of so many of each.
 double csr_cost(const CsrCounts& counts, const CsrCounts& rates);
 
-/// The kernel families of csr_attention on the CPU; kEntriesSplit is kEntries with the keys in slices.
-enum Family : int { kEntries, kEntriesSplit, kDense, kRows, kFamilyCount };
+/// The kernel families of csr_attention on the CPU; kEntriesSliced is kEntries with the keys in slices.
+enum Family : int { kEntries, kEntriesSliced, kDense, kRows, kFamilyCount };
 
 /// One row of the list of families: what it is called, the section of the plan that it reads, whether it takes a prior,
 /// and what it counts of a head, forward and backward.

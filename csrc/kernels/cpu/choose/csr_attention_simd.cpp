@@ -60,7 +60,7 @@ class FamilyChoice {
       serves_[i] = args.plan.has(family.reads) && (family.takes_prior || args.prior == nullptr);
       rates_[i] = &csr_rates(kIsa, machine, i == kDense ? storage_of(kIsa, args.dtype) : storage);
     }
-    serves_[kEntries] = serves_[kEntriesSplit] = serves_[kEntries] && !by_rows && wanted_ != kRows;
+    serves_[kEntries] = serves_[kEntriesSliced] = serves_[kEntries] && !by_rows && wanted_ != kRows;
     serves_[kRows] = !serves_[kEntries];
   }
 
@@ -81,7 +81,7 @@ class FamilyChoice {
   /// The family with the least cost(family), or the one that FIAK_CSR_KERNEL names.
   template <class Cost>
   int cheapest(Cost&& cost) const {
-    if (wanted_ >= 0) return serves_[wanted_] ? wanted_ : serves_[kEntriesSplit] ? kEntriesSplit : kRows;
+    if (wanted_ >= 0) return serves_[wanted_] ? wanted_ : serves_[kEntriesSliced] ? kEntriesSliced : kRows;
     int best = -1;
     double least = 0;
     for (int i = 0; i < kFamilyCount; ++i) {
@@ -212,7 +212,7 @@ void csr_forward(const CsrArgs& args, const ForwardResult& result, const Paralle
 }
 
 void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
-  if (grads.grad_weight != nullptr) std::memset(grads.grad_weight, 0, args.plan.nnz * sizeof(float));
+  if (grads.grad_prior != nullptr) std::memset(grads.grad_prior, 0, args.plan.nnz * sizeof(float));
   if (args.batch == 0 || args.key_heads == 0) return;
   const Storage storage = entries_storage(args);
   const FamilyChoice choice(args, storage, bundled_samples(args, storage),
@@ -238,10 +238,10 @@ void csr_backward(const CsrArgs& args, const BackwardArgs& grads, const Parallel
     }
     if (mine.count > 0) kFamilyKernels[family].backward(args, grads, storage, mine, parallel);
   }
-  if (grads.grad_weight == nullptr || args.prior == nullptr || args.log_prior) return;
+  if (grads.grad_prior == nullptr || args.prior == nullptr || args.log_prior) return;
   parallel_range(parallel, args.plan.nnz, [&](int64_t begin, int64_t end) {
-    scale_weight_gradients(static_cast<float*>(grads.grad_weight) + begin,
-                           static_cast<const float*>(args.prior) + begin, end - begin);
+    scale_weight_gradients(static_cast<float*>(grads.grad_prior) + begin, static_cast<const float*>(args.prior) + begin,
+                           end - begin);
   });
 }
 

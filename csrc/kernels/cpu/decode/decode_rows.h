@@ -62,7 +62,7 @@ FIAK_INLINE void copy_row(const char* row, int64_t bytes, char* target) {
 
 /// The columns that a loop handles at once: where they start, the numbers in their last vector, and whether they are
 /// the first of their row.
-struct RowPass {
+struct RowPart {
   int64_t offset_bytes, tail;
   bool first;
 };
@@ -119,7 +119,7 @@ FIAK_INLINE Vec sum_four(Vec a, Vec b, Vec c, Vec d) {
 /// out[i] (+)= query . row i of `rows`, i < rows.count, one pass of columns; fetches as many of the rows of `next`
 /// meanwhile. Nothing behind them is written: other rows' or stages' numbers may stand there.
 template <DType kType, bool kGaussian, int kVectors>
-static void dots(const float* query, const PickedRows& picked, const RowPass& pass, float* out,
+static void dots(const float* query, const PickedRows& picked, const RowPart& pass, float* out,
                  const PickedRows& next) {
   const PickedRows rows = picked, ahead = next;  // which no store can change
   const RowReader<kType> reader{pass.tail};
@@ -157,7 +157,7 @@ static void dots(const float* query, const PickedRows& picked, const RowPass& pa
 
 /// sums += sum_i weights[i] row i of `rows`, one pass of columns; fetches as many of the rows of `next` meanwhile.
 template <DType kType, int kVectors>
-static void weighted_sum(const float* weights, const PickedRows& picked, const RowPass& pass, float* sums,
+static void weighted_sum(const float* weights, const PickedRows& picked, const RowPart& pass, float* sums,
                          const PickedRows& next) {
   using Reader = RowReader<kType>;
   constexpr int kSums = kVectors * Reader::kParts, kRegisters = kLanes == 16 ? 16 : 8;
@@ -208,8 +208,8 @@ static void weighted_sum(const float* weights, const PickedRows& picked, const R
 struct RowLoops {
   int64_t parts, numbers, vector_bytes, most_vectors;
   void (*prepare_query)(const char* row, int64_t size, float* query);
-  void (*dots[8])(const float*, const PickedRows&, const RowPass&, float*, const PickedRows&);
-  void (*weighted_sum[8])(const float*, const PickedRows&, const RowPass&, float*, const PickedRows&);
+  void (*dots[8])(const float*, const PickedRows&, const RowPart&, float*, const PickedRows&);
+  void (*weighted_sum[8])(const float*, const PickedRows&, const RowPart&, float*, const PickedRows&);
 
   int64_t vectors(int64_t size) const { return (size + numbers - 1) / numbers; }
   /// Of a query or a sum, with whole vectors.
@@ -217,12 +217,12 @@ struct RowLoops {
 
   /// use(vectors, pass, first float) over the columns of a row.
   template <class Use>
-  __attribute__((always_inline)) void for_passes(int64_t size, Use&& use) const {
+  __attribute__((always_inline)) void for_parts_of(int64_t size, Use&& use) const {
     const int64_t all = vectors(size);
     for (int64_t v = 0; v < all; v += most_vectors) {
       const int64_t count = smaller(most_vectors, all - v);
       const int64_t tail = v + count == all ? size - (all - 1) * numbers : numbers;
-      use(count, RowPass{v * vector_bytes, tail, v == 0}, v * parts * kLanes);
+      use(count, RowPart{v * vector_bytes, tail, v == 0}, v * parts * kLanes);
     }
   }
 };

@@ -471,12 +471,12 @@ class Decoder {
   int64_t columns(int64_t size) const { return cuts_.copies ? loops_.vectors(size) * loops_.numbers : size; }
 
   void multiply_keys(const float* query, const PickedRows& keys, float* scores, const PickedRows& fetched) const {
-    loops_.for_passes(columns(args_.head_dim), [&](int64_t vectors, const RowPass& pass, int64_t from) {
+    loops_.for_parts_of(columns(args_.head_dim), [&](int64_t vectors, const RowPart& pass, int64_t from) {
       loops_.dots[vectors - 1](query + from, keys, pass, scores, pass.first ? fetched : PickedRows{});
     });
   }
   void add_values(const float* weights, const PickedRows& values, float* sums, const PickedRows& fetched) const {
-    loops_.for_passes(columns(args_.value_dim), [&](int64_t vectors, const RowPass& pass, int64_t from) {
+    loops_.for_parts_of(columns(args_.value_dim), [&](int64_t vectors, const RowPart& pass, int64_t from) {
       loops_.weighted_sum[vectors - 1](weights, values, pass, sums + from, pass.first ? fetched : PickedRows{});
     });
   }

@@ -198,7 +198,7 @@ class VectorGrads {
   __attribute__((always_inline)) void multiply_keys(const Keys& keys, const Task& task, int64_t key, int64_t seen,
                                                     int64_t at, int64_t diagonal, float factor) const {
     const auto span = [&](const Columns& all) {
-      return Columns{all.data + key / kTileWidth * all.panel_stride, all.row_stride, all.panel_stride};
+      return Columns{all.data + key / kTileWidth * all.strip_stride, all.row_stride, all.strip_stride};
     };
     matrix_product<false, kVnni>(StridedRows{task.query, padded(depth_), 1}, span(keys.key_columns),
                                  tile_rows(task.count), padded(seen), depth_, task.scores + at, width_, diagonal,

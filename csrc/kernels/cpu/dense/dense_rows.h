@@ -363,7 +363,7 @@ class VectorProducts {
   /// The scores of a span, from `scores` on in rows of `width`.
   __attribute__((always_inline)) void multiply_keys(const KeySpan& span, int64_t rows, int64_t diagonal, float factor,
                                                     float* scores) const {
-    const Columns block{key_.data + span.from / kTileWidth * key_.panel_stride, key_.row_stride, key_.panel_stride};
+    const Columns block{key_.data + span.from / kTileWidth * key_.strip_stride, key_.row_stride, key_.strip_stride};
     matrix_product<false, kVnni>(StridedRows{query_, padded(depth_), 1}, block, tile_rows(rows), padded(span.keys),
                                  depth_, scores + span.at, width_, diagonal - span.from, factor);
   }

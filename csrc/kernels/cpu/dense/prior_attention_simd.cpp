@@ -82,12 +82,12 @@ void prior_forward(const PriorArgs& args, const ForwardResult& result, const Par
 }
 
 void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Parallel& parallel) {
-  auto* grad_weight = static_cast<float*>(grads.grad_weight);
-  const bool partial = grad_weight != nullptr && args.prior_rows != args.queries;
+  auto* grad_prior = static_cast<float*>(grads.grad_prior);
+  const bool partial = grad_prior != nullptr && args.prior_rows != args.queries;
   const int64_t row_blocks = (args.queries + kGradRows - 1) / kGradRows, heads = args.prior_groups * args.prior_heads;
   const int64_t sum_rows = partial ? row_blocks : args.queries;
   const SharedScratch partial_memory(partial ? heads * sum_rows * args.keys * sizeof(float) : 0);
-  float* sums = partial ? static_cast<float*>(partial_memory.data()) : grad_weight;
+  float* sums = partial ? static_cast<float*>(partial_memory.data()) : grad_prior;
   if (sums != nullptr) {
     parallel_range(parallel, heads * sum_rows, [&](int64_t begin, int64_t end) {
       std::memset(sums + begin * args.keys, 0, (end - begin) * args.keys * sizeof(float));
@@ -98,21 +98,21 @@ void prior_backward(const PriorArgs& args, const BackwardArgs& grads, const Para
   const auto pairs_of = [&](int64_t b, int64_t h) { return PriorPairs(args, b, h, weight_rows); };
   dense_backward(args, grads, {nullptr, args.key_heads}, pairs_of, sums != nullptr, shared, parallel);
   for (int64_t i = 0; partial && i < heads; ++i) {
-    float* target = grad_weight + i * args.keys;
+    float* target = grad_prior + i * args.keys;
     std::memset(target, 0, args.keys * sizeof(float));
     for (int64_t block = 0; block < row_blocks; ++block) {
       const float* from = sums + (i * row_blocks + block) * args.keys;
       for (int64_t j = 0; j < args.keys; ++j) target[j] += from[j];
     }
   }
-  if (grad_weight == nullptr || args.log_prior) return;
+  if (grad_prior == nullptr || args.log_prior) return;
   const int64_t rows = args.prior_rows;
   parallel_range(parallel, heads * rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / rows / args.prior_heads, head = i / rows % args.prior_heads;
       const float* weights = static_cast<const float*>(args.prior) + group * args.prior_group_stride +
                              head * args.prior_head_stride + i % rows * args.prior_row_stride;
-      scale_weight_gradients(grad_weight + i * args.keys, weights, args.keys);
+      scale_weight_gradients(grad_prior + i * args.keys, weights, args.keys);
     }
   });
 }

@@ -482,8 +482,8 @@ class CsrBackward {
       }
       differentiate(segment, p, ds, {none, exponent.factor}, delta);
     }
-    if (grads_.grad_weight != nullptr) {
-      float* target = static_cast<float*>(grads_.grad_weight) + entry;
+    if (grads_.grad_prior != nullptr) {
+      float* target = static_cast<float*>(grads_.grad_prior) + entry;
       for_entries([&](int64_t k, int e, int64_t at) {
         // Of a row without support nothing counts, not even NaN, and of a logarithm of 0 neither.
         if (exponent.shift[e * kQuad] == kInfinity || (logs && !in_support(weights[k], below))) return;
@@ -651,7 +651,7 @@ void backward_bundles(const CsrArgs& args, const BackwardArgs& grads, const KeyH
   // A bundle and key head is one thread's where there are enough of them; a weight's gradient sums over bundles.
   const int64_t units = count * key_heads.count, threads = larger(1, parallel.threads);
   const bool alone =
-      grads.grad_weight == nullptr && units >= threads && (units + threads - 1) / threads * threads * 10 <= units * 11;
+      grads.grad_prior == nullptr && units >= threads && (units + threads - 1) / threads * threads * 10 <= units * 11;
   const SharedScratch memory((alone ? threads : key_heads.count) * backward.state_bytes());
   char* states = static_cast<char*>(memory.data());
   if (!alone) {
@@ -737,7 +737,7 @@ Storage entries_storage(const CsrArgs& args) {
 bool entries_leave_backward(const CsrArgs& args, const BackwardArgs& grads, Storage storage) {
   const PlanView& plan = args.plan;
   if (plan.columns == nullptr || plan.num_queries > kPlanShort || plan.column_offsets.data == nullptr) return true;
-  if (grads.grad_weight != nullptr && args.pattern_heads() < args.query_heads) return true;
+  if (grads.grad_prior != nullptr && args.pattern_heads() < args.query_heads) return true;
   constexpr double kMostSegments = 8;
   const int64_t samples = bundled_samples(args, storage), row_bytes = backward_row_bytes(args, storage, samples);
   const KeySlices chunks = wave_slices(args.queries, row_bytes), slices = wave_slices(args.keys, row_bytes);

@@ -25,10 +25,10 @@ FIAK_INLINE int64_t tile_rows(int64_t rows) { return (rows + kTileRows - 1) / kT
 FIAK_INLINE int64_t tile_columns(int64_t columns) { return (columns + kTileWidth - 1) / kTileWidth * kTileWidth; }
 
 /// A matrix [depth, columns], whole vectors wide: columns [kTileWidth p, kTileWidth (p + 1)) start at data + p *
-/// panel_stride, with rows row_stride apart.
+/// strip_stride, with rows row_stride apart.
 struct Columns {
   const float* data;
-  int64_t row_stride, panel_stride;
+  int64_t row_stride, strip_stride;
 };
 
 FIAK_INLINE Columns columns_of(const Panel& rows) { return {rows.rows, rows.stride, kTileWidth}; }
@@ -155,9 +155,9 @@ static void matrix_product(const Rows& a, const Columns& b, int64_t rows, int64_
   for (int64_t c = 0; c < columns;) {
     const int64_t left = (columns - c) / kLanes;
     // Four vectors are two and two rather than three and one, unless panels start at multiples of three.
-    const bool split = kTileVectors == 3 && left == 4 && b.panel_stride == kTileWidth;
+    const bool split = kTileVectors == 3 && left == 4 && b.strip_stride == kTileWidth;
     const int64_t vectors = split ? 2 : smaller(left, kTileVectors);
-    const float* panel = b.data + c / kTileWidth * b.panel_stride + c % kTileWidth;
+    const float* panel = b.data + c / kTileWidth * b.strip_stride + c % kTileWidth;
     for (int64_t r = 0; r < rows;) {
       const Rows from = a.from(r);
       if (c == 0) from.fetch_next();

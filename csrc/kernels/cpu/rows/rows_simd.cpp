@@ -154,12 +154,12 @@ class Products {
   void dots(const float* row, int64_t size, bool for_scores, const PickedRows& rows, const PickedRows& next,
             float* out) const {
     const RowLoops& loops = for_scores ? scores_ : plain_;
-    loops.for_passes(size, [&](int64_t vectors, const RowPass& pass, int64_t from) {
+    loops.for_parts_of(size, [&](int64_t vectors, const RowPart& pass, int64_t from) {
       loops.dots[vectors - 1](row + from, rows, pass, out, pass.first ? next : PickedRows{});
     });
   }
   void add(const float* weights, int64_t size, const PickedRows& rows, float* sums) const {
-    plain_.for_passes(size, [&](int64_t vectors, const RowPass& pass, int64_t from) {
+    plain_.for_parts_of(size, [&](int64_t vectors, const RowPart& pass, int64_t from) {
       plain_.weighted_sum[vectors - 1](weights, rows, pass, sums + from, PickedRows{});
     });
   }
@@ -357,8 +357,8 @@ class RowsBackward {
         store(ds + i, prior != nullptr ? mul(p, load(memory.parts.factors + i)) : p);
         if (prior != nullptr) store(scores + i, p);
       }
-      if (grads_.grad_weight != nullptr && row.shift != kInfinity) {  // of a row without support nothing counts
-        float* target = static_cast<float*>(grads_.grad_weight) + pairs.entry;
+      if (grads_.grad_prior != nullptr && row.shift != kInfinity) {  // of a row without support nothing counts
+        float* target = static_cast<float*>(grads_.grad_prior) + pairs.entry;
         for (int64_t k = 0; k < pairs.count; ++k) {
           // Of a logarithm of 0 nothing counts, not even NaN.
           if (args_.log_prior && !in_support(pairs.weights[k], below_support(true))) continue;
@@ -494,7 +494,7 @@ void csr_rows_backward(const CsrArgs& args, const BackwardArgs& grads, const Key
     });
   };
   for_queries([&](int64_t b, int64_t h, int64_t n) { backward.fill_row(b, h, n); });
-  if (grads.grad_weight != nullptr) {
+  if (grads.grad_prior != nullptr) {
     // By the pattern's rows, so that a weight's gradient is one thread's.
     const int64_t groups = args.groups(), pattern_heads = args.pattern_heads();
     const int64_t readers = args.query_heads / pattern_heads;  // query heads of a pattern's head

@@ -278,15 +278,15 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
   });
 
   // Rows: dQ and the weights' gradient, the batch inside, so that nothing is shared between threads.
-  if (grads.grad_query.data != nullptr || grads.grad_weight != nullptr) {
+  if (grads.grad_query.data != nullptr || grads.grad_prior != nullptr) {
     parallel_range(parallel, pairs.groups * pairs.weight_heads * pairs.weight_rows, [&](int64_t begin, int64_t end) {
       RowSum<T> sum(args.head_dim);
-      std::vector<double> grad_weight;
+      std::vector<double> grad_prior;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t wr = task % pairs.weight_rows, wh = task / pairs.weight_rows % pairs.weight_heads;
         const int64_t g = task / pairs.weight_rows / pairs.weight_heads;
         const int64_t slots = pairs.row_size(g, wh, wr);
-        grad_weight.assign(slots, 0.0);
+        grad_prior.assign(slots, 0.0);
         for_queries(args, pairs, g, wh, wr, [&](int64_t b, int64_t h, int64_t n) {
           const Scores<T> score(args, b, h);
           const Row& row = rows[index(b, h, n)];
@@ -299,17 +299,17 @@ void attention_backward(const AttentionArgs& args, const Pairs& pairs, const Bac
               const bool inside = weights.in_support(w);
               const Real ds = inside ? probability(w, s, row) * da_minus_delta : Real{0};
               // d L / d ln w = d L / d s; d L / d w is that over w, which may be 0.
-              grad_weight[slot] += weights.are_logs() ? ds
-                                                      : std::exp(static_cast<double>(s) - row.shift) * row.factor *
-                                                            static_cast<double>(da_minus_delta);
+              grad_prior[slot] += weights.are_logs() ? ds
+                                                     : std::exp(static_cast<double>(s) - row.shift) * row.factor *
+                                                           static_cast<double>(da_minus_delta);
               if (inside) sum.add(ds, score.key(j));
             });
           }
           if (grads.grad_query.data != nullptr) sum.store(scale, row_of<T>(grads.grad_query, b, h, n));
         });
-        if (grads.grad_weight != nullptr) {
-          auto* target = static_cast<Real*>(grads.grad_weight) + pairs.row_begin(g, wh, wr);
-          for (int64_t slot = 0; slot < slots; ++slot) target[slot] = static_cast<Real>(grad_weight[slot]);
+        if (grads.grad_prior != nullptr) {
+          auto* target = static_cast<Real*>(grads.grad_prior) + pairs.row_begin(g, wh, wr);
+          for (int64_t slot = 0; slot < slots; ++slot) target[slot] = static_cast<Real>(grad_prior[slot]);
         }
       }
     });
