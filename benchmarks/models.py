@@ -59,6 +59,10 @@ class _Unfused(nn.Module):
 
     is_compacted = False
 
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, kv_lens: None = None) -> Tensor:
         return torch.softmax(query @ key.transpose(2, 3) / math.sqrt(query.size(3)), 3) @ value
 
@@ -70,6 +74,7 @@ class _UnfusedPrior(nn.Module):
 
     def __init__(self, prior: Tensor) -> None:
         super().__init__()
+        self.num_heads = prior.size(1)
         self.register_buffer("weight", prior)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, kv_lens: None = None) -> Tensor:
@@ -93,7 +98,7 @@ def build(sizes: Sizes) -> dict[str, VisionTransformer]:
     mask = load_mask(RECORDED, PRUNED)
     for layer in range(sizes.depth):
         _attention(pruned, layer).set_pattern(SparsePattern.from_mask(recorded_heads(mask, case, layer)))
-        _block(unfused, layer).prior_attention = _Unfused()
+        _block(unfused, layer).prior_attention = _Unfused(sizes.num_heads)
         _block(unfused_prior, layer).prior_attention = _UnfusedPrior(_attention(unfused_prior, layer).weight())
     csr = f"FiAK {PRUNED:.0%} pruned"
     return {

@@ -27,11 +27,4 @@ FIAK_HOST_DEVICE inline bool tiles_are_faster(float nnz, float tiles, bool tenso
   return tiles * (kPlanTileRows * kPlanTileKeys) * pair < nnz * entry;
 }
 
-/// Whether the kernels over tiles compute a key head whose query heads keep `nnz` entries in `tiles` tiles; of plans
-/// with tiles.
-FIAK_HOST_DEVICE inline bool head_uses_tiles(int64_t nnz, int64_t tiles, CsrKernel selected, bool tensor_cores) {
-  if (selected != CsrKernel::kAuto) return selected == CsrKernel::kTiles;
-  return tiles_are_faster(static_cast<float>(nnz), static_cast<float>(tiles), tensor_cores);
-}
-
 }  // namespace fiak::cuda

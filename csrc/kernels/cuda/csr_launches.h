@@ -37,9 +37,11 @@ inline CsrKinds kinds_of(const AttentionArgs& args, const CsrWeights& weights, c
         nnz += summary.heads[head].entries;
         tiles += summary.heads[head].tiles;
       }
+      // As CsrPattern::uses_tiles has it.
       const bool uses_tiles =
           tiles_serve && tiles >= 0 &&
-          head_uses_tiles(nnz, tiles, static_cast<CsrKernel>(weights.selected), args.dtype != DType::kFloat32);
+          (weights.selected == static_cast<int32_t>(CsrKernel::kTiles) ||
+           tiles_are_faster(static_cast<float>(nnz), static_cast<float>(tiles), args.dtype != DType::kFloat32));
       (uses_tiles ? kinds.tiles : kinds.entries) = true;
     }
   }

@@ -40,12 +40,14 @@ struct CsrPattern {
   __device__ bool uses_tiles(const AttentionParams& params, const CsrWeights& weights, int b, int key_head,
                              bool tensor_cores) const {
     if (plan.tiles == nullptr) return false;
+    const auto selected = static_cast<CsrKernel>(weights.selected);
+    if (selected != CsrKernel::kAuto) return selected == CsrKernel::kTiles;
     const int readers = params.query_heads / params.key_heads;
     const int64_t first = head_of(b, key_head * readers), count = heads == 1 ? 1 : readers;
     int64_t tiles = 0;
     for (int64_t head = first; head < first + count; ++head) tiles += plan.tiles[head];
     const int64_t nnz = plan.first_entry(first + count) - plan.first_entry(first);
-    return head_uses_tiles(nnz, tiles, static_cast<CsrKernel>(weights.selected), tensor_cores);
+    return tiles_are_faster(static_cast<float>(nnz), static_cast<float>(tiles), tensor_cores);
   }
 
  private:
