@@ -158,6 +158,7 @@ def test_a_summary_says_what_each_head_has_to_do() -> None:
     assert summary.dtype == torch.int64 and summary.tolist() == [[1200, 6], [18, 3]]
     thin = fiak_ext.SparsePattern.from_window(1, 4000, window_size=(1, 0))
     assert torch.ops.fiak.csr_plan_summary(thin.plan, 1).tolist() == [[7999, -1]]  # no bits
+    torch.library.opcheck(torch.ops.fiak.csr_plan_summary.default, (pattern.plan, 2))
     query, key, value = (torch.randn(1, 2, n, 8) for n in (30, 40, 40))
     indices = pattern.crow_indices, pattern.col_indices
     expected = pattern.attend(query, key, value)

@@ -442,5 +442,5 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_readmes_schemas_are_the_registered_ones() -> None:
     text = re.sub(r"\n\s+", " ", README.read_text())
     schemas = {str(torch._C.parse_schema(line)) for line in text.splitlines() if re.match(r"fiak::\w+\(", line)}
-    ops = ("prior_attention", "csr_attention", "csr_plan", "compact_kv", "compact_linear")
+    ops = ("prior_attention", "csr_attention", "csr_plan", "csr_plan_summary", "compact_kv", "compact_linear")
     assert schemas == {str(getattr(torch.ops.fiak, op).default._schema) for op in ops}
