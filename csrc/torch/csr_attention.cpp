@@ -167,10 +167,10 @@ Tensor plan_meta(const Tensor& crow_indices, const Tensor& col_indices, SymInt n
   return empty_like_sizes({layout.bytes}, crow_indices, at::kByte);
 }
 
-/// On the CPU, whatever the plan's device is: a host reads it without waiting.
+/// Traced code takes it for a tensor of the plan's device, whose host it is for: make it before.
 Tensor summary_meta(const Tensor& plan, SymInt heads) {
   check_csr_plan_summary(plan, heads);
-  return at::empty_symint({heads, 2}, at::TensorOptions().dtype(at::kLong).device(at::kCPU));
+  return empty_like_sizes({heads, 2}, plan, at::kLong);
 }
 
 template <class Result, Result (*function)(const CsrInputs&)>
