@@ -34,12 +34,10 @@ cuda::CsrWeights weights_of(const CsrArgs& args) {
           static_cast<int32_t>(selected)};
 }
 
-/// Every other call has the plan's summary, whose work must then be all that there is.
+/// About every other call has the plan's summary, whose work must then be all that there is.
 PlanSummary summary_of(const CsrArgs& args) {
   static std::vector<PlanHeadWork> heads;
-  static bool has_summary = false;
-  has_summary = !has_summary;
-  if (!has_summary) return {};
+  if ((args.queries + args.head_dim) % 2 == 0) return {};
   heads.resize(args.plan.heads);
   summarise_plan(args.plan, heads.data());
   return {heads.data(), args.plan.heads};
