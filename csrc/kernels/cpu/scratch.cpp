@@ -17,7 +17,8 @@ struct Free {
 class Thread {
  public:
   ScratchRange& borrow() {
-    if (borrowers_++ == 0 && pieces_.empty() && wanted_ > 0) add(wanted_);
+    if (pieces_.empty() && wanted_ > 0) add(wanted_);  // only the first borrower can find none
+    ++borrowers_;                                      // not where memory is out
     return left_;
   }
   void extend(std::size_t bytes) {
